@@ -1,0 +1,164 @@
+"""Every setting there is: one frozen model per section, a sentence and bounds for each field.
+
+A description is written for the person who edits the file; `dump.py` prints it, error messages
+quote the bounds. The full list of names is frozen by tests/house/test_knobs.py.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Section(BaseModel):
+    """A frozen table of settings that takes no unknown key and converts no types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class HttpSettings(Section):
+    """Where and how the OpenAI-compatible API listens."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(8000, ge=1, le=65_535, description="TCP port to listen on.")
+    proxy: Literal["auto", "python", "haproxy"] = Field(
+        "auto", description="What stands before the ingress; auto takes what fits one machine."
+    )
+    max_body_bytes: int = Field(
+        4 * MIB, ge=1024, le=256 * MIB, description="Longest request body read; more is a 413."
+    )
+
+
+class RaySettings(Section):
+    """The Ray cluster underneath."""
+
+    address: str = Field(
+        "local",
+        min_length=1,
+        description="'local' starts a Ray of our own and never attaches to another; else host:port "
+        "of a running one.",
+    )
+    auth: Literal["token", "disabled"] = Field(
+        "token", description="Whether Ray's own ports ask for a token."
+    )
+    object_store_bytes: int = Field(
+        512 * MIB,
+        ge=75 * MIB,
+        description="Shared memory for Ray's object store (only address = 'local').",
+    )
+
+
+class EngineSettings(Section):
+    """What each replica's engine computes with; the same for prefill and decode."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Number format of weights, activations and KV cache."
+    )
+    page_tokens: int = Field(
+        16, ge=1, le=256, description="Tokens in one page of the KV cache."
+    )
+    kv_tokens: int = Field(
+        16_384, ge=16, description="Tokens the KV cache of one replica holds; whole pages."
+    )
+    budget_tokens: int = Field(
+        256, ge=1, description="Most tokens computed in one step; decodes first, then prompt chunks."
+    )
+    max_running: int = Field(32, ge=1, description="Most sequences computed in one step.")
+    prefix_cache: bool = Field(
+        True, description="Keep the pages of finished prompts and reuse them for equal prefixes."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> "EngineSettings":
+        if self.kv_tokens % self.page_tokens:
+            raise ValueError(
+                f"engine.kv_tokens = {self.kv_tokens} is not a whole number of pages; a multiple "
+                f"of engine.page_tokens = {self.page_tokens} is accepted"
+            )
+        if self.budget_tokens < self.max_running:
+            raise ValueError(
+                f"engine.budget_tokens = {self.budget_tokens} leaves no token for some of "
+                f"engine.max_running = {self.max_running} sequences; at least as many tokens as "
+                "sequences are accepted"
+            )
+        return self
+
+
+class RoleSettings(Section):
+    """How many replicas of a role run, and what one of them asks of a machine."""
+
+    replicas: int = Field(1, ge=0, le=1024, description="How many replicas run.")
+    cpus: float = Field(
+        0.5, ge=0, le=1024, allow_inf_nan=False, description="CPUs Ray reserves for one replica."
+    )
+    memory_bytes: int = Field(
+        2 * GIB,
+        ge=64 * MIB,
+        description="Memory Ray reserves for one replica: weights, KV cache and the process.",
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Node labels that a replica's machine must have."
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="Compute threads of one replica; 0 is all the CPUs it may use."
+    )
+
+
+class DecodeSettings(RoleSettings):
+    """The role that owns a request's tokens; there is always at least one."""
+
+    replicas: int = Field(1, ge=1, le=1024, description="How many replicas run.")
+
+
+class HandoffSettings(Section):
+    """How the KV pages of a prompt get from a prefill to a decode replica."""
+
+    transport: Literal["shared_memory", "ray_object"] = Field(
+        "shared_memory", description="How pages move; shared_memory needs both on one machine."
+    )
+    min_tokens: int = Field(
+        64, ge=0, description="Decode computes shorter uncached prompt parts itself."
+    )
+    lease_s: Seconds = Field(
+        5.0, description="How long pages wait for their receiver before they are taken back."
+    )
+    deadline_s: Seconds = Field(
+        60.0, description="How long decode waits for a remote prefill before it goes elsewhere."
+    )
+
+
+class ControllerSettings(Section):
+    """The actor that starts, watches and replaces replicas."""
+
+    period_s: Seconds = Field(0.5, description="Time between two looks at the replicas.")
+    ping_deadline_s: Seconds = Field(
+        10.0, description="A replica that answers no ping for so long is replaced."
+    )
+    start_deadline_s: Seconds = Field(
+        120.0, description="A replica that is not ready after so long is replaced."
+    )
+
+
+class Settings(Section):
+    """Everything that can be set, with the defaults of one machine without a GPU."""
+
+    model: str = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="Built-in name, path of a GGUF file or a Hugging Face folder, or a hub id.",
+    )
+    data_dir: str = Field(
+        ".sanderling", min_length=1, description="Folder for logs and state, made when missing."
+    )
+    http: HttpSettings = HttpSettings()
+    ray: RaySettings = RaySettings()
+    engine: EngineSettings = EngineSettings()
+    prefill: RoleSettings = Field(
+        RoleSettings(), description="0 replicas: decode computes every prompt itself."
+    )
+    decode: DecodeSettings = DecodeSettings()
+    handoff: HandoffSettings = HandoffSettings()
+    controller: ControllerSettings = ControllerSettings()
