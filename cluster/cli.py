@@ -58,10 +58,9 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup)
 @click.version_option(package_name="sanderling")
 @click.option("--traceback", is_flag=True, help="Show where an error came from.")
-@click.pass_context
-def cli(ctx: click.Context, traceback: bool) -> None:
+def cli(traceback: bool) -> None:
     """Serve language models on one machine or a Ray cluster, prefill and decode apart."""
-    ctx.obj = traceback
+    # --traceback is read by main(), which is where errors end.
 
 
 def main(arguments: list[str] | None = None) -> Any:

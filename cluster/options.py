@@ -13,13 +13,10 @@ from typing import Any
 import click
 
 from cluster.settings import Resolved, resolve
+from cluster.settings.catalog import KNOWN
 
-NAMED: Mapping[str, tuple[str, Any, str]] = {
-    "model": ("model", str, "Model: a built-in name, a path or a hub id."),
-    "host": ("http.host", str, "Address to listen on."),
-    "port": ("http.port", int, "TCP port to listen on."),
-}
-"""Short flags: flag -> dotted setting, type, help."""
+NAMED: Mapping[str, str] = {"model": "model", "host": "http.host", "port": "http.port"}
+"""Short flags and the settings they stand for."""
 
 DEFAULT_FILE = Path("sanderling.toml")
 
@@ -35,7 +32,7 @@ def with_settings(*flags: str, dry_run: bool = False) -> Callable[[Command], Com
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def run(config: Path | None, sets: tuple[str, ...], **rest: Any) -> Any:
-            given = {NAMED[flag][0]: rest.pop(flag) for flag in flags}
+            given = {NAMED[flag]: rest.pop(flag) for flag in flags}
             resolved = resolve(config or _default_file(), os.environ, sets, given)
             if dry_run and rest.pop("dry_run"):
                 sys.stdout.write(resolved.to_toml())
@@ -59,7 +56,10 @@ def _decorated(run: Command, flags: tuple[str, ...], dry_run: bool) -> Command:
             "--set", "sets", multiple=True, metavar="NAME=VALUE", help="One setting; repeatable."
         ),
     ]
-    options += [click.option(f"--{flag}", type=NAMED[flag][1], help=NAMED[flag][2]) for flag in flags]
+    options += [
+        click.option(f"--{flag}", metavar="VALUE", help=KNOWN[NAMED[flag]].description)
+        for flag in flags
+    ]
     if dry_run:
         options.append(
             click.option("--dry-run", is_flag=True, help="Print the resolved settings and end.")

@@ -51,13 +51,13 @@ def resolve(
     file: Path | None = None,
     environ: Mapping[str, str] | None = None,
     sets: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str | None] | None = None,
 ) -> Resolved:
     """Resolve settings; later sources win: defaults, `file`, `environ`, then `sets` and `flags`.
 
     environ: usually os.environ; only SANDERLING_* is read (SANDERLING_HTTP__PORT = http.port).
     sets: texts "http.port=8001" of --set.
-    flags: named flags by dotted name, {"http.port": 8001}; None means the flag was not given.
+    flags: named flags by dotted name, {"http.port": "8001"}; None means the flag was not given.
     """
     given = [
         *(_from_file(file) if file else ()),
@@ -128,11 +128,12 @@ def _from_set(text: str) -> Assignment:
     return Assignment(name, parse_text(KNOWN[name], value.strip()), origin)
 
 
-def _from_flags(flags: Mapping[str, Any]) -> Iterator[Assignment]:
-    for name, value in flags.items():
+def _from_flags(flags: Mapping[str, str | None]) -> Iterator[Assignment]:
+    for name, text in flags.items():
         assert name in KNOWN, f"a command declares a flag for {name}, which is no setting"
-        if value is not None:
-            yield Assignment(name, value, f"flag --{name.rpartition('.')[2].replace('_', '-')}")
+        if text is not None:
+            origin = f"flag --{name.rpartition('.')[2].replace('_', '-')}"
+            yield Assignment(name, parse_text(KNOWN[name], text), origin)
 
 
 def _unknown(name: str, origin: str) -> SettingsError:

