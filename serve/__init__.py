@@ -1,0 +1,1 @@
+"""A request, top to bottom: HTTP edge, admission, routing, prefill, hand-off, decode, stream."""
