@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
@@ -52,6 +53,16 @@ def refuse(message: str, param: str | None, code: str | None = None) -> RequestE
     return RequestError(400, "invalid_request_error", param, message, code)
 
 
+def unsupported(text: str, suffix: str = "") -> PydanticCustomError:
+    """For validators: well-formed, but not done here. suffix: path within the field."""
+    return PydanticCustomError("unsupported_value", "{text}", {"text": text, "suffix": suffix})
+
+
+def mistyped(text: str, suffix: str = "") -> PydanticCustomError:
+    """For validators: not of the form that is accepted."""
+    return PydanticCustomError("wrong_type", "{text}", {"text": text, "suffix": suffix})
+
+
 def explain(error: ValidationError, body: Any, known: Mapping[str, Sequence[str]]) -> RequestError:
     """The first error of a validation as a 400 that names the field and what would be accepted.
 
@@ -62,7 +73,7 @@ def explain(error: ValidationError, body: Any, known: Mapping[str, Sequence[str]
     if first["type"] == "json_invalid":
         return refuse(f"The body is not valid JSON: {first['ctx']['error']}.", None, "invalid_json")
     path = _fields(first["loc"], body)
-    param = _dotted(path) + first.get("ctx", {}).get("suffix", "")
+    param = (_dotted(path) + first.get("ctx", {}).get("suffix", "")).removeprefix(".")
     match first["type"]:
         case "missing":
             return refuse(f"Missing required parameter: '{param}'.", param, "missing_parameter")
@@ -93,8 +104,7 @@ def _fields(location: tuple[int | str, ...], body: Any) -> list[int | str]:
 
 
 def _dotted(path: list[int | str]) -> str:
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
 
 
 def _nearest(path: list[int | str], known: Mapping[str, Sequence[str]]) -> str:

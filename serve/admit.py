@@ -1,0 +1,167 @@
+"""From a well-formed request to one the engine can run: numbers checked, defaults filled in.
+
+Owns what depends on the model (its name, context length, vocabulary) and on chance (seeds, ids).
+Synchronous and free of I/O; http.py runs it in a thread when the text is long. Keys, tenants and
+queue caps belong here too: the salt of the cache key is never taken from the body.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.clock import Clock
+from serve.chat import ChatPrompt, Template, TextTokenizer
+from serve.engine.sequence import Limits, Request, Sampling
+from serve.errors import RequestError, refuse
+from serve.kv.prefix import CacheKey
+from serve.openai import ChatRequest, CompletionRequest, GenerationRequest
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+
+
+class ModelShape(Protocol):
+    """What the edge needs of models.config.ModelConfig."""
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+class TextParts(Protocol):
+    """What the edge needs of models.load.text.TextModel."""
+
+    @property
+    def config(self) -> ModelShape: ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+    @property
+    def chat_template(self) -> Template | None: ...
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. salt: keeps the prefix caches of tenants apart; one tenant for now."""
+
+    salt: str = ""
+    priority: int = 0
+
+
+class Admission:
+    """Turns parsed requests for one model into engine requests.
+
+    context_tokens: the longest prompt plus answer, at most the model's own. chance draws seeds and
+    ids; clock stamps arrivals.
+    """
+
+    def __init__(
+        self,
+        text: TextParts,
+        model: str,
+        *,
+        context_tokens: int,
+        chance: random.Random,
+        clock: Clock,
+    ) -> None:
+        self.model = model
+        self.context_tokens = context_tokens
+        self._tokenizer = text.tokenizer
+        self._chat = ChatPrompt(text.tokenizer, text.chat_template)
+        self._chance = chance
+        self._clock = clock
+
+    def chat(self, body: ChatRequest, caller: Caller) -> Request:
+        """A chat completion; without a maximum it may fill the rest of the context."""
+        self.known(body.model)
+        prompt = self._chat.ids([message.for_template() for message in body.messages])
+        return self._request("chatcmpl", body, tuple(prompt), "messages", None, caller)
+
+    def completion(self, body: CompletionRequest, caller: Caller) -> Request:
+        """A completion of raw text, in which control tokens are read as such, or of token ids."""
+        self.known(body.model)
+        ids = body.prompt
+        prompt = tuple(self._tokenizer.encode(ids)) if isinstance(ids, str) else ids
+        self._in_vocabulary(prompt, "prompt")
+        default = DEFAULT_COMPLETION_TOKENS
+        return self._request("cmpl", body, prompt, "prompt", default, caller)
+
+    def known(self, model: str) -> None:
+        """RequestError 404 for any model but the one that is served."""
+        if model != self.model:
+            text = f"The model '{model}' does not exist; this server has '{self.model}'."
+            raise RequestError(404, "invalid_request_error", "model", text, "model_not_found")
+
+    def _request(
+        self,
+        prefix: str,
+        body: GenerationRequest,
+        prompt: tuple[int, ...],
+        param: str,
+        default_tokens: int | None,
+        caller: Caller,
+    ) -> Request:
+        rest = self._room(prompt, param)
+        wanted = body.wanted_tokens
+        self._fits(len(prompt), wanted, param)
+        max_tokens = wanted or min(rest, default_tokens or rest)
+        return Request(
+            request_id=f"{prefix}-{self._chance.getrandbits(96):024x}",
+            prompt=prompt,
+            sampling=self._sampling(body),
+            limits=self._limits(body, max_tokens),
+            cache_key=CacheKey(salt=caller.salt, adapter="", effort=""),
+            priority=caller.priority,
+            arrival_s=self._clock.now_s(),
+        )
+
+    def _room(self, prompt: tuple[int, ...], param: str) -> int:
+        """Tokens that the context has left after the prompt; at least one, or it is refused."""
+        if not prompt:
+            raise refuse("The prompt is empty; it should hold at least one token.", param)
+        if len(prompt) >= self.context_tokens:
+            raise refuse(
+                f"The prompt has {len(prompt)} tokens; this model's context holds "
+                f"{self.context_tokens}, of which at least one is for the answer.",
+                param,
+                "context_length_exceeded",
+            )
+        return self.context_tokens - len(prompt)
+
+    def _fits(self, prompt_tokens: int, wanted_tokens: int | None, param: str) -> None:
+        if wanted_tokens is not None and prompt_tokens + wanted_tokens > self.context_tokens:
+            raise refuse(
+                f"The prompt has {prompt_tokens} tokens and {wanted_tokens} are asked for the "
+                f"answer, {prompt_tokens + wanted_tokens} together; this model's context holds "
+                f"{self.context_tokens}.",
+                param,
+                "context_length_exceeded",
+            )
+
+    def _sampling(self, body: GenerationRequest) -> Sampling:
+        seed = self._chance.getrandbits(63) if body.seed is None else body.seed
+        return Sampling(
+            temperature=1.0 if body.temperature is None else float(body.temperature),
+            top_k=max(body.top_k or 0, 0),  # -1 is vLLM's way to say off
+            top_p=1.0 if body.top_p is None else float(body.top_p),
+            min_p=float(body.min_p or 0.0),
+            seed=seed,
+        )
+
+    def _limits(self, body: GenerationRequest, max_tokens: int) -> Limits:
+        stop_token_ids = tuple(body.stop_token_ids or ())
+        self._in_vocabulary(stop_token_ids, "stop_token_ids")
+        min_tokens = body.min_tokens or 0
+        if min_tokens > max_tokens:
+            text = f"'min_tokens' is {min_tokens}, above the maximum of {max_tokens} tokens."
+            raise refuse(text, "min_tokens", "invalid_value")
+        return Limits(max_tokens, min_tokens, stop_token_ids, body.stop, bool(body.ignore_eos))
+
+    def _in_vocabulary(self, ids: tuple[int, ...], param: str) -> None:
+        size = self._tokenizer.vocab_size
+        for at, token in enumerate(ids):
+            if not 0 <= token < size:
+                text = f"'{param}[{at}]' is {token}; token ids of this model are 0 to {size - 1}."
+                raise refuse(text, f"{param}[{at}]", "invalid_value")
