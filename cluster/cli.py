@@ -24,7 +24,9 @@ class Entry(NamedTuple):
 COMMANDS: Mapping[str, Entry] = {
     "up": Entry("serve.commands:up", "Start serving; returns when the first answer is there."),
     "down": Entry("serve.commands:down", "Stop what `up` started."),
-    "status": Entry("serve.commands:status", "Replicas, queues and KV pages of the running service."),
+    "status": Entry(
+        "serve.commands:status", "Replicas, queues and KV pages of the running service."
+    ),
     "bench": Entry("serve.commands:bench", "Measure the running service."),
     "doctor": Entry("cluster.doctor.command:doctor", "Check this machine and say what to do."),
 }

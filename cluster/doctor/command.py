@@ -1,4 +1,4 @@
-"""The command `sanderling doctor`: runs the checks, prints a table or JSON, exits 1 on a failure."""
+"""The command `sanderling doctor`: runs the checks, prints a table or JSON, exits 1 on failure."""
 
 import dataclasses
 import json

@@ -126,7 +126,9 @@ def shared_memory(settings: Settings, folder: Path = Path("/dev/shm")) -> Findin
     caches = sum(role.replicas * role.memory_bytes for role in roles)
     if settings.handoff.transport != "shared_memory":
         caches = 0
-    found = f"{free / GIB:.1f} GiB free; object store {store / GIB:.1f}, KV up to {caches / GIB:.1f}"
+    found = (
+        f"{free / GIB:.1f} GiB free; object store {store / GIB:.1f}, KV up to {caches / GIB:.1f}"
+    )
     if free < store:
         todo = "give it more (docker run --shm-size=4g) or lower ray.object_store_bytes"
         return Finding(str(folder), "fail", found, todo)

@@ -1,4 +1,4 @@
-"""The settings as a flat catalogue: dotted name -> field, what it accepts, how text becomes a value.
+"""The settings as a flat catalogue: dotted name -> field, what it accepts, what text means.
 
 Environment and flags carry text, files carry TOML values; both end as the same Python values here.
 Used by resolve.py, dump.py and the frozen list of knobs in the tests.

@@ -160,4 +160,6 @@ def _sentence(detail: ErrorDetails, origins: Mapping[str, str]) -> str:
         rule = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
         return f"{rule} ({', '.join(involved)})"
     origin = origins.get(name, "default")
-    return f"{name} = {detail['input']!r} ({origin}) is not accepted; it takes {accepts(KNOWN[name])}"
+    return (
+        f"{name} = {detail['input']!r} ({origin}) is not accepted; it takes {accepts(KNOWN[name])}"
+    )

@@ -57,14 +57,14 @@ class EngineSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of weights, activations and KV cache."
     )
-    page_tokens: int = Field(
-        16, ge=1, le=256, description="Tokens in one page of the KV cache."
-    )
+    page_tokens: int = Field(16, ge=1, le=256, description="Tokens in one page of the KV cache.")
     kv_tokens: int = Field(
         16_384, ge=16, description="Tokens the KV cache of one replica holds; whole pages."
     )
     budget_tokens: int = Field(
-        256, ge=1, description="Most tokens computed in one step; decodes first, then prompt chunks."
+        256,
+        ge=1,
+        description="Most tokens computed in one step; decodes first, then prompt chunks.",
     )
     max_running: int = Field(32, ge=1, description="Most sequences computed in one step.")
     prefix_cache: bool = Field(
@@ -103,7 +103,10 @@ class RoleSettings(Section):
         default_factory=dict, description="Node labels that a replica's machine must have."
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="Compute threads of one replica; 0 is all the CPUs it may use."
+        0,
+        ge=0,
+        le=1024,
+        description="Compute threads of one replica; 0 is all the CPUs it may use.",
     )
 
 
