@@ -1,0 +1,60 @@
+"""Loads a model by its setting: weights for the engine, text parts for the edge.
+
+`load_text` imports no torch, so the HTTP edge stays light. Errors are ValueErrors with one
+sentence that names the file and what is accepted.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.load.text import TextModel
+from models.resolve import resolve
+
+if TYPE_CHECKING:
+    from models.decoder import Decoder
+
+__all__ = ["DTYPES", "TextModel", "load_model", "load_text"]
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load_text(model: str) -> TextModel:
+    """Configuration, tokenizer and chat template of a model setting (see `models.resolve`)."""
+    path = resolve(model)
+    if path.is_dir():
+        from models.load.folder import read_text as read_folder
+
+        return read_folder(path)
+    from models.load.gguf import read_text as read_gguf
+    from models.load.gguf_file import open_gguf
+
+    return read_gguf(open_gguf(path))
+
+
+def load_model(
+    model: str, *, dtype: str = "float32", cache_dir: Path | None = None
+) -> "Decoder":
+    """The decoder of a model setting, on the CPU, with weights in dtype and not trainable.
+
+    cache_dir: a folder for decoded weights; later loads of the same file map them, so replicas on
+    one machine share the memory. ValueError when the dtype or the files are not accepted.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not accepted; {' and '.join(DTYPES)} are.")
+    import torch
+
+    from models.load.weights import fill
+
+    path = resolve(model)
+    if path.is_dir():
+        from models.load.folder import open_folder
+
+        config, source = open_folder(path)
+        return fill(config, source, getattr(torch, dtype), str(path))
+    from models.load.gguf import read_config
+    from models.load.gguf_file import open_gguf
+    from models.load.gguf_weights import GGUFWeights
+
+    file = open_gguf(path)
+    config = read_config(file)
+    return fill(config, GGUFWeights(file, config), getattr(torch, dtype), str(path))
