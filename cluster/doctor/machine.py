@@ -106,8 +106,9 @@ def memory(settings: Settings, available_bytes: int | None = None) -> Finding:
     if settings.ray.address != "local":
         return Finding("memory", "ok", f"{found} on the cluster, not here")
     todo = "lower prefill.replicas (0 is accepted), engine.kv_tokens and *.memory_bytes"
-    state = "ok" if there >= need else "warn" if there >= need // 2 else "fail"
-    return Finding("memory", state, found, "" if state == "ok" else todo)
+    if there >= need:
+        return Finding("memory", "ok", found)
+    return Finding("memory", "warn" if there >= need // 2 else "fail", found, todo)
 
 
 def _container_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -1,6 +1,9 @@
 """Each check of the doctor can say no, and the exit code follows."""
 
+import importlib.metadata
+import importlib.util
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -64,10 +67,10 @@ def test_memory_follows_the_settings():
 
 def test_shared_memory_follows_transport(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     free = Settings().ray.object_store_bytes + 1
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: FakeUsage(free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: FakeUsage(free))
     assert machine.shared_memory(Settings(), tmp_path).state == "warn"
     assert machine.shared_memory(settings(handoff={"transport": "ray_object"})).state == "ok"
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: FakeUsage(free - 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: FakeUsage(free - 2))
     assert machine.shared_memory(Settings(), tmp_path).state == "fail"
     assert machine.shared_memory(Settings(), tmp_path / "none").state == "fail"
 
@@ -88,7 +91,7 @@ def test_versions_are_compared(monkeypatch: pytest.MonkeyPatch):
     versions = {"torch": "2.13.0+cpu", "ray": "2.59.0", "numpy": None}
     lines = ["torch==2.13.0", "ray[serve]==2.60.*", "numpy>=2", 'pytest>=9; extra == "test"']
     monkeypatch.setattr(packages, "_version", versions.get)
-    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
     finding = packages.requirements()
     assert finding.state == "fail"
     assert finding.found == "ray is 2.59.0, needed is ==2.60.*; numpy is missing"
@@ -100,15 +103,15 @@ def test_a_clashing_distribution_fails(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_foreign_ray_address_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packages.sys, "executable", "/bin/true")
+    monkeypatch.setattr(sys, "executable", "/bin/true")
     assert packages.ray({}).state == "ok"
     assert packages.ray({"RAY_ADDRESS": "10.0.0.1:6379"}).state == "warn"
-    monkeypatch.setattr(packages.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     assert packages.ray({}).state == "fail"
 
 
 def test_a_missing_model_wheel_fails(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert packages.MODEL_WHEEL in packages.model(Settings()).todo
     assert packages.model(Settings()).state == "fail"
     assert packages.model(settings(model="elsewhere")).state == "ok"
