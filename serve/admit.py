@@ -7,39 +7,16 @@ queue caps belong here too: the salt of the cache key is never taken from the bo
 
 import random
 from dataclasses import dataclass
-from typing import Protocol
 
 from cluster.clock import Clock
-from serve.chat import ChatPrompt, Template, TextTokenizer
+from models.load.text import TextModel
+from serve.chat import ChatPrompt
 from serve.engine.sequence import Limits, Request, Sampling
 from serve.errors import RequestError, refuse
 from serve.kv.prefix import CacheKey
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
-
-
-class ModelShape(Protocol):
-    """What the edge needs of models.config.ModelConfig."""
-
-    @property
-    def context_tokens(self) -> int: ...
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-
-
-class TextParts(Protocol):
-    """What the edge needs of models.load.text.TextModel."""
-
-    @property
-    def config(self) -> ModelShape: ...
-
-    @property
-    def tokenizer(self) -> TextTokenizer: ...
-
-    @property
-    def chat_template(self) -> Template | None: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +36,7 @@ class Admission:
 
     def __init__(
         self,
-        text: TextParts,
+        text: TextModel,
         model: str,
         *,
         context_tokens: int,
@@ -82,8 +59,9 @@ class Admission:
     def completion(self, body: CompletionRequest, caller: Caller) -> Request:
         """A completion of raw text, in which control tokens are read as such, or of token ids."""
         self.known(body.model)
-        ids = body.prompt
-        prompt = tuple(self._tokenizer.encode(ids)) if isinstance(ids, str) else ids
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            prompt = (*self._tokenizer.prompt_prefix, *self._tokenizer.encode(prompt))
         self._in_vocabulary(prompt, "prompt")
         default = DEFAULT_COMPLETION_TOKENS
         return self._request("cmpl", body, prompt, "prompt", default, caller)

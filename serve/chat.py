@@ -5,44 +5,20 @@ Content can't act as a control token: wherever it spells one (such as <|im_start
 character that occurs nowhere else, is put after the first character of the spelling, goes through
 the template with it, and the rendered text is cut there and encoded in pieces. The model then reads
 the same characters as ordinary text. Content without such spellings is encoded in one piece,
-untouched. Only tokens that decoding hides as special count; called by admit.py and openai.py.
+untouched. Only tokens marked special count; called by admit.py and openai.py.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from models.chat_template import ChatTemplate
+from models.tokenizer import Tokenizer
 from serve.errors import mistyped, refuse, unsupported
 
 # Unicode noncharacters: valid in a string, never part of a text.
 FENCES = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 Message = Mapping[str, str]
-
-
-class TextTokenizer(Protocol):
-    """What the edge needs of models.tokenizer.Tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
-
-
-class Template(Protocol):
-    """What the edge needs of models.chat_template.ChatTemplate."""
-
-    def render(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: Any = None,
-        add_generation_prompt: bool = True,
-    ) -> str: ...
 
 
 def join_parts(value: Any) -> str | None:
@@ -68,20 +44,14 @@ def _part_text(part: Any, suffix: str) -> str:
     return str(part["text"])
 
 
-def control_texts(tokenizer: TextTokenizer) -> tuple[str, ...]:
-    """The spellings of all control tokens: those that decoding hides. One pass over the ids."""
-    hidden = (i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]))
-    texts = (tokenizer.decode([i], skip_special=False) for i in hidden)
-    return tuple(text for text in texts if text)
-
-
 class ChatPrompt:
     """Renders and encodes conversations of one model. Stateless after construction."""
 
-    def __init__(self, tokenizer: TextTokenizer, template: Template | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        controls = sorted(control_texts(tokenizer), key=len, reverse=True)
+        spellings = (tokenizer.token(number) for number in tokenizer.special_ids)
+        controls = sorted((s for s in spellings if s), key=len, reverse=True)
         spelled = "|".join(map(re.escape, controls)) or "(?!)"  # (?!) matches nowhere
         self._control = re.compile(f"(?=({spelled}))")  # look-ahead: spellings may overlap
         self._starts = tuple({c[:n] for c in controls for n in range(1, len(c))})
@@ -102,7 +72,7 @@ class ChatPrompt:
         try:
             return self._template.render([dict(message) for message in messages])
         except ValueError as error:
-            raise refuse(f"The chat template refused the messages: {error}", "messages") from error
+            raise refuse(str(error), "messages") from error
 
     def _fenced(self, message: Message, fence: str, edges: str = "") -> dict[str, str]:
         def fenced(value: str) -> str:

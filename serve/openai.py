@@ -1,8 +1,8 @@
-"""OpenAI's wire format: what is accepted in a request, and the objects of every answer.
+"""OpenAI's requests: what is accepted, what is refused and with which words.
 
 Types are strict (no coercion, no unknown fields, no NaN). A parameter that this version does not
 act on is declared with the values that change nothing (`NEUTRAL`); any other value is refused, so
-that nothing asked for is ever silently left out. Called by http.py to read, stream.py to write.
+that nothing asked for is ever silently left out. Called by http.py; the answers are in answers.py.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -262,75 +262,3 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
     except ValidationError as error:
         json = from_json(body) if error.errors()[0]["type"] != "json_invalid" else None
         raise explain(error, json, {"": tuple(kind.model_fields), **KNOWN_FIELDS}) from error
-
-
-class CachedTokens(BaseModel):
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    """Tokens of one request; an end or stop token counts as a completion token."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-FinishReason = Literal["stop", "length"]
-
-
-class AnswerMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int = 0
-    message: AnswerMessage
-    logprobs: None = None
-    finish_reason: FinishReason
-
-
-class DeltaChoice(BaseModel):
-    index: int = 0
-    delta: dict[Literal["role", "content"], str]
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
-
-
-class TextChoice(BaseModel):
-    index: int = 0
-    text: str
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
-
-
-class Answer(BaseModel):
-    """What every answer and every chunk of a stream begins with."""
-
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice] | list[DeltaChoice] | list[TextChoice]
-
-
-class AnswerWithUsage(Answer):
-    """An answer, or a chunk of a stream that reports usage (null until the last chunk)."""
-
-    usage: Usage | None
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "sanderling"
-    max_model_len: int  # as vLLM names the context length
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]

@@ -42,10 +42,7 @@ class KVStorage:
     def __init__(self, shape: KVShape, dtype: torch.dtype, name: str | None = None) -> None:
         """Errors: ValueError for a dtype or size that cannot be, or as in `shared.create`."""
         header = _header(shape, dtype)
-        if name is None:
-            memory = _private(header.file_bytes)
-        else:
-            memory = shared.create(name, header)
+        memory = _private(header.file_bytes) if name is None else shared.create(name, header)
         self._open(header, memory, name)
 
     @classmethod

@@ -1,0 +1,168 @@
+"""OpenAI's answers: the objects of every response and of every chunk of a stream.
+
+A `Format` writes one endpoint's objects; stream.py feeds it pieces and knows nothing of endpoints.
+`usage` is a field of a chunk only where the client asked for it, null until the last chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import BaseModel
+
+
+class CachedTokens(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of one request; an end or stop token counts as a completion token."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int = 0
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class DeltaChoice(BaseModel):
+    index: int = 0
+    delta: dict[Literal["role", "content"], str]
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+
+
+class TextChoice(BaseModel):
+    index: int = 0
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+
+
+Choices = list[ChatChoice] | list[DeltaChoice] | list[TextChoice]
+ObjectName = Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+
+
+class Answer(BaseModel):
+    """What every answer and every chunk of a stream begins with."""
+
+    id: str
+    object: ObjectName
+    created: int
+    model: str
+    choices: Choices
+
+
+class AnswerWithUsage(Answer):
+    """An answer, or a chunk of a stream that reports usage (null until the last chunk)."""
+
+    usage: Usage | None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "sanderling"
+    max_model_len: int  # as vLLM names the context length
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Format(Protocol):
+    """How pieces are written for one endpoint."""
+
+    def opening(self) -> Answer | None:
+        """The chunk before any text, where the endpoint has one."""
+        ...
+
+    def chunk(self, text: str, finish: FinishReason | None) -> Answer:
+        """A chunk of a stream; the last one with a choice has `finish`."""
+        ...
+
+    def usage(self, usage: Usage) -> Answer:
+        """The chunk with usage and no choices."""
+        ...
+
+    def answer(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
+        """The whole answer of a request that is not streamed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all objects of one answer share. created: Unix time in seconds."""
+
+    id: str
+    created: int
+    model: str
+    include_usage: bool
+
+    def write(
+        self, kind: ObjectName, choices: Choices, usage: Usage | None = None, whole: bool = False
+    ) -> Answer:
+        fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        if self.include_usage or whole:
+            return AnswerWithUsage(**fields, choices=choices, usage=usage)
+        return Answer(**fields, choices=choices)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Objects of /v1/chat/completions."""
+
+    head: Head
+
+    def opening(self) -> Answer | None:
+        return self._chunk(DeltaChoice(delta={"role": "assistant", "content": ""}))
+
+    def chunk(self, text: str, finish: FinishReason | None) -> Answer:
+        delta: dict[Literal["role", "content"], str] = {"content": text} if text else {}
+        return self._chunk(DeltaChoice(delta=delta, finish_reason=finish))
+
+    def usage(self, usage: Usage) -> Answer:
+        return self.head.write("chat.completion.chunk", [], usage)
+
+    def answer(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
+        choice = ChatChoice(message=AnswerMessage(content=text), finish_reason=finish)
+        return self.head.write("chat.completion", [choice], usage, whole=True)
+
+    def _chunk(self, choice: DeltaChoice) -> Answer:
+        return self.head.write("chat.completion.chunk", [choice])
+
+
+@dataclass(frozen=True)
+class CompletionFormat:
+    """Objects of /v1/completions."""
+
+    head: Head
+
+    def opening(self) -> Answer | None:
+        return None
+
+    def chunk(self, text: str, finish: FinishReason | None) -> Answer:
+        return self.head.write("text_completion", [TextChoice(text=text, finish_reason=finish)])
+
+    def usage(self, usage: Usage) -> Answer:
+        return self.head.write("text_completion", [], usage)
+
+    def answer(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
+        choice = TextChoice(text=text, finish_reason=finish)
+        return self.head.write("text_completion", [choice], usage, whole=True)

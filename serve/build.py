@@ -1,0 +1,122 @@
+"""From settings to the plain objects of one replica: storage, pool, tree, scheduler, engine.
+
+Called by the actor shells and the one-process mode; the only place that knows how they fit.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cluster.clock import Clock
+from cluster.settings import Settings
+from models.detokenize import Detokenizer
+from serve.clients import ConnectPrefill
+from serve.engine.cost import StepCost
+from serve.engine.engine import Engine
+from serve.engine.runner import ModelRunner
+from serve.engine.scheduler import Scheduler
+from serve.kv.pool import PagePool
+from serve.kv.prefix import PrefixTree
+from serve.kv.storage import KVShape, KVStorage
+from serve.peers import PrefillPeers
+from serve.transport import open_transport
+
+if TYPE_CHECKING:
+    from models.config import ModelConfig
+    from models.decoder import Decoder
+    from models.load import TextModel
+    from serve.decode import DecodeReplica
+    from serve.prefill import PrefillReplica
+
+# Multiply-adds of attention run at about half the rate of those of the linears on a CPU.
+ATTENTION_RATE = 0.5
+
+
+class Model(NamedTuple):
+    """Weights and text parts; replicas of one process may share both."""
+
+    decoder: "Decoder"
+    text: "TextModel"
+
+
+def load(settings: Settings) -> Model:
+    """Read the model that the settings name. ValueError with a sentence when it cannot be."""
+    from models.load import load_model, load_text
+
+    cache = Path(settings.data_dir) / "weights"
+    return Model(
+        load_model(settings.model, dtype=settings.engine.dtype, cache_dir=cache),
+        load_text(settings.model),
+    )
+
+
+def step_cost(config: "ModelConfig") -> StepCost:
+    """The cost of context for a model's shape (multiply-adds per token, per context token)."""
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    linears = config.hidden * (2 * queries + 2 * keys + 3 * config.ff)
+    return StepCost(ATTENTION_RATE * linears / (2 * queries))
+
+
+def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engine, KVStorage]:
+    """An engine over fresh KV storage; `segment` names it in shared memory, None keeps it private."""
+    config, options = model.decoder.config, settings.engine
+    shape = KVShape(
+        layers=config.layers,
+        pages=options.kv_tokens // options.page_tokens,
+        page_tokens=options.page_tokens,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+    )
+    storage = KVStorage(shape, model.decoder.dtype, segment)
+    pool = PagePool(shape.pages, shape.page_tokens, storage)
+    scheduler = Scheduler(
+        pool,
+        PrefixTree(pool),
+        budget_tokens=options.budget_tokens,
+        max_running=options.max_running,
+        cost=step_cost(config),
+        prefix_cache=options.prefix_cache,
+    )
+    runner = ModelRunner(model.decoder, storage)
+    made = Engine(
+        scheduler,
+        runner,
+        eos_token_ids=model.text.tokenizer.eos_token_ids,
+        detokenizer=_detokenizer(model),
+    )
+    return made, storage
+
+
+def prefill_replica(
+    settings: Settings, model: Model, replica_id: str, segment: str, clock: Clock
+) -> "PrefillReplica":
+    """A prefill replica, not yet started."""
+    from serve.prefill import PrefillReplica
+
+    made, storage = engine(settings, model, segment)
+    transport = open_transport(settings.handoff.transport)
+    return PrefillReplica(
+        replica_id, made, storage, transport, lease_s=settings.handoff.lease_s, clock=clock
+    )
+
+
+def decode_replica(
+    settings: Settings, model: Model, replica_id: str, connect: ConnectPrefill, clock: Clock
+) -> "DecodeReplica":
+    """A decode replica, not yet started; `connect` reaches prefill replicas by id."""
+    from serve.decode import DecodeReplica
+
+    made, storage = engine(settings, model, None)
+    return DecodeReplica(
+        replica_id,
+        made,
+        storage,
+        open_transport(settings.handoff.transport),
+        PrefillPeers(connect, deadline_s=settings.handoff.deadline_s),
+        min_remote_tokens=settings.handoff.min_tokens,
+        clock=clock,
+    )
+
+
+def _detokenizer(model: Model) -> Callable[[], Detokenizer]:
+    return lambda: Detokenizer(model.text.tokenizer)

@@ -1,0 +1,212 @@
+"""The controller: keeps as many replicas of each role as were asked for, and says who they are.
+
+One task watches each replica; a replica that dies, hangs or fails is removed and another started.
+It holds no state that it could not find again: after a crash of its own it lists the replicas that
+run and goes on. No Ray here; actors.py gives it a launcher and a process.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from cluster.clock import Clock
+from serve.clients import ReplicaLost
+from serve.directory import Directory, Entry
+from serve.replica import ReplicaState, Role
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+
+
+class Launcher(Protocol):
+    """Starts and stops replicas somewhere: Ray actors, or objects of this process."""
+
+    async def start(self, role: Role, replica_id: str) -> None:
+        """Begin to start a replica; it is up when its first ping is answered."""
+        ...
+
+    async def ping(self, replica_id: str) -> ReplicaState:
+        """Its state, as soon as it answers; ReplicaLost, with the reason, when it is dead."""
+        ...
+
+    async def drain(self, replica_id: str, deadline_s: float) -> int:
+        """Let it finish or send away what it has; returns how many requests had to move."""
+        ...
+
+    async def stop(self, replica_id: str) -> None:
+        """Kill it and clear what it left (shared memory); idempotent."""
+        ...
+
+    async def running(self) -> Mapping[str, Role]:
+        """Every replica of this service that exists, whoever started it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often to look and how long to wait, in seconds (settings section [controller])."""
+
+    period_s: float
+    ping_deadline_s: float
+    start_deadline_s: float
+
+
+class Controller:
+    """Watches and replaces replicas; every method runs on one event loop."""
+
+    def __init__(
+        self, launcher: Launcher, wanted: Mapping[Role, int], patience: Patience, clock: Clock
+    ) -> None:
+        self.launcher = launcher
+        self.wanted: dict[Role, int] = dict(wanted)
+        self.patience = patience
+        self.clock = clock
+        self.replaced = 0
+        self.trouble: str | None = None
+        self._entries: dict[str, Entry] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._version = 1
+        self._published = asyncio.Event()
+        self._failures: dict[Role, int] = {"prefill": 0, "decode": 0}
+        self._numbers = itertools.count(1)
+
+    async def start(self) -> None:
+        """Find the replicas that run already, then start what is missing."""
+        for replica_id, role in (await self.launcher.running()).items():
+            self._watch(Entry(replica_id, role, "starting"))
+        await self._fill()
+
+    async def stop(self) -> None:
+        """Stop every replica and every task; idempotent."""
+        for task in (*self._watchers.values(), *self._background):
+            task.cancel()
+        replicas, self._entries = list(self._entries), {}
+        await asyncio.gather(*(self.launcher.stop(r) for r in replicas))
+
+    def directory(self) -> Directory:
+        """Who serves now."""
+        return Directory(self._version, tuple(self._entries.values()), self.trouble)
+
+    async def watch(self, version: int, timeout_s: float) -> Directory:
+        """The directory as soon as it is newer than `version`, or as it is after `timeout_s`."""
+        if version > self._version:  # the caller knew a predecessor of ours: go on from there
+            self._version = version + 1
+        if version == self._version:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._published.wait(), timeout_s)
+        return self.directory()
+
+    async def scale(self, role: Role, replicas: int, deadline_s: float) -> None:
+        """Want so many replicas of a role; those too many, newest first, are drained."""
+        self.wanted[role] = replicas
+        await self._fill()
+        serving = [e.replica_id for e in self._entries.values() if _counts(e, role)]
+        for replica_id in serving[replicas:]:
+            self._later(self.drain(replica_id, deadline_s))
+
+    async def drain(self, replica_id: str, deadline_s: float) -> None:
+        """Route nothing new to a replica, let it finish or move its work, then stop it.
+
+        A replacement is started first when the role would fall short. ValueError when unknown.
+        """
+        entry = self._entries.get(replica_id)
+        if entry is None:
+            known = ", ".join(sorted(self._entries)) or "none"
+            raise ValueError(f"there is no replica {replica_id!r}; running are: {known}")
+        self._entries[replica_id] = replace(entry, phase="draining")
+        self._publish()
+        await self._fill()
+        with contextlib.suppress(ReplicaLost, TimeoutError):
+            slack_s = self.patience.ping_deadline_s
+            drained = self.launcher.drain(replica_id, deadline_s)
+            await asyncio.wait_for(drained, deadline_s + slack_s)
+        await self._remove(replica_id)
+
+    def _watch(self, entry: Entry) -> None:
+        self._entries[entry.replica_id] = entry
+        self._watchers[entry.replica_id] = asyncio.create_task(self._look_after(entry))
+        self._publish()
+
+    async def _look_after(self, entry: Entry) -> None:
+        """Ping one replica until it is lost, then replace it."""
+        replica_id, deadline_s = entry.replica_id, self.patience.start_deadline_s
+        try:
+            while True:
+                ping = self.launcher.ping(replica_id)
+                state = await asyncio.wait_for(ping, deadline_s)
+                self._saw(replica_id, state)
+                deadline_s = self.patience.ping_deadline_s
+                await self.clock.sleep(self.patience.period_s)
+        except TimeoutError:
+            self.trouble = f"{replica_id} did not answer within {deadline_s:g} s"
+        except ReplicaLost as lost:
+            self.trouble = f"{replica_id}: {lost}"
+        self._watchers.pop(replica_id, None)
+        self.replaced += 1
+        await self._remove(replica_id)
+        await self._replace(entry.role)
+
+    def _saw(self, replica_id: str, state: ReplicaState) -> None:
+        """Take in an answer; ReplicaLost when it says that the replica can serve no more."""
+        entry = self._entries[replica_id]
+        if state.failure is not None:
+            raise ReplicaLost(state.failure)
+        if state.silent_s > self.patience.ping_deadline_s:
+            raise ReplicaLost(f"its engine has made no step for {state.silent_s:.0f} s")
+        phase = "ready" if entry.phase == "starting" else entry.phase
+        if entry.phase == "starting":
+            self._failures[entry.role] = 0
+            self.trouble = None
+        self._entries[replica_id] = replace(entry, phase=phase, state=state)
+        self._publish()
+
+    async def _remove(self, replica_id: str) -> None:
+        self._entries.pop(replica_id, None)
+        watcher = self._watchers.pop(replica_id, None)
+        if watcher is not None:
+            watcher.cancel()
+        self._publish()
+        await self.launcher.stop(replica_id)
+
+    async def _replace(self, role: Role) -> None:
+        """Start what is missing, later and later when replicas of the role keep failing."""
+        failures = self._failures[role]
+        self._failures[role] += 1
+        if failures:
+            await self.clock.sleep(min(FIRST_BACKOFF_S * 2**failures, LONGEST_BACKOFF_S))
+        await self._fill()
+
+    async def _fill(self) -> None:
+        for role, wanted in self.wanted.items():
+            serving = sum(_counts(entry, role) for entry in self._entries.values())
+            for _ in range(wanted - serving):
+                replica_id = self._new_id(role)
+                entry = Entry(replica_id, role, "starting")
+                self._entries[replica_id] = entry
+                await self.launcher.start(role, replica_id)
+                self._watch(entry)
+
+    def _new_id(self, role: Role) -> str:
+        """A name that no replica that we know of has."""
+        return next(
+            name for n in self._numbers if (name := f"{role}-{n}") not in self._entries
+        )
+
+    def _publish(self) -> None:
+        self._version += 1
+        self._published.set()
+        self._published = asyncio.Event()
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _counts(entry: Entry, role: Role) -> bool:
+    """Whether an entry counts towards the replicas wanted of a role."""
+    return entry.role == role and entry.phase != "draining"

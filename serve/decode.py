@@ -1,0 +1,271 @@
+"""A decode replica: owns its requests from submission to their last token, and their KV.
+
+It decides whether a prompt's uncached part is worth a remote prefill, fetches the pages, batches
+continuously, and sends each ingress one message per engine step. A request that leaves unfinished
+(drain, engine failure) is reported as `moved`, and the ingress goes on with it elsewhere: the same
+path as for a replica that was killed. A plain class; actors.py wraps it.
+"""
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from cluster.clock import Clock
+from serve.clients import Draining
+from serve.engine.engine import Engine, Output
+from serve.engine.loop import EngineLoop
+from serve.engine.sequence import Sequence
+from serve.kv.storage import KVStorage
+from serve.peers import PrefillPeers
+from serve.prefill import PrefillReply
+from serve.replica import ReplicaState, between_steps
+from serve.transport import HandoffLost, Transport
+from serve.wire import Moved, failed, pack
+
+SILENT_INGRESS_S = 10.0  # an ingress that has not called for so long is gone, and its clients too
+
+
+@dataclass
+class _Channel:
+    """What waits to be sent to one ingress, and when that ingress was last heard."""
+
+    heard_s: float
+    outbox: list[Output | Moved] = field(default_factory=list)
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class DecodeReplica:
+    """Serves `submit`, `abort`, `tokens`, `drain` and `ping` on one event loop."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        engine: Engine,
+        storage: KVStorage,
+        transport: Transport,
+        peers: PrefillPeers,
+        *,
+        min_remote_tokens: int,
+        clock: Clock,
+    ) -> None:
+        self.replica_id = replica_id
+        self.storage = storage
+        self.transport = transport
+        self.peers = peers
+        self.min_remote_tokens = min_remote_tokens
+        self.clock = clock
+        self.loop = EngineLoop(
+            engine, on_outputs=self._on_outputs, on_death=self._on_death, clock=clock
+        )
+        self.draining = False
+        self.handed_bytes = self.remote_prefills = self.local_prefills = 0
+        self._channels: dict[str, _Channel] = {}
+        self._owner: dict[str, str] = {}  # request id -> ingress id
+        self._imports: dict[str, asyncio.Task[None]] = {}
+        self._pages_freed = asyncio.Event()
+        self._reserving = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin serving, on the running event loop."""
+        self._events = asyncio.get_running_loop()
+        self.loop.start()
+        self._tasks.append(asyncio.create_task(self._forget_silent()))
+
+    async def stop(self) -> None:
+        """End the engine's thread and unlink the storage; idempotent."""
+        for task in (*self._tasks, *self._imports.values()):
+            task.cancel()
+        await asyncio.to_thread(self.loop.stop)
+        self.transport.close()
+        self.storage.close()
+
+    async def submit(self, payload: bytes, ingress_id: str) -> None:
+        """Take a serialized sequence; its tokens go out on the ingress's `tokens` channel.
+
+        Draining when this replica is on its way out. ValueError when the sequence can never fit or
+        is here already.
+        """
+        if self.draining or self.loop.failure is not None:
+            raise Draining(f"{self.replica_id} takes no new requests")
+        sequence = Sequence.from_bytes(payload)
+        request_id = sequence.request_id
+        if request_id in self._owner:
+            raise ValueError(f"request {request_id} is already here")
+        self._owner[request_id] = ingress_id
+        try:
+            await between_steps(self.loop, lambda engine: engine.refuse_oversized(sequence))
+            await self._place(sequence)
+        except BaseException:
+            self._owner.pop(request_id, None)
+            raise
+
+    async def abort(self, request_ids: list[str]) -> int:
+        """Drop requests in any state; returns how many were here. Idempotent."""
+        known = [request_id for request_id in request_ids if self._owner.pop(request_id, None)]
+        for request_id in known:
+            task = self._imports.pop(request_id, None)
+            if task is not None:
+                task.cancel()  # its own cleanup tells the prefill replica
+        await between_steps(self.loop, lambda engine: [engine.abort(r) for r in known])
+        self._pages_freed.set()
+        return len(known)
+
+    async def tokens(self, ingress_id: str) -> AsyncIterator[bytes]:
+        """Messages for one ingress, one per engine step that touched its sequences."""
+        channel = self._channel(ingress_id)
+        while True:
+            await channel.filled.wait()
+            channel.filled.clear()
+            outbox, channel.outbox = channel.outbox, []
+            if outbox:
+                yield pack(outbox)
+
+    async def ping(self, ingress_id: str | None = None) -> ReplicaState:
+        """How this replica is. An ingress names itself, which keeps its requests alive."""
+        if ingress_id is not None:
+            self._channel(ingress_id).heard_s = self.clock.now_s()
+        return ReplicaState(
+            replica_id=self.replica_id,
+            role="decode",
+            failure=self.loop.failure,
+            silent_s=self.clock.now_s() - self.loop.last_alive_s,
+            draining=self.draining,
+            leases=0,
+            handed_bytes=self.handed_bytes,
+            remote_prefills=self.remote_prefills,
+            local_prefills=self.local_prefills,
+            stats=self.loop.engine.stats(),
+        )
+
+    async def drain(self, deadline_s: float) -> int:
+        """Take nothing new, let requests finish until `deadline_s` from now, send the rest away.
+
+        Returns how many had to move. Idempotent.
+        """
+        self.draining = True
+        end_s = self.clock.now_s() + deadline_s
+        while self._owner and self.clock.now_s() < end_s:
+            await self.clock.sleep(0.05)
+        return await self._send_away()
+
+    async def _send_away(self) -> int:
+        owners = dict(self._owner)
+        await self.abort(list(owners))
+        for request_id, ingress_id in owners.items():
+            self._send(ingress_id, Moved(request_id))
+        return len(owners)
+
+    async def _place(self, sequence: Sequence) -> None:
+        """Start a sequence: with a remote prefill where that pays, else right here."""
+        if not self.peers.any():
+            await self._prefill_here(sequence)
+            return
+        tokens = sequence.tokens(0, len(sequence))
+        key = sequence.request.cache_key
+        cached = await between_steps(self.loop, lambda e: e.scheduler.tree.peek(key, tokens))
+        if len(sequence) - cached < self.min_remote_tokens:
+            await self._prefill_here(sequence)
+            return
+        task = asyncio.create_task(self._import(sequence))
+        self._imports[sequence.request_id] = task
+
+    async def _prefill_here(self, sequence: Sequence) -> None:
+        self.local_prefills += 1
+        await between_steps(self.loop, lambda engine: engine.add(sequence))
+
+    async def _import(self, sequence: Sequence) -> None:
+        """Have a prefill replica compute the prompt, copy its pages, and run the sequence."""
+        request_id = sequence.request_id
+        try:
+            await self._reserve(sequence)
+            reply = await self.peers.prefill(sequence)
+            if reply is None or not await self._adopt(sequence, reply):
+                self.local_prefills += 1
+                await between_steps(self.loop, lambda e: e.give_up_reservation(request_id))
+        except Exception as error:
+            # Nobody awaits this task: the request hears of it, whatever it was.
+            await between_steps(self.loop, lambda e: e.abort(request_id))
+            self._route([failed(request_id, len(sequence.output), error)])
+            raise
+        finally:
+            self._imports.pop(request_id, None)
+
+    async def _reserve(self, sequence: Sequence) -> None:
+        """Wait until pages for the whole prompt are ours; first come, first served."""
+        async with self._reserving:
+            while not await between_steps(self.loop, lambda engine: engine.reserve(sequence)):
+                self._pages_freed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._pages_freed.wait(), timeout=0.1)
+
+    async def _adopt(self, sequence: Sequence, reply: PrefillReply) -> bool:
+        """Copy an offer into the reserved pages and let the sequence run; False if it was lost."""
+        try:
+            await between_steps(self.loop, lambda e: self._fetch(e, sequence, reply))
+        except HandoffLost:
+            return False
+        finally:
+            self.peers.acknowledge(reply.offer.lease_id)
+        self.remote_prefills += 1
+        return True
+
+    def _fetch(self, engine: Engine, sequence: Sequence, reply: PrefillReply) -> None:
+        """On the engine's thread, between steps: nothing else can touch the reserved pages."""
+        if sequence.request_id not in engine.reserved:
+            return  # aborted while its prompt was computed
+        assert sequence.table is not None
+        offer = reply.offer
+        first = offer.start_tokens // self.storage.shape.page_tokens
+        pages = sequence.table.pages[first : first + len(offer.pages)]
+        self.handed_bytes += self.transport.fetch(offer, self.storage, pages)
+        if not sequence.output:
+            sequence.cached_tokens = max(sequence.cached_tokens, reply.cached_tokens)
+        self._on_outputs([engine.adopt(sequence.request_id, reply.token)])
+
+    def _on_outputs(self, outputs: list[Output]) -> None:
+        self._events.call_soon_threadsafe(self._route, outputs)
+
+    def _on_death(self, why: str) -> None:
+        def report() -> None:
+            for request_id, ingress_id in self._owner.items():
+                self._send(ingress_id, Moved(request_id))
+            self._owner.clear()
+
+        self._events.call_soon_threadsafe(report)
+
+    def _route(self, outputs: list[Output]) -> None:
+        """Sort a step's outputs by ingress; whoever was aborted meanwhile is dropped here."""
+        by_ingress: dict[str, list[Output | Moved]] = defaultdict(list)
+        for output in outputs:
+            ingress_id = self._owner.get(output.request_id)
+            if ingress_id is None:
+                continue
+            by_ingress[ingress_id].append(output)
+            if output.delta.finish is not None:
+                del self._owner[output.request_id]
+                self._pages_freed.set()
+        for ingress_id, batch in by_ingress.items():
+            self._send(ingress_id, *batch)
+
+    def _send(self, ingress_id: str, *items: Output | Moved) -> None:
+        channel = self._channel(ingress_id)
+        channel.outbox.extend(items)
+        channel.filled.set()
+
+    def _channel(self, ingress_id: str) -> _Channel:
+        if ingress_id not in self._channels:
+            self._channels[ingress_id] = _Channel(heard_s=self.clock.now_s())
+        return self._channels[ingress_id]
+
+    async def _forget_silent(self) -> None:
+        """Stop work for ingresses that died: nobody is left to read its tokens."""
+        while True:
+            await self.clock.sleep(SILENT_INGRESS_S / 5)
+            oldest_s = self.clock.now_s() - SILENT_INGRESS_S
+            silent = [i for i, channel in self._channels.items() if channel.heard_s < oldest_s]
+            for ingress_id in silent:
+                del self._channels[ingress_id]
+                await self.abort([r for r, owner in self._owner.items() if owner == ingress_id])

@@ -1,0 +1,74 @@
+"""From slices to logits: builds the flat token batch and calls the model. The only caller of it.
+
+`Runner` is what Engine needs; `ModelRunner` is the real one. A test may pass a runner with known
+logits instead of a model.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.batch import TokenBatch
+from models.decoder import Decoder
+from serve.engine.scheduler import Slice
+from serve.kv.storage import KVStorage
+
+
+class Runner(Protocol):
+    """Computes a step's slices."""
+
+    def run(self, slices: list[Slice]) -> Tensor:
+        """Logits [R, vocab] float32 of the R slices with `samples`, in order; K/V of every slice's
+        tokens written to its pages."""
+        ...
+
+
+class ModelRunner:
+    """Runs a decoder over paged KV storage."""
+
+    def __init__(self, decoder: Decoder, storage: KVStorage) -> None:
+        self.decoder = decoder
+        self.storage = storage
+
+    def run(self, slices: list[Slice]) -> Tensor:
+        with torch.inference_mode():
+            return self.decoder(token_batch(slices), self.storage.tensor)
+
+
+def token_batch(slices: list[Slice]) -> TokenBatch:
+    """The flat batch of a step's slices (see models.batch.TokenBatch for shapes)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[NDArray[np.int64]] = []
+    starts = [0]
+    for piece in slices:
+        table = piece.sequence.table
+        assert table is not None
+        ids += piece.sequence.tokens(piece.start, piece.stop)
+        positions += range(piece.start, piece.stop)
+        slots.append(table.slots(piece.start, piece.stop))
+        starts.append(len(ids))
+    rows = [stop - 1 for piece, stop in zip(slices, starts[1:], strict=True) if piece.samples]
+    return TokenBatch(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        slots=torch.from_numpy(np.concatenate(slots)),
+        query_starts=tuple(starts),
+        context_tokens=tuple(piece.stop for piece in slices),
+        page_tables=_page_tables(slices),
+        logit_rows=torch.tensor(rows, dtype=torch.int64),
+    )
+
+
+def _page_tables(slices: list[Slice]) -> Tensor:
+    """[S, widest] int64: the pages that each slice attends to, padded with 0."""
+    rows = []
+    for piece in slices:
+        table = piece.sequence.table
+        assert table is not None
+        rows.append(table.pages[: -(-piece.stop // table.pool.page_tokens)])
+    widest = max(len(row) for row in rows)
+    return torch.tensor([row + [0] * (widest - len(row)) for row in rows])

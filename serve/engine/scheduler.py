@@ -1,0 +1,197 @@
+"""Who runs in the next step: continuous batching under a cost budget, decodes first.
+
+Every running sequence with one token to compute gets it; what is left of the budget goes to prompts
+in order of arrival, in chunks; then waiting sequences are admitted while pages last. Short of
+pages, the prefix tree gives up what only it owns, then the youngest running sequence is preempted:
+its pages go and it is computed again later (recompute-preemption). Called once a step by Engine.
+
+Room for later: `_order` is where priorities go; a KV policy changes `_pages_for`.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from serve.engine.cost import StepCost
+from serve.engine.sequence import Sequence
+from serve.kv.pool import PagePool
+from serve.kv.prefix import PrefixTree
+from serve.kv.table import PageTable
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Tokens [start, stop) of one sequence to compute in this step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the slice reaches the sequence's end, so that a new token follows."""
+        return self.stop == len(self.sequence)
+
+
+class Scheduler:
+    """Owns the waiting and running queues; pages belong to pool, tree and page tables.
+
+    `prefix_cache` False: nothing is matched or inserted.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        tree: PrefixTree,
+        *,
+        budget_tokens: int,
+        max_running: int,
+        cost: StepCost,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.pool = pool
+        self.tree = tree
+        self.budget_tokens = budget_tokens
+        self.max_running = max_running
+        self.cost = cost
+        self.prefix_cache = prefix_cache
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def schedule(self) -> list[Slice]:
+        """The slices of the next step; empty when there is nothing to do."""
+        decoding = [s for s in self.running if s.uncomputed_tokens == 1]
+        prefilling = [s for s in self.running if s.uncomputed_tokens > 1]
+        slices: list[Slice] = []
+        for sequence in decoding:
+            self._take(sequence, sequence.computed_tokens + 1, slices)
+        budget = self.budget_tokens - sum(self.cost.of(s.start, s.stop) for s in slices)
+        for sequence in prefilling:
+            budget -= self._take_chunk(sequence, budget, slices)
+        while self.waiting and budget >= 1 and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            budget -= self._take_chunk(sequence, budget, slices)
+        return slices
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it stands; its pages are the caller's to release."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def reserve(self, sequence: Sequence) -> bool:
+        """Give a sequence cached pages and room for all its tokens, without running it.
+
+        False, and nothing taken, when pages are short: a reservation never preempts.
+        """
+        self._match(sequence)
+        table = sequence.table
+        assert table is not None
+        if self._grow(table, len(sequence)):
+            return True
+        self.release(sequence)
+        return False
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back a sequence's pages; it holds nothing computed afterwards."""
+        if sequence.table is not None:
+            sequence.table.release()
+        sequence.table = None
+        sequence.computed_tokens = 0
+
+    def remember(self, sequence: Sequence) -> None:
+        """Offer the sequence's full, computed pages to the prefix tree."""
+        table = sequence.table
+        if not self.prefix_cache or table is None:
+            return
+        full = sequence.computed_tokens // self.pool.page_tokens
+        if full:
+            tokens = sequence.tokens(0, full * self.pool.page_tokens)
+            self.tree.insert(sequence.request.cache_key, tokens, table.pages[:full])
+
+    def check(self) -> None:
+        """Invariants of the queues: nobody twice, every running sequence has its pages."""
+        everyone = [id(s) for s in (*self.running, *self.waiting)]
+        assert len(everyone) == len(set(everyone)), "a sequence stands in two queues"
+        for sequence in self.running:
+            assert sequence.table is not None, sequence.request_id
+            assert sequence.table.capacity_tokens >= sequence.computed_tokens
+        for sequence in self.waiting:
+            assert sequence.table is None and sequence.computed_tokens == 0
+
+    def _take_chunk(self, sequence: Sequence, budget: float, slices: list[Slice]) -> float:
+        """Add as much of a prompt as the budget allows; returns the cost of what was added."""
+        if sequence not in self.running:  # preempted by an earlier slice of this very step
+            return 0.0
+        start = sequence.computed_tokens
+        tokens = min(sequence.uncomputed_tokens, self.cost.affordable(start, budget))
+        if tokens <= 0 or not self._take(sequence, start + tokens, slices):
+            return 0.0
+        return self.cost.of(start, start + tokens)
+
+    def _take(self, sequence: Sequence, stop: int, slices: list[Slice]) -> bool:
+        """Add [computed, stop) of a running sequence to the step, finding pages for it."""
+        if sequence not in self.running:
+            return False
+        table = sequence.table
+        assert table is not None
+        while not self._grow(table, stop):
+            victim = self.running[-1]
+            self._preempt(victim, slices)
+            if victim is sequence:
+                return False
+        slices.append(Slice(sequence, sequence.computed_tokens, stop))
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move the first waiting sequence to running if pages for all its tokens can be had."""
+        if not self._fits(sequence):
+            return False
+        self._match(sequence)
+        self.waiting.popleft()
+        self.running.append(sequence)
+        return True
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether free and evictable pages cover a waiting sequence, counting nothing yet."""
+        # Pages that admitted prompts will still ask for are spoken for; else long prompts thrash.
+        promised = sum(s.table.pages_missing(len(s)) for s in self.running if s.table is not None)
+        wanted = promised + -(-len(sequence) // self.pool.page_tokens)
+        if wanted <= self.pool.free_pages + self.tree.evictable_pages or not self.prefix_cache:
+            return wanted <= self.pool.free_pages + self.tree.evictable_pages
+        # Cached pages need no room, but those that only the tree owns stop being evictable.
+        tokens = sequence.tokens(0, len(sequence))
+        found = self.tree.match(sequence.request.cache_key, tokens, count=False)
+        fits = wanted - len(found.pages) <= self.pool.free_pages + self.tree.evictable_pages
+        self.pool.release(found.pages)
+        return fits
+
+    def _match(self, sequence: Sequence) -> None:
+        """Start a page table from the longest cached prefix (at least one token stays to compute)."""
+        if not self.prefix_cache:
+            sequence.table = PageTable(self.pool)
+            return
+        match = self.tree.match(sequence.request.cache_key, sequence.tokens(0, len(sequence)))
+        sequence.table = PageTable(self.pool, match.pages)
+        sequence.computed_tokens = match.tokens
+        if not sequence.output:
+            sequence.cached_tokens = match.tokens
+
+    def _grow(self, table: PageTable, tokens: int) -> bool:
+        """Room for `tokens` in the table, evicting from the tree if need be; False when short."""
+        missing = table.pages_missing(tokens)
+        short = missing - self.pool.free_pages
+        if short > 0 and self.tree.evict(short) < short:
+            return False
+        return table.grow(tokens)
+
+    def _preempt(self, victim: Sequence, slices: list[Slice]) -> None:
+        """Take a running sequence back to the head of the queue, and out of this step."""
+        slices[:] = [s for s in slices if s.sequence is not victim]
+        self.running.remove(victim)
+        self.release(victim)
+        self.waiting.appendleft(victim)
+        self.preemptions += 1

@@ -1,0 +1,141 @@
+"""What a request is and everything needed to go on with it elsewhere.
+
+`Request` is what was asked and never changes; `Sequence` adds what has come out so far and, on the
+replica that runs it, the pages that hold its KV. `to_bytes` carries request and output, not pages:
+KV moves by a hand-off or is computed again, and the same tokens follow either way, since every
+random draw depends on (seed, position) alone. Used by the engine, the replicas and the ingress.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from serve.kv.prefix import CacheKey
+from serve.kv.table import PageTable
+
+Finish = Literal["stop", "length", "abort", "error"]
+WIRE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; 0 turns top_k off, 1.0 top_p."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When generation ends. Stops of any kind are ignored before `min_tokens`."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and its terms; `cache_key` names who may share its prefix."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    limits: Limits
+    cache_key: CacheKey
+    priority: int = 0
+    arrival_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a sequence.
+
+    token_ids: new tokens, a sampled end or stop token included; may be empty on the last delta.
+    finish: None while it goes on. stop: the stop string that matched, if one did.
+    cached_tokens: prompt tokens that came from a prefix cache (constant from the first delta on).
+    error: a sentence, with finish "error" only.
+    """
+
+    token_ids: tuple[int, ...]
+    finish: Finish | None = None
+    stop: str | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Sequence:
+    """A request under way: `output` so far and, while it runs here, its pages.
+
+    computed_tokens: leading tokens whose KV is in `table`. arrival: order of arrival on this
+    replica (ties, preemption). hold: keep the pages after the end, for a hand-off to take.
+    """
+
+    request: Request
+    output: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    table: PageTable | None = None
+    arrival: int = 0
+    hold: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def __len__(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids at absolute positions [start, stop)."""
+        prompt = self.request.prompt
+        split = len(prompt)
+        head = prompt[start : min(stop, split)] if start < split else ()
+        tail = self.output[max(start - split, 0) : max(stop - split, 0)]
+        return [*head, *tail]
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        return len(self) - self.computed_tokens
+
+    def to_bytes(self) -> bytes:
+        """Everything that another replica needs to go on, as versioned JSON (never pickle)."""
+        body = {"format": WIRE_FORMAT, "request": asdict(self.request), "output": self.output}
+        body["request"]["cache_key"] = list(self.request.cache_key)
+        body["cached_tokens"] = self.cached_tokens
+        return json.dumps(body, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Sequence":
+        """The inverse of `to_bytes`; ValueError for another format or a malformed body."""
+        try:
+            body = json.loads(data)
+            if body["format"] != WIRE_FORMAT:
+                raise ValueError(f"format {body['format']!r}, this version reads {WIRE_FORMAT}")
+            request = _request_from(body["request"])
+            output = [int(token) for token in body["output"]]
+            return cls(request, output, cached_tokens=int(body["cached_tokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a serialized sequence: {error}") from error
+
+
+def _request_from(body: dict[str, Any]) -> Request:
+    limits = dict(body["limits"])
+    limits["stop_token_ids"] = tuple(limits["stop_token_ids"])
+    limits["stop"] = tuple(limits["stop"])
+    return Request(
+        request_id=body["request_id"],
+        prompt=tuple(body["prompt"]),
+        sampling=Sampling(**body["sampling"]),
+        limits=Limits(**limits),
+        cache_key=CacheKey(*body["cache_key"]),
+        priority=body["priority"],
+        arrival_s=body["arrival_s"],
+    )
+

@@ -1,0 +1,183 @@
+"""The whole service in one process, without Ray: the same plain classes, wired by direct calls.
+
+For tests and for embedding. `LocalLauncher.kill` loses a replica as SIGKILL would: calls under way
+fail with ReplicaLost and nothing of it is heard again.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cluster.clock import Clock, WallClock
+from cluster.settings import Settings
+from serve import build
+from serve.clients import ReplicaLost
+from serve.controller import Controller, Patience
+from serve.decode import DecodeReplica
+from serve.directory import Directory
+from serve.follow import follow
+from serve.ingress import Ingress
+from serve.prefill import PrefillReplica, PrefillReply
+from serve.replica import ReplicaState, Role
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Member:
+    """A replica of this process and whether it was lost."""
+
+    role: Role
+    replica: PrefillReplica | DecodeReplica
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await a call unless the replica is lost first."""
+        task = asyncio.ensure_future(work)
+        death = asyncio.ensure_future(self.dead.wait())
+        try:
+            await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+            if self.dead.is_set():
+                raise ReplicaLost(f"{self.replica.replica_id} was killed")
+            return task.result()
+        finally:
+            death.cancel()
+            task.cancel()
+
+
+class LocalPrefillClient:
+    """See serve.clients.PrefillClient."""
+
+    def __init__(self, member: _Member) -> None:
+        assert isinstance(member.replica, PrefillReplica)
+        self.member, self.replica = member, member.replica
+
+    async def prefill(self, payload: bytes, skip_tokens: int) -> PrefillReply:
+        return await self.member.call(self.replica.prefill(payload, skip_tokens))
+
+    async def acknowledge(self, lease_id: str) -> bool:
+        return await self.member.call(self.replica.acknowledge(lease_id))
+
+    async def abort(self, request_id: str) -> bool:
+        return await self.member.call(self.replica.abort(request_id))
+
+
+class LocalDecodeClient:
+    """See serve.clients.DecodeClient."""
+
+    def __init__(self, member: _Member) -> None:
+        assert isinstance(member.replica, DecodeReplica)
+        self.member, self.replica = member, member.replica
+
+    async def submit(self, payload: bytes, ingress_id: str) -> None:
+        await self.member.call(self.replica.submit(payload, ingress_id))
+
+    async def abort(self, request_ids: list[str]) -> int:
+        return await self.member.call(self.replica.abort(request_ids))
+
+    async def tokens(self, ingress_id: str) -> AsyncIterator[bytes]:
+        messages = self.replica.tokens(ingress_id)
+        while True:
+            yield await self.member.call(anext(messages))  # type: ignore[arg-type]
+
+    async def ping(self, ingress_id: str | None = None) -> ReplicaState:
+        return await self.member.call(self.replica.ping(ingress_id))
+
+
+class LocalLauncher:
+    """See serve.controller.Launcher."""
+
+    def __init__(self, settings: Settings, model: build.Model, clock: Clock) -> None:
+        self.settings = settings
+        self.model = model
+        self.clock = clock
+        self.directory = Directory()
+        self.members: dict[str, _Member] = {}
+
+    async def start(self, role: Role, replica_id: str) -> None:
+        replica: PrefillReplica | DecodeReplica
+        if role == "prefill":
+            segment = f"sanderling-{os.getpid()}-{id(self):x}-{replica_id}"
+            replica = build.prefill_replica(
+                self.settings, self.model, replica_id, segment, self.clock
+            )
+        else:
+            replica = build.decode_replica(
+                self.settings, self.model, replica_id, self.connect_prefill, self.clock
+            )
+            replica.peers.update(self.directory)
+        await replica.start()
+        self.members[replica_id] = _Member(role, replica)
+
+    async def ping(self, replica_id: str) -> ReplicaState:
+        member = self._find(replica_id)
+        return await member.call(member.replica.ping())
+
+    async def drain(self, replica_id: str, deadline_s: float) -> int:
+        member = self._find(replica_id)
+        return await member.call(member.replica.drain(deadline_s))
+
+    async def stop(self, replica_id: str) -> None:
+        member = self.members.pop(replica_id, None)
+        if member is not None:
+            member.dead.set()
+            await member.replica.stop()
+
+    async def running(self) -> Mapping[str, Role]:
+        return {replica_id: member.role for replica_id, member in self.members.items()}
+
+    def kill(self, replica_id: str) -> None:
+        """Lose a replica at once, whatever it was doing."""
+        self._find(replica_id).dead.set()
+
+    def connect_prefill(self, replica_id: str) -> LocalPrefillClient:
+        return LocalPrefillClient(self._find(replica_id))
+
+    def connect_decode(self, replica_id: str) -> LocalDecodeClient:
+        return LocalDecodeClient(self._find(replica_id))
+
+    def update(self, directory: Directory) -> None:
+        """Pass a newer directory on to the decode replicas."""
+        self.directory = directory
+        for member in self.members.values():
+            if isinstance(member.replica, DecodeReplica):
+                member.replica.peers.update(directory)
+
+    def _find(self, replica_id: str) -> _Member:
+        if replica_id not in self.members:
+            raise ReplicaLost(f"{replica_id} is gone")
+        return self.members[replica_id]
+
+
+class LocalService:
+    """Controller, replicas and ingress on the running event loop; `ingress` is the Service."""
+
+    def __init__(self, settings: Settings, model: build.Model, clock: Clock | None = None) -> None:
+        clock = clock or WallClock()
+        self.launcher = LocalLauncher(settings, model, clock)
+        self.controller = Controller(
+            self.launcher,
+            {"prefill": settings.prefill.replicas, "decode": settings.decode.replicas},
+            Patience(**settings.controller.model_dump()),
+            clock,
+        )
+        self.ingress = Ingress("ingress-1", self.launcher.connect_decode, patience_s=60, clock=clock)
+        self.clock = clock
+
+    async def __aenter__(self) -> "LocalService":
+        await self.controller.start()
+        self._follower = asyncio.create_task(
+            follow(self.controller.watch, self._update, self.clock)
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._follower.cancel()
+        await self.ingress.stop()
+        await self.controller.stop()
+
+    def _update(self, directory: Directory) -> None:
+        self.launcher.update(directory)
+        self.ingress.update(directory)

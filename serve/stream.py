@@ -1,0 +1,201 @@
+"""From deltas to what a client reads: text pieces, finish reason, usage, SSE frames.
+
+A streamed answer and a whole one are made of the same pieces by the same code, so their texts are
+equal. `Generation` owns one request at the service from the first delta to the close; http.py
+drives it and closes it, whatever happened.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from models.detokenize import Detokenizer
+from models.tokenizer import Tokenizer
+from serve.answers import Answer, CachedTokens, FinishReason, Format, Usage
+from serve.engine.sequence import Delta, Limits, Request
+from serve.engine.stops import StopMatcher
+from serve.errors import RequestError
+from serve.observe import RequestMetrics
+from serve.service import Service
+
+log = logging.getLogger(__name__)
+DONE = b"data: [DONE]\n\n"
+
+
+class Piece(NamedTuple):
+    """Text that may be shown, and why generation ended, on the last piece."""
+
+    text: str
+    finish: FinishReason | None = None
+
+
+class Transcript:
+    """The text of one answer. Pure: the text depends on the tokens, not on how deltas group them.
+
+    Text of the tokens before `min_tokens` can't match a stop string, as in the engine. The token
+    that ended the answer (end of sequence, stop token) is never shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(limits.stop)
+        self._ends = {*tokenizer.eos_token_ids, *limits.stop_token_ids}
+        self._min_tokens = limits.min_tokens
+        self.tokens = 0
+
+    def take(self, delta: Delta) -> Piece:
+        """The piece a delta adds; RequestError when it says that the request failed."""
+        if delta.finish in ("error", "abort"):
+            text = delta.error or "The request was aborted by the server; send it again."
+            raise RequestError(500, "server_error", None, text, "generation_failed")
+        shown = self._shown(delta)
+        text = "".join(map(self._push, shown))
+        self.tokens += len(delta.token_ids) - len(shown)
+        if delta.finish is None and self._matcher.matched is None:
+            return Piece(text)
+        finish: FinishReason = "length" if delta.finish == "length" else "stop"
+        return Piece(text + self._rest(), finish)
+
+    def _shown(self, delta: Delta) -> tuple[int, ...]:
+        """The delta's tokens without a last one that only ends the answer."""
+        ended = delta.finish == "stop" and delta.stop is None
+        if ended and delta.token_ids and delta.token_ids[-1] in self._ends:
+            return delta.token_ids[:-1]
+        return delta.token_ids
+
+    def _push(self, token: int) -> str:
+        self.tokens += 1
+        return self._matched(self._detokenizer.push([token]))
+
+    def _matched(self, text: str) -> str:
+        if self._matcher.matched is not None:
+            return ""
+        return text if self.tokens < self._min_tokens else self._matcher.push(text).text
+
+    def _rest(self) -> str:
+        """What was held back: half a character, then the beginning of a stop string."""
+        return self._matched(self._detokenizer.flush()) + self._matcher.flush().text
+
+
+class Generation:
+    """One request at the service. Call `start` once, then iterate once, and always `aclose`.
+
+    `aclose` may be called at any time by the task that started the generation, and again: it ends
+    the service's generator and waits at most close_deadline_s for it.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        tokenizer: Tokenizer,
+        metrics: RequestMetrics,
+        close_deadline_s: float,
+    ) -> None:
+        self.request = request
+        self._transcript = Transcript(tokenizer, request.limits)
+        self._deltas = service.generate(request)
+        self._metrics = metrics
+        self._close_deadline_s = close_deadline_s
+        self._first: Delta | None = None
+        self._cached_tokens = 0
+        self._closing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Wait for the first delta, so that a refusal can still be an HTTP status."""
+        self._first = await self._next()
+        if self._first.finish in ("error", "abort"):
+            self._transcript.take(self._first)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The text, piece by piece; the last one has `finish`. RequestError when it fails."""
+        assert self._first is not None, "start() comes before pieces()"
+        delta = self._first
+        while True:
+            piece = self._transcript.take(delta)
+            if piece.finish is not None:
+                self._metrics.ended(piece.finish)
+            if piece.text or piece.finish is not None:
+                yield piece
+            if piece.finish is not None:
+                return
+            delta = await self._next()
+
+    async def _next(self) -> Delta:
+        try:
+            delta = await anext(self._deltas)
+        except StopAsyncIteration:
+            text = "The server ended the request without a finish reason; send it again."
+            raise RequestError(500, "server_error", None, text, "generation_failed") from None
+        self._metrics.delta(len(delta.token_ids))
+        self._cached_tokens = delta.cached_tokens
+        return delta
+
+    def usage(self) -> Usage:
+        """Tokens so far; final once the last piece is out."""
+        prompt, completion = len(self.request.prompt), self._transcript.tokens
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=CachedTokens(cached_tokens=self._cached_tokens),
+        )
+
+    async def aclose(self) -> None:
+        """End the request at the service; its work stops and its pages become free."""
+        if self._closing is None:
+            self._metrics.closed()
+            self._closing = asyncio.create_task(self._close())
+        # Shielded: the caller is often being cancelled, the close must not be.
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(self._close_deadline_s):
+                await self._deltas.aclose()
+        except Exception:  # the service may be remote; nobody is left to tell but the log
+            log.exception("closing request %s failed", self.request.request_id)
+
+
+async def frames(generation: Generation, form: Format, include_usage: bool) -> AsyncIterator[bytes]:
+    """The SSE events of a streamed answer; a failure on the way is an event, then the end."""
+    opening = form.opening()
+    if opening is not None:
+        yield _event(opening)
+    try:
+        async for piece in generation.pieces():
+            for chunk in _chunks(form, piece):
+                yield _event(chunk)
+    except RequestError as error:
+        yield failure_frame(error)
+        return
+    if include_usage:
+        yield _event(form.usage(generation.usage()))
+    yield DONE
+
+
+def _chunks(form: Format, piece: Piece) -> list[Answer]:
+    """Text first, then the finish reason in a chunk of its own, as OpenAI does."""
+    chunks = [form.chunk(piece.text, None)] if piece.text else []
+    return chunks if piece.finish is None else [*chunks, form.chunk("", piece.finish)]
+
+
+async def whole(generation: Generation, form: Format) -> Answer:
+    """The answer in one object, of the same pieces; RequestError when the request failed."""
+    texts = []
+    finish: FinishReason = "stop"
+    async for piece in generation.pieces():
+        texts.append(piece.text)
+        finish = piece.finish or finish
+    return form.answer("".join(texts), finish, generation.usage())
+
+
+def failure_frame(error: RequestError) -> bytes:
+    """An error after the first byte: the status is gone out already, so it is an event."""
+    return b"data: " + json.dumps(error.body(), ensure_ascii=False).encode() + b"\n\n"
+
+
+def _event(chunk: Answer) -> bytes:
+    return b"data: " + chunk.model_dump_json().encode() + b"\n\n"

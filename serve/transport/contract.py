@@ -1,0 +1,62 @@
+"""The contract of a transport, and what it moves. Imported by every transport and both replicas."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from serve.kv.storage import KVStorage
+
+
+class HandoffLost(Exception):
+    """What was offered is no longer there (lease run out, sender gone). The receiver computes the
+    prompt itself or asks another replica; nothing of the offer has been used."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """KV of positions [start_tokens, stop_tokens) of one sequence, lent until its lease ends.
+
+    pages: the sender's pages for those positions, start_tokens being the first slot of the first.
+    generations: of each page when it was lent; a page given to somebody else has a newer one.
+    payload: the bytes themselves where the transport sends by value, else None.
+    """
+
+    lease_id: str
+    transport: str
+    segment: str
+    pages: tuple[int, ...]
+    generations: tuple[int, ...]
+    start_tokens: int
+    stop_tokens: int
+    payload: Any = None
+
+    @property
+    def tokens(self) -> int:
+        return self.stop_tokens - self.start_tokens
+
+
+class Transport(Protocol):
+    """Stateless but for cached mappings. An offer of no tokens is valid and moves 0 bytes."""
+
+    name: str
+
+    def offer(
+        self, lease_id: str, storage: KVStorage, pages: list[int], start_tokens: int, stop: int
+    ) -> Offer:
+        """Sender: describe (or copy out) the KV of positions [start_tokens, stop) held in `pages`.
+
+        The pages stay the sender's and must not change until the lease is released or expires.
+        """
+        ...
+
+    def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
+        """Receiver: copy an offer into `pages` of its own storage; returns the bytes copied, which
+        are 2 * layers * kv_heads * head_dim * tokens * itemsize.
+
+        HandoffLost when any lent page changed hands before the copy ended. ValueError when the two
+        storages differ in shape or type.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop cached mappings; idempotent."""
+        ...

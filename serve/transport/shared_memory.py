@@ -1,0 +1,65 @@
+"""Same machine: the receiver maps the sender's KV storage read-only and copies straight out of it.
+
+One copy, from the sender's pages to the receiver's; only a list of page numbers crosses by message.
+A lent page that changed hands is noticed by its generation, read before and after the copy, so a
+lease that ran out costs a recomputation and never a wrong token.
+"""
+
+import numpy as np
+
+from serve.kv.storage import KVStorage
+from serve.transport.contract import HandoffLost, Offer
+from serve.transport.copy import copy_pages
+
+
+class SharedMemoryTransport:
+    """Keeps one mapping per sender it has received from."""
+
+    name = "shared_memory"
+
+    def __init__(self) -> None:
+        self._attached: dict[str, KVStorage] = {}
+
+    def offer(
+        self, lease_id: str, storage: KVStorage, pages: list[int], start_tokens: int, stop: int
+    ) -> Offer:
+        if storage.name is None:
+            raise ValueError(
+                "handoff.transport shared_memory needs KV storage in shared memory; this replica's "
+                "storage is private"
+            )
+        generations = tuple(int(g) for g in storage.generation[pages])
+        lent = tuple(pages)
+        return Offer(lease_id, self.name, storage.name, lent, generations, start_tokens, stop)
+
+    def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
+        sender = self._attach(offer.segment)
+        theirs = (sender.shape._replace(pages=0), sender.dtype)
+        ours = (storage.shape._replace(pages=0), storage.dtype)
+        if theirs != ours:
+            raise ValueError(
+                f"the sender's pages are {theirs}, ours are {ours}; [engine] must be equal for "
+                "prefill and decode"
+            )
+        self._unchanged(sender, offer)
+        copied = copy_pages(sender.tensor, offer.pages, storage.tensor, pages, offer.tokens)
+        self._unchanged(sender, offer)
+        return copied
+
+    def close(self) -> None:
+        for storage in self._attached.values():
+            storage.close()
+        self._attached.clear()
+
+    def _attach(self, segment: str) -> KVStorage:
+        if segment not in self._attached:
+            try:
+                self._attached[segment] = KVStorage.attach(segment)
+            except ValueError as error:
+                raise HandoffLost(f"the sender's storage cannot be mapped: {error}") from error
+        return self._attached[segment]
+
+    def _unchanged(self, sender: KVStorage, offer: Offer) -> None:
+        now = sender.generation[list(offer.pages)]
+        if not np.array_equal(now, np.array(offer.generations, dtype=now.dtype)):
+            raise HandoffLost(f"lease {offer.lease_id} ran out before its pages were copied")

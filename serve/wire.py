@@ -1,0 +1,49 @@
+"""What crosses between a decode replica and an ingress: one message per engine step and ingress.
+
+A message holds the outputs of every sequence of that ingress that the step touched, as JSON (never
+pickle). Called by decode.py to write and ingress.py to read.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+from serve.engine.engine import Output
+from serve.engine.sequence import Delta, Finish
+
+
+class Moved(NamedTuple):
+    """The replica will not go on with this request; whoever keeps its record resumes elsewhere."""
+
+    request_id: str
+
+
+def failed(request_id: str, index: int, error: Exception) -> Output:
+    """The last output of a request that an unexpected error ended."""
+    sentence = f"The request failed on its replica: {error}"
+    return Output(request_id, index, Delta((), "error", error=sentence))
+
+
+def pack(items: Iterable[Output | Moved]) -> bytes:
+    """Outputs and departures to one message."""
+    return json.dumps([_row(item) for item in items], separators=(",", ":")).encode()
+
+
+def unpack(message: bytes) -> list[Output | Moved]:
+    """One message to what was packed."""
+    return [_item(row) for row in json.loads(message)]
+
+
+def _row(item: Output | Moved) -> list[Any]:
+    if isinstance(item, Moved):
+        return [item.request_id]
+    d = item.delta
+    return [item.request_id, item.index, d.token_ids, d.finish, d.stop, d.cached_tokens, d.error]
+
+
+def _item(row: list[Any]) -> Output | Moved:
+    if len(row) == 1:
+        return Moved(row[0])
+    request_id, index, ids, finish, stop, cached, error = row
+    delta = Delta(tuple(ids), cast(Finish | None, finish), stop, cached, error)
+    return Output(request_id, index, delta)
