@@ -37,8 +37,8 @@ class RopeConfig:
         if self.kind not in ROPE_KINDS:
             known = ", ".join(ROPE_KINDS)
             raise ValueError(f"rope kind {self.kind!r} is not known; accepted are {known}.")
-        numbers = (self.theta, self.factor, self.low_freq_factor, self.high_freq_factor)
-        numbers += (self.beta_fast, self.beta_slow, *self.factors)
+        numbers = [self.theta, self.factor, self.low_freq_factor, self.high_freq_factor]
+        numbers += [self.beta_fast, self.beta_slow, *self.factors]
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise ValueError("rope numbers (theta, factors, betas) must be finite and positive.")
         if not self.theta > 1:

@@ -15,6 +15,7 @@ from kernels.reference.rope import inverse_frequencies, rotation
 from models.batch import TokenBatch
 from models.config import ModelConfig
 from models.feedforward import build_feedforward
+from models.linear import Embedding, Linear
 from models.mixers import Step, build_mixer
 
 
@@ -24,7 +25,7 @@ class Norm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape."""
@@ -43,23 +44,24 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step, kv_layer: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden] -> the same shape."""
-        x = x + self.mixer(self.mixer_norm(x), step, kv_layer)
-        return x + self.feedforward(self.feedforward_norm(x))
+        mixed: torch.Tensor = self.mixer(self.mixer_norm(x), step, kv_layer)
+        x = x + mixed
+        fed: torch.Tensor = self.feedforward(self.feedforward_norm(x))
+        return x + fed
 
 
 class Decoder(nn.Module):
-    """A decoder of `config`'s shape; weights are whatever torch initialises until loaded."""
+    """A decoder of `config`'s shape. Its matrices are unset until a loader fills them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.hidden)
+        self.embed = Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = Norm(config.hidden, config.rms_eps)
-        self.head = None if config.tied_head else nn.Linear(config.hidden, config.vocab, bias=False)
-        # Not a buffer: it stays float32 and on the CPU's side of a meta-device construction.
-        with torch.device("cpu"):
-            self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self.head = None if config.tied_head else Linear(config.hidden, config.vocab, bias=False)
+        # Not a buffer: it stays float32 whatever the dtype of the weights.
+        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -89,7 +89,8 @@ def _decoder_form(backend: tokenizers.Tokenizer, source: str) -> DecoderForm:
         return DecoderForm("bytes")
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
         mark, space = steps[0]["pattern"].get("String"), steps[0]["content"]
-        strip = steps[3] if kinds[3:] else {"content": " ", "start": 0, "stop": 0}
+        unstripped: dict[str, Any] = {"content": " ", "start": 0, "stop": 0}
+        strip = steps[3] if kinds[3:] else unstripped
         if mark and space == " " and strip["content"] == " " and strip["stop"] == 0:
             return DecoderForm("pieces", mark, strip["start"])
     found = state.get("type", "none")

@@ -10,8 +10,9 @@ import torch
 
 from kernels.formats import FORMATS
 
-# 8192 blocks of 32 are 1 MiB of float32: all temporaries of a piece stay in L2.
-PIECE_VALUES = 262144
+# Temporaries of a piece stay in cache, and torch runs an operation of this size on the calling
+# thread: several loading processes on few cores would else wait for each other at every barrier.
+PIECE_VALUES = 32768
 
 
 def dequantize(stored: torch.Tensor, name: str, out: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,7 @@ def _q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    scale, low = _reinterpret(blocks, 0, 4, torch.float16).split(1, dim=1)
+    scale, low = _reinterpret(blocks, 0, 4, torch.float16).chunk(2, dim=1)
     out.copy_(_nibbles(blocks[:, 4:]).mul_(scale).add_(low))
 
 
@@ -69,7 +70,7 @@ def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     """Eight groups of 32 with 6-bit scales and minima, themselves scaled by two float16."""
-    scale, low_scale = _reinterpret(blocks, 0, 4, torch.float16).split(1, dim=1)
+    scale, low_scale = _reinterpret(blocks, 0, 4, torch.float16).chunk(2, dim=1)
     first, second, high = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat((first & 63, (high & 15) | ((first >> 2) & 48)), dim=1).float()
     lows = torch.cat((second & 63, (high >> 4) | ((second >> 2) & 48)), dim=1).float()

@@ -82,9 +82,7 @@ def _yarn(rope: RopeConfig, powers: torch.Tensor, head_dim: int) -> Frequencies:
     return Frequencies(inverse, scale)
 
 
-def rotation(
-    frequencies: Frequencies, positions: torch.Tensor, dtype: torch.dtype
-) -> Rotation:
+def rotation(frequencies: Frequencies, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
     """Cosines and sines for positions [tokens] int64, ready for `rotate`, in dtype."""
     angles = positions[:, None].float() * frequencies.inverse
     cos, sin = angles.cos() * frequencies.scale, angles.sin() * frequencies.scale

@@ -5,6 +5,7 @@ from torch import nn
 
 from kernels.reference.swiglu import swiglu
 from models.config import ModelConfig
+from models.linear import Linear
 
 
 class SwiGLU(nn.Module):
@@ -12,8 +13,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden, 2 * config.ff, bias=False)
-        self.down = nn.Linear(config.ff, config.hidden, bias=False)
+        self.gate_up = Linear(config.hidden, 2 * config.ff, bias=False)
+        self.down = Linear(config.ff, config.hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See `FeedForward`."""

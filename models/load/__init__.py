@@ -31,9 +31,7 @@ def load_text(model: str) -> TextModel:
     return read_gguf(open_gguf(path))
 
 
-def load_model(
-    model: str, *, dtype: str = "float32", cache_dir: Path | None = None
-) -> "Decoder":
+def load_model(model: str, *, dtype: str = "float32", cache_dir: Path | None = None) -> "Decoder":
     """The decoder of a model setting, on the CPU, with weights in dtype and not trainable.
 
     cache_dir: a folder for decoded weights; later loads of the same file map them, so replicas on

@@ -156,9 +156,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     return metadata
 
 
-def _read_tensors(
-    cursor: _Cursor, count: int, metadata: dict[str, Any]
-) -> dict[str, StoredTensor]:
+def _read_tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str, StoredTensor]:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.refuse(f"general.alignment is {alignment!r}, accepted are powers of two")
@@ -196,7 +194,9 @@ def _read_tensor(cursor: _Cursor, name: str) -> StoredTensor:
     for length in shape:
         values *= length
     if values == 0 or shape[-1] % form.block_values:
-        raise cursor.refuse(f"{what} has shape {shape}, rows must be multiples of "
-                            f"{form.block_values} for {form.name} and not empty")
+        raise cursor.refuse(
+            f"{what} has shape {shape}, rows must be multiples of "
+            f"{form.block_values} for {form.name} and not empty"
+        )
     size_bytes = values // form.block_values * form.block_bytes
     return StoredTensor(shape, form, offset, size_bytes)

@@ -36,6 +36,6 @@ class GGUFWeights:
         heads = self.interleaved_heads.get(name.split(".")[-2])
         if heads is not None:
             # Reordering stored rows is cheaper than reordering decoded ones.
-            rows = blocks.view(heads, out.shape[0] // heads // 2, 2, -1)
-            blocks = rows.transpose(1, 2).reshape(-1)
+            order = torch.arange(out.shape[0]).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+            blocks = blocks.view(out.shape[0], -1).index_select(0, order).view(-1)
         dequantize(blocks, form.name, out)

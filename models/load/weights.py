@@ -77,10 +77,10 @@ def fill(config: ModelConfig, source: WeightSource, dtype: torch.dtype, name: st
         if found != shape:
             raise ValueError(f"{name}: {part.source} has shape {found}, {shape} is wanted.")
         wanted.append(part)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.to(dtype).to_empty(device="cpu").requires_grad_(False).eval()
+    decoder = Decoder(config).requires_grad_(False).eval()
     parameters = dict(decoder.named_parameters())
+    for parameter in parameters.values():
+        parameter.data = torch.empty(parameter.shape, dtype=dtype)
     for part in wanted:
         rows = slice(part.start, part.start + part.rows)
         source.read(part.source, parameters[part.parameter][rows])

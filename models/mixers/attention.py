@@ -10,6 +10,7 @@ from torch import nn
 from kernels.reference.attention import kv_write, paged_attention
 from kernels.reference.rope import rotate
 from models.config import ModelConfig
+from models.linear import Linear
 from models.mixers import Step
 
 
@@ -20,14 +21,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden, rows, bias=config.qkv_bias)
-        self.out = nn.Linear(self.heads * self.head_dim, config.hidden, bias=config.out_bias)
+        self.qkv = Linear(config.hidden, rows, bias=config.qkv_bias)
+        self.out = Linear(self.heads * self.head_dim, config.hidden, bias=config.out_bias)
 
     def forward(self, x: torch.Tensor, step: Step, kv_layer: torch.Tensor) -> torch.Tensor:
         """See `Mixer`."""
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         rotated = rotate(heads[:, : self.heads + self.kv_heads], step.rotation)
-        queries, keys = rotated.split((self.heads, self.kv_heads), dim=1)
+        queries, keys = rotated[:, : self.heads], rotated[:, self.heads :]
         values = heads[:, self.heads + self.kv_heads :]
         kv_write(kv_layer, step.slots, keys, values)
         mixed = paged_attention(queries, keys, values, kv_layer, step.plan)
