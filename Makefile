@@ -54,7 +54,7 @@ $(VENV)/.python:
 	@"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 
-# In two steps, so that the long one (torch) says what it is doing.
+# In steps, so that the longest one says what it is doing.
 $(VENV)/.installed: $(VENV)/.python $(PACKAGES)
 	@echo "==> 1/3 torch (the longest download)"
 	@$(INSTALL) torch
