@@ -29,7 +29,7 @@ class Service(Protocol):
     async def status(self) -> dict[str, Any]:
         """Replicas, queues, pages, counters, as plain JSON values.
 
-        The key "metrics" maps the names of `observe.STATUS_METRICS` to numbers, summed over the
-        replicas (kv_cache_usage_perc is a fraction, 0 to 1); a name that is absent is not exported.
+        The key "metrics" maps the names of `observe.STATUS_METRICS` to numbers over all
+        replicas (kv_cache_usage_perc is a fraction, 0 to 1); an absent name is not exported.
         """
         ...

@@ -6,9 +6,10 @@ drives it and closes it, whatever happened.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 from models.detokenize import Detokenizer
@@ -99,39 +100,47 @@ class Generation:
         self._deltas = service.generate(request)
         self._metrics = metrics
         self._close_deadline_s = close_deadline_s
-        self._first: Delta | None = None
+        self._first: Piece | None = None
         self._cached_tokens = 0
         self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Wait for the first delta, so that a refusal can still be an HTTP status."""
         self._first = await self._next()
-        if self._first.finish in ("error", "abort"):
-            self._transcript.take(self._first)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The text, piece by piece; the last one has `finish`. RequestError when it fails."""
         assert self._first is not None, "start() comes before pieces()"
-        delta = self._first
+        piece = self._first
         while True:
-            piece = self._transcript.take(delta)
-            if piece.finish is not None:
-                self._metrics.ended(piece.finish)
             if piece.text or piece.finish is not None:
                 yield piece
             if piece.finish is not None:
                 return
-            delta = await self._next()
+            piece = await self._next()
 
-    async def _next(self) -> Delta:
+    async def _next(self) -> Piece:
         try:
             delta = await anext(self._deltas)
-        except StopAsyncIteration:
+            self._metrics.delta(len(delta.token_ids))
+            self._cached_tokens = delta.cached_tokens
+            piece = self._transcript.take(delta)
+        except Exception as error:  # the service may be remote, and fail with anything
+            self._metrics.ended("error")
+            raise self._failure(error) from error
+        if piece.finish is not None:
+            self._metrics.ended(piece.finish)
+        return piece
+
+    def _failure(self, error: Exception) -> RequestError:
+        """What to tell the client; whatever is no RequestError is a fault of ours, and logged."""
+        if isinstance(error, RequestError):
+            return error
+        text = "The server failed while it worked on the request; send it again."
+        if isinstance(error, StopAsyncIteration):
             text = "The server ended the request without a finish reason; send it again."
-            raise RequestError(500, "server_error", None, text, "generation_failed") from None
-        self._metrics.delta(len(delta.token_ids))
-        self._cached_tokens = delta.cached_tokens
-        return delta
+        log.error("request %s failed", self.request.request_id, exc_info=error)
+        return RequestError(500, "server_error", None, text, "generation_failed")
 
     def usage(self) -> Usage:
         """Tokens so far; final once the last piece is out."""
@@ -159,15 +168,18 @@ class Generation:
             log.exception("closing request %s failed", self.request.request_id)
 
 
-async def frames(generation: Generation, form: Format, include_usage: bool) -> AsyncIterator[bytes]:
+async def frames(
+    generation: Generation, form: Format, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
     """The SSE events of a streamed answer; a failure on the way is an event, then the end."""
     opening = form.opening()
     if opening is not None:
         yield _event(opening)
     try:
-        async for piece in generation.pieces():
-            for chunk in _chunks(form, piece):
-                yield _event(chunk)
+        async with contextlib.aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                for chunk in _chunks(form, piece):
+                    yield _event(chunk)
     except RequestError as error:
         yield failure_frame(error)
         return

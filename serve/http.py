@@ -1,0 +1,236 @@
+"""The HTTP edge: an ASGI app with OpenAI's routes over any Service.
+
+Every error is OpenAI's error object; a status is only sent once the first token exists; and when a
+client goes away, streaming or not, the request at the service is closed. Called by the ingress
+deployment (under Ray Serve or uvicorn); knows neither.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cluster.clock import Clock, WallClock
+from models.load.text import TextModel
+from serve.admit import Admission, Caller
+from serve.answers import ChatFormat, CompletionFormat, Format, Head, Model, ModelList
+from serve.connection import ClientGone, EventStream, read_body, until_gone
+from serve.engine.sequence import Request
+from serve.errors import RequestError
+from serve.observe import EdgeMetrics, RequestMetrics
+from serve.openai import ChatRequest, CompletionRequest, GenerationRequest, parse
+from serve.service import Service
+from serve.stream import Generation, frames, whole
+
+log = logging.getLogger(__name__)
+LONG_BODY_BYTES = 32_768  # from here on, encoding would hold up other streams: done in a thread
+CLIENT_GONE = 499  # nginx's status for it; nobody reads it, but logs and metrics do
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """What the edge is told. model: the name clients send; context_tokens: longest prompt plus
+    answer, None for the model's own; deadlines in seconds."""
+
+    model: str
+    context_tokens: int | None = None
+    max_body_bytes: int = 4 << 20
+    probe_deadline_s: float = 10.0
+    status_deadline_s: float = 2.0
+    close_deadline_s: float = 10.0
+
+
+def build_app(
+    service: Service,
+    text_model: TextModel,
+    settings: EdgeSettings,
+    *,
+    chance: random.Random | None = None,
+    clock: Clock | None = None,
+) -> Starlette:
+    """The app. chance (seeds, ids) and clock (latencies) default to the system's."""
+    own = text_model.config.context_tokens
+    clock = clock or WallClock()
+    context_tokens = min(own, settings.context_tokens or own)
+    admission = Admission(
+        text_model,
+        settings.model,
+        context_tokens=context_tokens,
+        chance=chance or random.SystemRandom(),
+        clock=clock,
+    )
+    edge = Edge(
+        service, text_model, settings, admission, EdgeMetrics(settings.model, context_tokens, clock)
+    )
+    app = Starlette(
+        routes=edge.routes(),
+        exception_handlers={
+            RequestError: edge.on_request_error,
+            HTTPException: edge.on_http_error,
+            ClientDisconnect: edge.on_client_gone,
+            ClientGone: edge.on_client_gone,
+            Exception: edge.on_fault,
+        },
+    )
+    app.router.redirect_slashes = False  # a wrong path is a 404, not a redirect
+    return app
+
+
+class Edge:
+    """The handlers of one app and what they share."""
+
+    def __init__(
+        self,
+        service: Service,
+        text_model: TextModel,
+        settings: EdgeSettings,
+        admission: Admission,
+        metrics: EdgeMetrics,
+    ) -> None:
+        self.service = service
+        self.settings = settings
+        self.admission = admission
+        self.metrics = metrics
+        self._tokenizer = text_model.tokenizer
+        self._created = int(time.time())
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completion, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.model, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.ready, methods=["GET"]),
+            Route("/metrics", self.exposition, methods=["GET"]),
+            Route("/status", self.status, methods=["GET"]),
+        ]
+
+    async def chat(self, http: HttpRequest) -> Response:
+        body = await read_body(http, self.settings.max_body_bytes)
+        parsed = parse(ChatRequest, body)
+        request = await _encode(body, lambda: self.admission.chat(parsed, self._caller(http)))
+        return await self._generate(http, parsed, request, ChatFormat(self._head(parsed, request)))
+
+    async def completion(self, http: HttpRequest) -> Response:
+        body = await read_body(http, self.settings.max_body_bytes)
+        parsed = parse(CompletionRequest, body)
+        request = await _encode(body, lambda: self.admission.completion(parsed, self._caller(http)))
+        form = CompletionFormat(self._head(parsed, request))
+        return await self._generate(http, parsed, request, form)
+
+    def _caller(self, http: HttpRequest) -> Caller:
+        """One anonymous tenant; the place where a key becomes a caller."""
+        return Caller()
+
+    def _head(self, parsed: GenerationRequest, request: Request) -> Head:
+        created = int(time.time())
+        return Head(request.request_id, created, self.settings.model, parsed.include_usage)
+
+    async def _generate(
+        self, http: HttpRequest, parsed: GenerationRequest, request: Request, form: Format
+    ) -> Response:
+        """Start the request and answer it, as a stream or whole; it is closed whatever happens."""
+        limits = request.limits
+        metrics = RequestMetrics(self.metrics, len(request.prompt), limits.max_tokens)
+        deadline_s = self.settings.close_deadline_s
+        generation = Generation(self.service, request, self._tokenizer, metrics, deadline_s)
+        headers = {"x-request-id": request.request_id}
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(generation.aclose)
+            await until_gone(http.receive, generation.start())
+            if parsed.stream:
+                stack.pop_all()  # the response closes the generation from here on
+                events = frames(generation, form, parsed.include_usage)
+                return EventStream(events, generation.aclose, headers)
+            answer = await until_gone(http.receive, whole(generation, form))
+        return Response(answer.model_dump_json(), 200, headers, "application/json")
+
+    async def models(self, http: HttpRequest) -> Response:
+        return JSONResponse(ModelList(data=[self._model()]).model_dump())
+
+    async def model(self, http: HttpRequest) -> Response:
+        self.admission.known(http.path_params["model"])
+        return JSONResponse(self._model().model_dump())
+
+    def _model(self) -> Model:
+        length = self.admission.context_tokens
+        return Model(id=self.settings.model, created=self._created, max_model_len=length)
+
+    async def health(self, http: HttpRequest) -> Response:
+        """This process answers; whether tokens can be made is /ready."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, http: HttpRequest) -> Response:
+        ready = await self._ask(self.service.probe(), self.settings.probe_deadline_s)
+        return JSONResponse({"ready": bool(ready)}, 200 if ready else 503)
+
+    async def exposition(self, http: HttpRequest) -> Response:
+        status = await self._ask(self.service.status(), self.settings.status_deadline_s)
+        text = self.metrics.exposition(status)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def status(self, http: HttpRequest) -> Response:
+        status = await self._ask(self.service.status(), self.settings.status_deadline_s)
+        if status is None:
+            text = "The service did not report its status in time; see the server's log."
+            raise RequestError(503, "server_error", None, text, "status_unavailable")
+        return JSONResponse(status)
+
+    async def _ask(self, answer: Awaitable[T], deadline_s: float) -> T | None:
+        """The service's answer; None, and the reason in the log, when it fails or is late."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await answer
+        except Exception:  # the service may be remote, and fail with anything
+            log.exception("the service gave no answer within %g s", deadline_s)
+            return None
+
+    async def on_request_error(self, http: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return self._error(error)
+
+    async def on_http_error(self, http: HttpRequest, error: Exception) -> Response:
+        """Starlette's own refusals: unknown paths and methods."""
+        assert isinstance(error, HTTPException)
+        line, code = f"{http.method} {http.url.path}", None
+        text = f"The request {line} was refused: {error.detail}."
+        if error.status_code == 404:
+            text, code = f"Unknown request URL: {line}.", "unknown_url"
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            text, code = f"{line} is not accepted; use {allowed}.", "method_not_allowed"
+        refusal = RequestError(error.status_code, "invalid_request_error", None, text, code)
+        return self._error(refusal, dict(error.headers or {}))
+
+    async def on_client_gone(self, http: HttpRequest, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    async def on_fault(self, http: HttpRequest, error: Exception) -> Response:
+        """A bug of ours; the server's log has the traceback."""
+        text = "The server failed on this request; the fault is in its log."
+        return self._error(RequestError(500, "server_error", None, text, "internal_error"))
+
+    def _error(self, error: RequestError, headers: dict[str, str] | None = None) -> Response:
+        self.metrics.refused(error.status)
+        headers = dict(headers or {})
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        return JSONResponse(error.body(), error.status, headers)
+
+
+async def _encode(body: bytes, admit: Callable[[], Request]) -> Request:
+    return admit() if len(body) < LONG_BODY_BYTES else await asyncio.to_thread(admit)
