@@ -2,10 +2,12 @@
 mode both fulfil, and the two errors that mean "ask another"."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from serve.prefill import PrefillReply
-from serve.replica import ReplicaState
+from serve.state import ReplicaState
+
+if TYPE_CHECKING:
+    from serve.prefill import PrefillReply
 
 
 class ReplicaLost(Exception):
@@ -19,7 +21,7 @@ class Draining(Exception):
 class PrefillClient(Protocol):
     """A prefill replica seen from a decode replica. See PrefillReplica for the contracts."""
 
-    async def prefill(self, payload: bytes, skip_tokens: int) -> PrefillReply: ...
+    async def prefill(self, payload: bytes, skip_tokens: int) -> "PrefillReply": ...
 
     async def acknowledge(self, lease_id: str) -> bool: ...
 

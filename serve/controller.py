@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from cluster.clock import Clock
 from serve.clients import ReplicaLost
 from serve.directory import Directory, Entry
-from serve.replica import ReplicaState, Role
+from serve.state import ReplicaState, Role
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -192,9 +192,7 @@ class Controller:
 
     def _new_id(self, role: Role) -> str:
         """A name that no replica that we know of has."""
-        return next(
-            name for n in self._numbers if (name := f"{role}-{n}") not in self._entries
-        )
+        return next(name for n in self._numbers if (name := f"{role}-{n}") not in self._entries)
 
     def _publish(self) -> None:
         self._version += 1

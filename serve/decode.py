@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 
 from cluster.clock import Clock
 from serve.clients import Draining
-from serve.engine.engine import Engine, Output
+from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop
-from serve.engine.sequence import Sequence
+from serve.engine.sequence import Output, Sequence
 from serve.kv.storage import KVStorage
 from serve.peers import PrefillPeers
 from serve.prefill import PrefillReply
-from serve.replica import ReplicaState, between_steps
+from serve.replica import between_steps
+from serve.state import ReplicaState
 from serve.transport import HandoffLost, Transport
 from serve.wire import Moved, failed, pack
 

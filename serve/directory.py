@@ -6,7 +6,7 @@ A directory is a value with a version; whoever watches asks for anything newer t
 from dataclasses import dataclass
 from typing import Literal
 
-from serve.replica import ReplicaState, Role
+from serve.state import ReplicaState, Role
 
 Phase = Literal["starting", "ready", "draining"]
 

@@ -16,8 +16,7 @@ from typing import Any
 from cluster.clock import Clock
 from serve.clients import ConnectDecode, DecodeClient, Draining, ReplicaLost
 from serve.directory import Directory
-from serve.engine.engine import Output
-from serve.engine.sequence import Delta, Limits, Request, Sampling, Sequence
+from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
 from serve.errors import RequestError, refuse
 from serve.kv.prefix import CacheKey
 from serve.route import least_loaded

@@ -20,7 +20,7 @@ from serve.directory import Directory
 from serve.follow import follow
 from serve.ingress import Ingress
 from serve.prefill import PrefillReplica, PrefillReply
-from serve.replica import ReplicaState, Role
+from serve.state import ReplicaState, Role
 
 T = TypeVar("T")
 
@@ -163,7 +163,9 @@ class LocalService:
             Patience(**settings.controller.model_dump()),
             clock,
         )
-        self.ingress = Ingress("ingress-1", self.launcher.connect_decode, patience_s=60, clock=clock)
+        self.ingress = Ingress(
+            "ingress-1", self.launcher.connect_decode, patience_s=60, clock=clock
+        )
         self.clock = clock
 
     async def __aenter__(self) -> "LocalService":

@@ -8,12 +8,13 @@ import asyncio
 from dataclasses import dataclass
 
 from cluster.clock import Clock
-from serve.engine.engine import Engine, Output
+from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop
-from serve.engine.sequence import Sequence
+from serve.engine.sequence import Output, Sequence
 from serve.handoff import LeaseTable
 from serve.kv.storage import KVStorage
-from serve.replica import ReplicaState, between_steps
+from serve.replica import between_steps
+from serve.state import ReplicaState
 from serve.transport import Offer, Transport
 
 

@@ -8,8 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
-from serve.engine.engine import Output
-from serve.engine.sequence import Delta, Finish
+from serve.engine.sequence import Delta, Finish, Output
 
 
 class Moved(NamedTuple):

@@ -8,22 +8,14 @@ leave in the step that ends them. A `hold` sequence makes one token and leaves; 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from models.detokenize import Detokenizer
 from serve.engine.runner import Runner
 from serve.engine.sampler import Draw, sample
 from serve.engine.scheduler import Scheduler, Slice
-from serve.engine.sequence import Delta, Finish, Sequence
+from serve.engine.sequence import Delta, Finish, Output, Sequence
+from serve.engine.stats import EngineStats
 from serve.engine.stops import StopMatcher
-
-
-class Output(NamedTuple):
-    """A delta of one request; `index` is the place of its first token in the request's output."""
-
-    request_id: str
-    index: int
-    delta: Delta
 
 
 @dataclass
@@ -37,25 +29,6 @@ class _StopText:
     def push(self, token: int, produced: int) -> str | None:
         text = self.detokenizer.push([token])
         return self.matcher.push(text).matched if produced >= self.min_tokens else None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters and gauges of one engine; tokens and pages since start."""
-
-    running: int
-    waiting: int
-    reserved: int
-    held: int
-    pages: int
-    free_pages: int
-    evictable_pages: int
-    preemptions: int
-    prefix_queries_tokens: int
-    prefix_hits_tokens: int
-    prompt_tokens: int
-    generated_tokens: int
-    steps: int
 
 
 class Engine:

@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from cluster.clock import Clock
-from serve.engine.engine import Engine, Output
+from serve.engine.engine import Engine
+from serve.engine.sequence import Output
 
 IDLE_S = 1.0  # between looks at an engine without work
 STALLED_S = 0.005  # between tries when sequences wait for pages that somebody else must free

@@ -8,7 +8,7 @@ random draw depends on (seed, position) alone. Used by the engine, the replicas 
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from serve.kv.prefix import CacheKey
 from serve.kv.table import PageTable
@@ -67,6 +67,14 @@ class Delta:
     stop: str | None = None
     cached_tokens: int = 0
     error: str | None = None
+
+
+class Output(NamedTuple):
+    """A delta of one request; `index` is the place of its first token in the request's output."""
+
+    request_id: str
+    index: int
+    delta: Delta
 
 
 @dataclass
@@ -138,4 +146,3 @@ def _request_from(body: dict[str, Any]) -> Request:
         priority=body["priority"],
         arrival_s=body["arrival_s"],
     )
-

@@ -22,4 +22,4 @@ TRANSPORTS = Registry(
 
 def open_transport(name: str) -> Transport:
     """The transport of that name; ValueError names the known ones."""
-    return cast(Transport, TRANSPORTS.find(name)())
+    return cast(Transport, TRANSPORTS.load(name)())

@@ -19,11 +19,7 @@ def runs(source: tuple[int, ...] | list[int], target: list[int]) -> Iterator[Run
     assert len(source) == len(target), (len(source), len(target))
     start = 0
     for i in range(1, len(source) + 1):
-        ends = (
-            i == len(source)
-            or source[i] != source[i - 1] + 1
-            or target[i] != target[i - 1] + 1
-        )
+        ends = i == len(source) or source[i] != source[i - 1] + 1 or target[i] != target[i - 1] + 1
         if ends and i > start:
             yield Run(source[start], target[start], i - start)
             start = i
