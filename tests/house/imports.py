@@ -32,7 +32,7 @@ class Rule:
 
 RULES = (
     Rule(("cluster",), ("serve", "train", "autoscale", "kernels", "models")),
-    Rule(("cluster",), ("ray",), except_where=("cluster.ray",)),
+    Rule(("cluster",), ("ray",), except_where=("cluster.raylocal",)),
     Rule(("cluster.settings", "cluster.clock", "cluster.registry", "cluster.cli"), ("torch",)),
     Rule(("kernels",), ("models", "serve", "train", "autoscale")),
     Rule(("models",), ("serve", "train", "autoscale")),
@@ -41,7 +41,7 @@ RULES = (
     Rule(("train",), ("serve", "autoscale")),
     Rule(
         ("serve.engine", "serve.kv", "serve.propose", "serve.effort"),
-        ("ray", "cluster.ray", *HTTP, *CLOUD),
+        ("ray", "cluster.raylocal", *HTTP, *CLOUD),
         deep=True,
     ),
     Rule(
@@ -50,7 +50,7 @@ RULES = (
         except_where=("autoscale.providers",),
     ),
     Rule(OURS, ("triton",), except_where=("kernels.triton",)),
-    Rule(OURS, RAY_PRIVATE, except_where=("cluster.ray",)),
+    Rule(OURS, RAY_PRIVATE, except_where=("cluster.raylocal",)),
 )
 
 
