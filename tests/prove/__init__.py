@@ -1,0 +1,1 @@
+"""The checks of the proof table: each module returns rows that one command prints."""
