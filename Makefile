@@ -22,7 +22,7 @@ PACKAGES := pyproject.toml constraints.txt
 .DELETE_ON_ERROR:
 
 up: install
-	@$(BIN)/sanderling up $(UP)
+	@$(BIN)/sanderling up --ask "What is the capital of France?" $(UP)
 
 down:
 	@if [ -x $(BIN)/sanderling ]; then $(BIN)/sanderling down; else echo "nothing is installed here, so nothing runs"; fi

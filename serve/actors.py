@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any, TypeVar, cast
 
 from cluster.clock import WallClock
-from cluster.raylocal.actors import find, kill, list_named, start_named
+from cluster.raylocal.actors import Needs, find, kill, list_named, start_named
 from cluster.settings import RoleSettings, Settings
 from serve import build
 from serve.clients import ReplicaLost
@@ -255,9 +255,7 @@ class RayLauncher:
             self.settings_json,
             self.run_id,
             replica_id,
-            cpus=chosen.cpus,
-            memory_bytes=chosen.memory_bytes,
-            labels=chosen.labels,
+            needs=Needs(chosen.cpus, chosen.memory_bytes, chosen.labels),
         )
 
     async def ping(self, replica_id: str) -> ReplicaState:

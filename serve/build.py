@@ -58,7 +58,7 @@ def step_cost(config: "ModelConfig") -> StepCost:
 
 
 def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engine, KVStorage]:
-    """An engine over fresh KV storage; `segment` names it in shared memory, None keeps it private."""
+    """An engine over fresh KV storage, which `segment` names in shared memory (None: private)."""
     config, options = model.decoder.config, settings.engine
     shape = KVShape(
         layers=config.layers,

@@ -35,7 +35,8 @@ class ModelRunner:
 
     def run(self, slices: list[Slice]) -> Tensor:
         with torch.inference_mode():
-            return self.decoder(token_batch(slices), self.storage.tensor)
+            logits: Tensor = self.decoder(token_batch(slices), self.storage.tensor)
+        return logits
 
 
 def token_batch(slices: list[Slice]) -> TokenBatch:

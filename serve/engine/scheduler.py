@@ -170,7 +170,7 @@ class Scheduler:
         return fits
 
     def _match(self, sequence: Sequence) -> None:
-        """Start a page table from the longest cached prefix (at least one token stays to compute)."""
+        """Start a page table from the longest cached prefix, at least one token short of the end."""
         if not self.prefix_cache:
             sequence.table = PageTable(self.pool)
             return

@@ -8,7 +8,7 @@ random draw depends on (seed, position) alone. Used by the engine, the replicas 
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from serve.kv.prefix import CacheKey
 from serve.kv.table import PageTable
@@ -69,7 +69,8 @@ class Delta:
     error: str | None = None
 
 
-class Output(NamedTuple):
+@dataclass(frozen=True)
+class Output:
     """A delta of one request; `index` is the place of its first token in the request's output."""
 
     request_id: str
@@ -114,9 +115,12 @@ class Sequence:
 
     def to_bytes(self) -> bytes:
         """Everything that another replica needs to go on, as versioned JSON (never pickle)."""
-        body = {"format": WIRE_FORMAT, "request": asdict(self.request), "output": self.output}
-        body["request"]["cache_key"] = list(self.request.cache_key)
-        body["cached_tokens"] = self.cached_tokens
+        body = {
+            "format": WIRE_FORMAT,
+            "request": asdict(self.request),
+            "output": self.output,
+            "cached_tokens": self.cached_tokens,
+        }
         return json.dumps(body, separators=(",", ":")).encode()
 
     @classmethod

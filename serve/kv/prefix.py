@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from serve.kv.audit import check_tree
 from serve.kv.node import TOKEN_BYTES, Node, pack_tokens
 from serve.kv.pool import PagePool
 
@@ -78,16 +79,24 @@ class PrefixTree:
         root = self._roots.get(key)
         return 0 if root is None else self._descend(root, data)[2] * self.pool.page_tokens
 
-    def match(self, key: CacheKey, tokens: Tokens, *, limit_tokens: int | None = None) -> Match:
+    def match(
+        self,
+        key: CacheKey,
+        tokens: Tokens,
+        *,
+        limit_tokens: int | None = None,
+        count: bool = True,
+    ) -> Match:
         """The longest cached prefix of `tokens` under `key`, its pages retained for the caller.
 
         The caller releases them, usually by making them the head of a PageTable. At most
         `limit_tokens` tokens, rounded down to whole pages; by default len(tokens) - 1, so that
         at least one token is left to compute logits from. Matched nodes become the most
-        recently used. O(tokens).
+        recently used. `count` is False for a trial whose caller will match again, so that the
+        counters see a request once. O(tokens).
         """
         data = self._pack(tokens, limit_tokens)
-        self.queries_tokens += len(tokens)
+        self.queries_tokens += len(tokens) * count
         root = self._roots.get(key)
         if root is None or not data:
             return Match([], 0)
@@ -95,7 +104,7 @@ class PrefixTree:
         pages = self._path_pages(node)
         self.pool.retain(pages)
         found = Match(pages, len(pages) * self.pool.page_tokens)
-        self.hits_tokens += found.tokens
+        self.hits_tokens += found.tokens * count
         return found
 
     def insert(self, key: CacheKey, tokens: Tokens, pages: Sequence[int]) -> int:
@@ -148,13 +157,11 @@ class PrefixTree:
 
     def check(self) -> None:
         """AssertionError where the tree is inconsistent in itself or with its pool; O(tree)."""
-        from serve.kv.audit import check_tree
-
         check_tree(self)
 
     def pages_shared(self, pages: list[int]) -> None:
         """From the pool: these pages have a second owner now."""
-        for page in pages:
+        for page in reversed(pages):  # deepest first: the ones above then change nothing
             node = self._node_of.get(page)
             if node is not None and self._place_of[page] > node.last_pin:
                 self._set_last_pin(node, self._place_of[page])

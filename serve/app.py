@@ -1,0 +1,71 @@
+"""The ingress as a Ray Serve deployment: the HTTP edge over an Ingress, under a chosen proxy.
+
+Serve gives it an HTTP port, health checks and restarts; everything that knows requests is in
+http.py and ingress.py. It reserves no CPU: it waits most of the time.
+"""
+
+import asyncio
+import secrets
+from pathlib import Path
+from typing import Any
+
+from cluster.clock import WallClock
+from cluster.settings import Settings
+from serve.actors import RayDecodeClient, watch
+from serve.follow import follow
+from serve.http import EdgeSettings, build_app
+from serve.ingress import Ingress
+
+MAX_ONGOING_REQUESTS = 1000
+DRAIN_S = 20.0  # how long open streams may go on when the ingress itself is told to stop
+
+
+def model_name(settings: Settings) -> str:
+    """The name that clients send: the setting itself, or the last part of a path."""
+    return Path(settings.model).name if "/" in settings.model else settings.model
+
+
+def context_tokens(settings: Settings) -> int:
+    """The longest prompt and answer together that every replica's pages can hold."""
+    return settings.engine.kv_tokens
+
+
+class IngressDeployment:
+    """One ingress replica; Serve calls `__serve_build_asgi_app__` after the constructor."""
+
+    def __init__(self, settings_json: str) -> None:
+        from cluster.raylocal.private import confine_replica
+        from models.load import load_text
+
+        self.settings = Settings.model_validate_json(settings_json)
+        if self.settings.ray.address == "local":
+            confine_replica()
+        self.text = load_text(self.settings.model)
+        clock = WallClock()
+        name = f"ingress-{secrets.token_hex(4)}"
+        patience_s = self.settings.controller.start_deadline_s
+        self.ingress = Ingress(name, RayDecodeClient, patience_s=patience_s, clock=clock)
+        self._follower = asyncio.create_task(follow(watch, self.ingress.update, clock))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        edge = EdgeSettings(
+            model=model_name(self.settings),
+            context_tokens=context_tokens(self.settings),
+            max_body_bytes=self.settings.http.max_body_bytes,
+        )
+        return build_app(self.ingress, self.text, edge)
+
+
+def application(settings: Settings) -> Any:
+    """The bound application for cluster.raylocal.front.start_front."""
+    from ray import serve as ray_serve
+
+    wrapped = ray_serve.ingress()(IngressDeployment)
+    deployment = ray_serve.deployment(
+        name="ingress",
+        num_replicas=1,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        ray_actor_options={"num_cpus": 0},
+    )(wrapped)
+    return deployment.bind(settings.model_dump_json())

@@ -1,0 +1,113 @@
+"""A closed-loop load of streamed chat completions over HTTP, as any client would send it.
+
+Used by `sanderling bench` and by the first question of `sanderling up`. Latencies are taken at the
+client: first token, gaps between tokens, end to end.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import httpx
+
+TIMEOUT_S = 300.0
+WORDS = ("sand", "tide", "wave", "shell", "gull", "dune", "salt", "wind", "kelp", "crab", "foam")
+
+
+class Load(NamedTuple):
+    """What to send: how many requests, how many at once, about how long."""
+
+    requests: int
+    concurrency: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One answer: times in seconds from its sending, and the tokens it cost."""
+
+    first_s: float
+    gaps_s: tuple[float, ...]
+    total_s: float
+    completion_tokens: int
+    cached_tokens: int
+
+
+def stream_chat(url: str, question: str, *, max_tokens: int, temperature: float) -> Iterator[str]:
+    """The pieces of one streamed answer."""
+    body = {"max_tokens": max_tokens, "temperature": temperature}
+    for event in _events(url, question, body):
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+
+
+def run(url: str, load: Load) -> dict[str, Any]:
+    """Send the load; the report that `sanderling bench --json` prints (seconds, tokens)."""
+    started_s = time.perf_counter()
+    with ThreadPoolExecutor(load.concurrency) as pool:
+        timings = list(pool.map(lambda n: _time(url, n, load), range(load.requests)))
+    wall_s = time.perf_counter() - started_s
+    gaps = [gap for timing in timings for gap in timing.gaps_s]
+    return {
+        "load": load._asdict(),
+        "wall_s": wall_s,
+        "output_tokens_per_s": sum(t.completion_tokens for t in timings) / wall_s,
+        "cached_tokens": sum(t.cached_tokens for t in timings),
+        "time_to_first_token_s": quantiles([t.first_s for t in timings]),
+        "inter_token_latency_s": quantiles(gaps),
+        "e2e_latency_s": quantiles([t.total_s for t in timings]),
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, 90th and 99th percentile; empty for no values."""
+    if len(values) < 2:
+        return {"p50": values[0], "p90": values[0], "p99": values[0]} if values else {}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
+
+
+def _time(url: str, number: int, load: Load) -> Timing:
+    words = [WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(load.prompt_tokens)]
+    body = {"max_tokens": load.max_tokens, "ignore_eos": True, "seed": number}
+    sent_s = time.perf_counter()
+    arrivals: list[float] = []
+    usage: dict[str, Any] = {}
+    for event in _events(url, f"{number}: {' '.join(words)}", body):
+        if event["choices"] and event["choices"][0]["delta"].get("content"):
+            arrivals.append(time.perf_counter())
+        usage = event.get("usage") or usage
+    return Timing(
+        first_s=(arrivals or [time.perf_counter()])[0] - sent_s,
+        gaps_s=tuple(b - a for a, b in zip(arrivals, arrivals[1:], strict=False)),
+        total_s=time.perf_counter() - sent_s,
+        completion_tokens=usage["completion_tokens"],
+        cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+    )
+
+
+def _events(url: str, question: str, terms: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The server-sent events of one chat completion. RuntimeError with the server's sentence."""
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **terms,
+    }
+    with httpx.Client(timeout=TIMEOUT_S) as client:
+        model = client.get(f"{url}/v1/models").json()["data"][0]["id"]
+        path = f"{url}/v1/chat/completions"
+        with client.stream("POST", path, json={**body, "model": model}) as response:
+            if response.status_code != 200:
+                raise RuntimeError(f"{response.status_code}: {response.read().decode()}")
+            for line in response.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise RuntimeError(event["error"]["message"])
+                    yield event

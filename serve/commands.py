@@ -1,0 +1,208 @@
+"""The commands `up`, `down`, `status` and `bench`: what a person at a terminal does with a service.
+
+`up` starts a background process (serve.host) and returns when the service has answered; the others
+talk to it over HTTP or by its files. Imported by the CLI when one of them is called.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import httpx
+from rich.console import Console
+
+from cluster.options import Resolved, with_settings
+from cluster.raylocal.front import refuse_taken_port
+from cluster.settings import Settings
+from serve.runfiles import RunFiles, own_python_path, tail
+from serve.view import bench_table, status_tables
+
+UP_S = 300.0
+DOWN_S = 60.0
+
+
+@click.command()
+@click.option("--ask", default=None, help="Also ask this and print the answer.")
+@with_settings("model", "host", "port", dry_run=True)
+def up(resolved: Resolved, ask: str | None) -> None:
+    """Start serving; returns when a token can be made."""
+    settings, console = resolved.settings, Console()
+    files = RunFiles(Path(settings.data_dir))
+    if files.host_pid() is not None:
+        raise ValueError(
+            f"a service with data_dir = {settings.data_dir} runs already (process "
+            f"{files.host_pid()}); `sanderling status` shows it, `sanderling down` stops it"
+        )
+    if settings.ray.address == "local":
+        refuse_taken_port(settings)
+    from models.resolve import resolve as find_model
+
+    find_model(settings.model)  # refused here, before anything is started
+    started_s = time.monotonic()
+    process = _start_host(files, settings)
+    url = _wait_until_ready(console, files, process)
+    console.print(f"Serving {settings.model} at {url}/v1 after {_since(started_s)}", style="bold")
+    if ask:
+        _answer(console, url, ask)
+
+
+@click.command()
+@with_settings()
+def down(resolved: Resolved) -> None:
+    """Stop what `up` started; says so when nothing ran."""
+    files = RunFiles(Path(resolved.settings.data_dir))
+    pid = files.host_pid()
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)
+        _wait_for_end(Console(), files, pid)
+    left = _sweep(files)
+    files.clear()
+    click.echo("stopped" if pid is not None else f"nothing was running{left}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the raw status.")
+@with_settings()
+def status(resolved: Resolved, as_json: bool) -> None:
+    """Replicas, queues and KV pages of the running service."""
+    files = RunFiles(Path(resolved.settings.data_dir))
+    answer = httpx.get(f"{_url(files)}/status", timeout=10).json()
+    if as_json:
+        click.echo(json.dumps(answer, indent=1))
+        return
+    for table in status_tables(answer, Path(resolved.settings.data_dir)):
+        Console().print(table)
+
+
+@click.command()
+@click.option("--requests", default=16, show_default=True, help="Requests to send in all.")
+@click.option("--concurrency", default=4, show_default=True, help="Requests under way at once.")
+@click.option("--prompt-tokens", default=64, show_default=True, help="About this long prompts.")
+@click.option("--max-tokens", default=32, show_default=True, help="Tokens to make per request.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@with_settings()
+def bench(
+    resolved: Resolved,
+    requests: int,
+    concurrency: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """Measure the running service: closed loop, streamed chat completions."""
+    from serve.bench import Load, run
+
+    files = RunFiles(Path(resolved.settings.data_dir))
+    load = Load(requests, concurrency, prompt_tokens, max_tokens)
+    report = run(_url(files), load)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        Console().print(bench_table(report))
+
+
+def _start_host(files: RunFiles, settings: Settings) -> "subprocess.Popen[bytes]":
+    from serve.host import new_run_id
+
+    files.begin(settings, new_run_id())
+    with files.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve.host", str(files.data_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=own_python_path(),
+            start_new_session=True,  # Ctrl-C at the terminal is not meant for it
+        )
+    files.started(process.pid)
+    return process
+
+
+def _wait_until_ready(console: Console, files: RunFiles, process: "subprocess.Popen[bytes]") -> str:
+    """Show the host's steps until the service can make a token; its URL."""
+    deadline_s = time.monotonic() + UP_S
+    with console.status("starting") as shown:
+        while time.monotonic() < deadline_s:
+            steps = files.steps()
+            if steps:
+                shown.update(steps[-1].text)
+            if process.poll() is not None or (steps and steps[-1].name == "failed"):
+                break
+            if steps and steps[-1].name == "serving":
+                trouble = _not_ready(steps[-1].text)
+                if trouble is None:
+                    return steps[-1].text
+                shown.update(f"waiting for the replicas{trouble}")
+            time.sleep(0.2)
+    reason = next((s.text for s in files.steps() if s.name == "failed"), "it took too long")
+    raise click.ClickException(
+        f"the service did not come up: {reason}\n{tail(files.log, 8)}\n(whole log: {files.log})"
+    )
+
+
+def _not_ready(url: str) -> str | None:
+    """None when /ready says yes, else what is known of why not."""
+    try:
+        if httpx.get(f"{url}/ready", timeout=15).status_code == 200:
+            return None
+        trouble = httpx.get(f"{url}/status", timeout=5).json().get("trouble")
+    except httpx.HTTPError:
+        return ""
+    return f": {trouble}" if trouble else ""
+
+
+def _wait_for_end(console: Console, files: RunFiles, pid: int) -> None:
+    deadline_s = time.monotonic() + DOWN_S
+    with console.status("stopping"):
+        while files.host_pid() is not None and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+    if files.host_pid() is not None:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _sweep(files: RunFiles) -> str:
+    """End and remove whatever a run that did not end well has left; a few words on it."""
+    from cluster.raylocal.record import drop_record, load_record
+    from cluster.raylocal.sweep import sweep
+
+    record = load_record(files.data_dir)
+    ended = 0
+    if record is not None:
+        ended = len(sweep(record, files.data_dir).ended_pids)
+        drop_record(files.data_dir)
+    segments = files.clear_segments()
+    if not ended and not segments:
+        return ""
+    return f"; ended {ended} processes and {len(segments)} shared segments left by a dead run"
+
+
+def _url(files: RunFiles) -> str:
+    """Where the running service listens. ValueError when none runs."""
+    serving = next((step for step in files.steps() if step.name == "serving"), None)
+    if files.host_pid() is None or serving is None:
+        raise ValueError(
+            f"no service runs with data_dir = {files.data_dir}; `sanderling up` starts one"
+        )
+    return serving.text
+
+
+def _answer(console: Console, url: str, question: str) -> None:
+    """Ask the service as a client would and print the streamed answer."""
+    from serve.bench import stream_chat
+
+    started_s = time.monotonic()
+    first_s: float | None = None
+    console.print(f"> {question}", style="dim")
+    for text in stream_chat(url, question, max_tokens=64, temperature=0.0):
+        first_s = first_s or time.monotonic() - started_s
+        console.print(text, end="", markup=False, highlight=False)
+    console.print(f"\n(first token after {first_s or 0:.2f} s)", style="dim")
+
+
+def _since(started_s: float) -> str:
+    return f"{time.monotonic() - started_s:.0f} s"
