@@ -138,7 +138,24 @@ def test_counters_count_tokens():
     tree.match(KEY, [1] * 10)
     tree.match(CacheKey("other", "", ""), [1] * 10)
     tree.peek(KEY, [1] * 10)
+    assert tree.match(KEY, [1] * 10, count=False).tokens == 8
     assert (tree.queries_tokens, tree.hits_tokens) == (20, 8)
+
+
+def test_long_common_prefixes_of_many_nodes():
+    """A path of more nodes than Python may recurse."""
+    depth = 2_000
+    pool, tree = tree_of(pages=depth, page_tokens=1)
+    tokens, pages = list(range(depth)), pool.allocate(depth) or []
+    for stop in range(1, depth + 1):
+        tree.insert(KEY, tokens[:stop], pages)
+    assert len({id(node) for node in tree._node_of.values()}) == depth
+    assert tree.match(KEY, tokens, limit_tokens=depth).pages == pages
+    pool.release(pages)
+    pool.release(pages)
+    assert tree.evictable_pages == depth
+    tree.check()
+    assert tree.evict(depth) == depth == pool.free_pages
 
 
 def test_forgotten_tenants_leave_nothing():

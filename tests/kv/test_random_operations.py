@@ -6,7 +6,7 @@ import pytest
 
 from serve.kv.pool import PagePool
 from serve.kv.prefix import PrefixTree
-from tests.kv.model import Drill
+from tests.kv.drill import Drill
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -55,8 +55,9 @@ def test_a_broken_pool_is_noticed(pool):
 
 
 class OneRootForAll(PrefixTree):
-    def match(self, key, tokens, *, limit_tokens=None):
-        return super().match(key._replace(salt="", adapter=""), tokens, limit_tokens=limit_tokens)
+    def match(self, key, tokens, *, limit_tokens=None, count=True):
+        merged = key._replace(salt="", adapter="")
+        return super().match(merged, tokens, limit_tokens=limit_tokens, count=count)
 
     def insert(self, key, tokens, pages):
         return super().insert(key._replace(salt="", adapter=""), tokens, pages)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.kv import replay
-from tests.kv.model import Drill
+from tests.kv.drill import Drill
 from tests.prove.row import Row, print_rows
 
 CAPACITIES = (1_000, 10_000, 30_000, 50_000)
