@@ -12,6 +12,7 @@ from torch import nn
 from kernels.reference.attention import plan_attention
 from kernels.reference.norm import rms_norm
 from kernels.reference.rope import inverse_frequencies, rotation
+from kernels.reference.stable import batch_padding_rows
 from models.batch import TokenBatch
 from models.config import ModelConfig
 from models.feedforward import build_feedforward
@@ -72,7 +73,9 @@ class Decoder(nn.Module):
         """Logits [R, vocab] float32 of batch.logit_rows; writes the batch's keys and values.
 
         kv [layers, 2, pages, page_tokens, kv_heads, head_dim] in the weights' dtype (asserted);
-        everything that earlier positions wrote is read through batch.page_tables.
+        everything that earlier positions wrote is read through batch.page_tables. kv must be
+        finite everywhere (zeros before first use). In float32 a row's logits do not depend, in
+        any bit, on the other rows or on how its sequence was cut into steps.
         """
         config = self.config
         assert kv.dtype == self.dtype, "the cache must have the dtype of the weights"
@@ -88,9 +91,13 @@ class Decoder(nn.Module):
                 self.dtype,
             ),
         )
-        x = self.embed(batch.ids)
+        x = self.embed(F.pad(batch.ids, (0, batch_padding_rows(batch.ids.shape[0]))))
         for layer, kv_layer in zip(self.layers, kv.unbind(0), strict=True):
             x = layer(x, step, kv_layer)
-        x = self.norm(x.index_select(0, batch.logit_rows))
+        return self._logits(x, batch.logit_rows)
+
+    def _logits(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(rows, (0, batch_padding_rows(rows.shape[0])))
         weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(x, weight).float()
+        logits = F.linear(self.norm(x.index_select(0, padded)), weight)
+        return logits[: rows.shape[0]].float()

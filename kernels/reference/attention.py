@@ -2,8 +2,12 @@
 
 One layer's cache is [2, pages, page_tokens, kv_heads, head_dim]: keys (rotated), then values. A
 slot is page * page_tokens + offset. `plan_attention` runs once per step, `kv_write` and
-`paged_attention` once per layer. All sequences with a single query share one batched SDPA;
-every longer segment gets one of its own.
+`paged_attention` once per layer.
+
+In float32 a row's result is the same, bit for bit, whatever else is in the batch and however its
+sequence was cut into steps. Three rules give that, see `stable.py`: queries come in multiples of
+four, widths are fixed by `stable_width`, and what is masked must be finite: the cache holds zeros
+before its first use.
 """
 
 from collections.abc import Sequence
@@ -12,13 +16,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.reference.stable import ROWS, SHORT_WIDTH, padding_rows, stable_width
+
 
 @dataclass(frozen=True)
-class DecodeRows:
-    """The rows that are alone in their sequence.
+class DecodeGroup:
+    """Rows that are alone in their sequence and read about as far back.
 
-    rows: their positions in the batch, a slice when contiguous; pages [S * P] flat page numbers;
-    mask [S, 1, 1, P * page_tokens], 0 where attended and -inf elsewhere.
+    rows: their places in the batch, a slice when contiguous; pages [S * P] page numbers; mask
+    [S, 1, 1, width], 0 where attended and -inf elsewhere.
     """
 
     rows: slice | torch.Tensor
@@ -29,12 +35,12 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Segment:
-    """Several rows start..stop of one sequence. pages and mask are None when nothing precedes
-    the segment; else pages [P] and mask [1, 1, stop - start, P * page_tokens]."""
+    """Several rows of one sequence. pages [P]; width: columns read; mask [1, 1, rows padded to a
+    multiple of four, width], or None when nothing precedes the segment and causal masking does."""
 
-    start: int
-    stop: int
-    pages: torch.Tensor | None
+    rows: slice
+    pages: torch.Tensor
+    width: int
     mask: torch.Tensor | None
 
 
@@ -42,7 +48,7 @@ class Segment:
 class AttentionPlan:
     """One step's reads, the same for every layer."""
 
-    decode: DecodeRows | None
+    groups: tuple[DecodeGroup, ...]
     segments: tuple[Segment, ...]
 
 
@@ -56,59 +62,77 @@ def plan_attention(
     """The plan for S sequences with rows query_starts[s]..query_starts[s + 1].
 
     context_tokens[s] counts the tokens of sequence s after this step; page_tables [S, max_pages]
-    int64. A sequence without rows is skipped. dtype is that of the queries.
+    int64. A sequence without rows is skipped. dtype is that of the queries. All sequences with a
+    single row are read together, in as many groups as there are widths (doubling from 512).
     """
-    alone: list[int] = []
+    alone: dict[int, list[int]] = {}
     segments: list[Segment] = []
     for index, context in enumerate(context_tokens):
         start, stop = query_starts[index], query_starts[index + 1]
         assert 0 <= stop - start <= context <= page_tables.shape[1] * page_tokens
         if stop - start == 1:
-            alone.append(index)
-        elif stop - start == context:
-            segments.append(Segment(start, stop, None, None))
+            alone.setdefault(_width_class(context), []).append(index)
         elif stop > start:
-            pages = page_tables[index, : -(-context // page_tokens)]
-            mask = _causal_mask(stop - start, context, pages.numel() * page_tokens, dtype, pages)
-            segments.append(Segment(start, stop, pages, mask))
-    decode = None
-    if alone:
-        decode = _plan_decode(alone, query_starts, context_tokens, page_tables, page_tokens, dtype)
-    return AttentionPlan(decode, tuple(segments))
+            rows = slice(start, stop)
+            segments.append(_segment(rows, context, page_tables[index], page_tokens, dtype))
+    groups = tuple(
+        _decode_group(members, query_starts, context_tokens, page_tables, page_tokens, dtype)
+        for members in alone.values()
+    )
+    return AttentionPlan(groups, tuple(segments))
 
 
-def _causal_mask(
-    rows: int, context: int, columns: int, dtype: torch.dtype, like: torch.Tensor
-) -> torch.Tensor:
-    """[1, 1, rows, columns]; row r is at position context - rows + r and sees 0..itself."""
-    last = torch.arange(context - rows, context, device=like.device)[:, None]
-    hidden = torch.arange(columns, device=like.device)[None, :] > last
-    mask = torch.zeros(rows, columns, dtype=dtype, device=like.device)
-    return mask.masked_fill_(hidden, float("-inf"))[None, None]
+def _width_class(context: int) -> int:
+    """Contexts of one class share a gather; classes double, so at most half of it is padding."""
+    width = stable_width(context)
+    return 0 if width <= SHORT_WIDTH else 1 << (width - 1).bit_length()
 
 
-def _plan_decode(
-    alone: list[int],
+def _segment(
+    rows: slice, context: int, table: torch.Tensor, page_tokens: int, dtype: torch.dtype
+) -> Segment:
+    width, count = stable_width(context), rows.stop - rows.start
+    pages = _read_pages(table[None], width, page_tokens)
+    if count == context and width <= SHORT_WIDTH:
+        return Segment(rows, pages, width, None)
+    first = context - count
+    last = torch.arange(first, first + count + padding_rows(count), device=table.device)
+    hidden = torch.arange(width, device=table.device)[None, :] > last[:, None]
+    return Segment(rows, pages, width, _mask(hidden, dtype)[None, None])
+
+
+def _decode_group(
+    members: list[int],
     query_starts: Sequence[int],
     context_tokens: Sequence[int],
     page_tables: torch.Tensor,
     page_tokens: int,
     dtype: torch.dtype,
-) -> DecodeRows:
-    device = page_tables.device
-    contexts = [context_tokens[index] for index in alone]
-    width = -(-max(contexts) // page_tokens)
-    first, count = query_starts[alone[0]], len(alone)
-    if query_starts[alone[-1]] == first + count - 1:
-        rows: slice | torch.Tensor = slice(first, first + count)
-    else:
-        rows = torch.tensor([query_starts[index] for index in alone], device=device)
+) -> DecodeGroup:
+    device, count = page_tables.device, len(members)
+    contexts = [context_tokens[index] for index in members]
+    width = max(_width_class(max(contexts)), stable_width(max(contexts)))
+    places = [query_starts[index] for index in members]
+    contiguous = places[-1] - places[0] == count - 1
+    rows = slice(places[0], places[0] + count) if contiguous else torch.tensor(places).to(device)
     lengths = torch.tensor(contexts, device=device)[:, None]
-    hidden = torch.arange(width * page_tokens, device=device)[None, :] >= lengths
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-    mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
-    tables = page_tables if count == page_tables.shape[0] else page_tables[alone]
-    return DecodeRows(rows, count, tables[:, :width].reshape(-1), mask)
+    hidden = torch.arange(width, device=device)[None, :] >= lengths
+    tables = page_tables if count == page_tables.shape[0] else page_tables[members]
+    pages = _read_pages(tables, width, page_tokens)
+    return DecodeGroup(rows, count, pages, _mask(hidden, dtype)[:, None, None, :])
+
+
+def _mask(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    shown = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return shown.masked_fill_(hidden, float("-inf"))
+
+
+def _read_pages(tables: torch.Tensor, width: int, page_tokens: int) -> torch.Tensor:
+    """The pages that hold width columns of each table, flat; page 0 stands in where a table ends
+    (those columns are masked)."""
+    wanted = -(-width // page_tokens)
+    short = max(wanted - tables.shape[1], 0)
+    return F.pad(tables[:, :wanted], (0, short)).reshape(-1)
 
 
 def kv_write(
@@ -121,48 +145,49 @@ def kv_write(
 
 
 def paged_attention(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    kv_layer: torch.Tensor,
-    plan: AttentionPlan,
-) -> torch.Tensor:
-    """Causal attention of queries [tokens, heads, head_dim] -> the same shape.
+    queries: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, out: torch.Tensor
+) -> None:
+    """Causal attention of queries [tokens, heads, head_dim] into out, of the same shape.
 
-    keys and values [tokens, kv_heads, head_dim] are this step's own, already written to
-    kv_layer; a segment that starts its sequence reads them directly. Heads are grouped: query
-    head h reads kv head h // (heads / kv_heads). Scores are scaled by head_dim ** -0.5.
+    This step's own keys and values are already in kv_layer. Heads are grouped: query head h reads
+    kv head h // (heads / kv_heads). Scores are scaled by head_dim ** -0.5.
     """
-    out = torch.empty_like(queries)
-    if plan.decode is not None:
-        rows = plan.decode.rows
-        out[rows] = _attend_decode(queries[rows], kv_layer, plan.decode)
+    for group in plan.groups:
+        out[group.rows] = _attend_alone(queries[group.rows], kv_layer, group)
     for segment in plan.segments:
-        rows = slice(segment.start, segment.stop)
-        if segment.pages is None:
-            read, written = keys[rows], values[rows]
-        else:
-            pages = kv_layer.index_select(1, segment.pages)
-            read, written = pages.view(2, -1, *kv_layer.shape[3:])
-        out[rows] = F.scaled_dot_product_attention(
-            queries[rows].transpose(0, 1)[None],
-            read.transpose(0, 1)[None],
-            written.transpose(0, 1)[None],
-            attn_mask=segment.mask,
-            is_causal=segment.mask is None,
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )[0].transpose(0, 1)
-    return out
+        out[segment.rows] = _attend_segment(queries[segment.rows], kv_layer, segment)
 
 
-def _attend_decode(
-    queries: torch.Tensor, kv_layer: torch.Tensor, decode: DecodeRows
+def _attend_alone(
+    queries: torch.Tensor, kv_layer: torch.Tensor, group: DecodeGroup
 ) -> torch.Tensor:
-    """queries [S, heads, head_dim]; a group of heads that share keys becomes the query axis,
-    so keys and values are read as stored and never repeated."""
+    """queries [S, heads, head_dim]; the heads that share keys become the query axis, so keys and
+    values are read as stored and never repeated."""
     kv_heads, head_dim = kv_layer.shape[3:]
-    gathered = kv_layer.index_select(1, decode.pages)
-    keys, values = gathered.view(2, decode.sequences, -1, kv_heads, head_dim).transpose(2, 3)
-    grouped = queries.reshape(decode.sequences, kv_heads, -1, head_dim)
-    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=decode.mask)
-    return attended.reshape(queries.shape)
+    gathered = kv_layer.index_select(1, group.pages).view(
+        2, group.sequences, -1, kv_heads, head_dim
+    )
+    keys, values = gathered[:, :, : group.mask.shape[-1]].transpose(2, 3)
+    shared = queries.view(group.sequences, kv_heads, -1, head_dim)
+    padded = F.pad(shared, (0, 0, 0, -shared.shape[2] % ROWS))
+    attended = F.scaled_dot_product_attention(padded, keys, values, attn_mask=group.mask)
+    return attended[:, :, : shared.shape[2]].reshape(queries.shape)
+
+
+def _attend_segment(
+    queries: torch.Tensor, kv_layer: torch.Tensor, segment: Segment
+) -> torch.Tensor:
+    """queries [rows, heads, head_dim]; padding rows come last and see at least what these see."""
+    count = queries.shape[0]
+    gathered = kv_layer.index_select(1, segment.pages).view(2, -1, *kv_layer.shape[3:])
+    keys, values = gathered[:, : segment.width].transpose(1, 2)
+    padded = F.pad(queries, (0, 0, 0, 0, 0, padding_rows(count)))
+    attended = F.scaled_dot_product_attention(
+        padded.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=segment.mask,
+        is_causal=segment.mask is None,
+        enable_gqa=queries.shape[1] != keys.shape[0],
+    )
+    return attended[0, :, :count].transpose(0, 1)

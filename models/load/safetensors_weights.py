@@ -72,7 +72,7 @@ class SafetensorsWeights:
         if stored.get_dtype() not in ACCEPTED:
             known = ", ".join(sorted(ACCEPTED))
             raise ValueError(
-                f"{self.path}: tensor {name!r} has dtype {stored.get_dtype()}; accepted are {known}."
+                f"{self.path}: tensor {name!r} has dtype {stored.get_dtype()}; {known} are read."
             )
         return tuple(stored.get_shape())
 

@@ -14,7 +14,11 @@ from models.registry import lookup
 
 
 class Step(NamedTuple):
-    """What all layers of one step share: rotation of its positions, slots it writes, its reads."""
+    """What all layers of one step share: rotation of its positions, slots it writes, its reads.
+
+    Hidden states may have more rows than slots has entries: padding at the end, see
+    `kernels/reference/stable.py`. A mixer must not let real rows see it.
+    """
 
     rotation: Rotation
     slots: torch.Tensor
@@ -25,7 +29,7 @@ class Mixer(Protocol):
     """Built from (config, layer index) as an nn.Module."""
 
     def __call__(self, x: torch.Tensor, step: Step, kv_layer: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden], normalised -> the same shape, to be added to the residual stream.
+        """x [rows, hidden], normalised -> the same shape, to be added to the residual stream.
         kv_layer [2, pages, page_tokens, kv_heads, head_dim] is this layer's memory."""
         ...
 

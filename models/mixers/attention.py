@@ -26,11 +26,13 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step, kv_layer: torch.Tensor) -> torch.Tensor:
         """See `Mixer`."""
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        tokens = step.slots.shape[0]
+        heads = self.qkv(x)[:tokens].view(tokens, -1, self.head_dim)
         rotated = rotate(heads[:, : self.heads + self.kv_heads], step.rotation)
         queries, keys = rotated[:, : self.heads], rotated[:, self.heads :]
         values = heads[:, self.heads + self.kv_heads :]
         kv_write(kv_layer, step.slots, keys, values)
-        mixed = paged_attention(queries, keys, values, kv_layer, step.plan)
+        mixed = x.new_zeros(x.shape[0], self.heads, self.head_dim)
+        paged_attention(queries, kv_layer, step.plan, mixed)
         projected: torch.Tensor = self.out(mixed.view(x.shape[0], -1))
         return projected
