@@ -107,8 +107,8 @@ def _contents(message: Message) -> Iterator[str]:
 
 
 def _unused_fence(messages: Sequence[Message]) -> str:
-    used = {char for message in messages for value in _contents(message) for char in value}
+    contents = [value for message in messages for value in _contents(message)]
     for fence in FENCES:
-        if fence not in used:
+        if not any(fence in value for value in contents):
             return fence
     raise refuse("The messages hold all Unicode noncharacters U+FDD0 to U+FDEF.", "messages")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 
 import pytest
 from hypothesis import given
@@ -88,18 +89,24 @@ def test_a_stop_string_wins_over_a_stop_token_of_the_same_token():
 def test_stop_strings_before_min_tokens_do_not_count():
     deltas = [*(Delta((byte,)) for byte in b"abab"), Delta((ord("c"),), "length")]
     assert shown(deltas, Limits(5, stop=("b",)))[0] == "a"
+    assert shown(deltas, Limits(5, min_tokens=2, stop=("b",)))[0] == "a"
     assert shown(deltas, Limits(5, min_tokens=3, stop=("b",)))[0] == "aba"
+    assert shown(deltas, Limits(5, min_tokens=5, stop=("b",)))[0] == "ababc"
 
 
 def test_half_a_character_at_the_end_is_shown_as_replacement():
     assert shown([Delta(tuple("é".encode()[:1]), "length")], Limits(5))[0] == "\ufffd"
 
 
-def generation(script: list[Delta | Exception | float], limits: Limits) -> Generation:
+def generation(
+    script: list[Delta | Exception | float],
+    limits: Limits,
+    service: ScriptedService | None = None,
+) -> Generation:
     prompt = (1, 2, 3)
     request = Request("id-1", prompt, Sampling(), limits, CacheKey("", "", ""))
     metrics = RequestMetrics(EdgeMetrics("m", 100, WallClock()), len(prompt), limits.max_tokens)
-    return Generation(ScriptedService(script), request, TOKENIZER, metrics, 5.0)
+    return Generation(service or ScriptedService(script), request, TOKENIZER, metrics, 5.0)
 
 
 async def streamed(script: list[Delta | Exception | float], limits: Limits) -> list[bytes]:
@@ -159,6 +166,36 @@ def test_a_failure_before_the_first_token_is_raised(script, status, words):
     with pytest.raises(RequestError, match=words) as caught:
         asyncio.run(streamed(script, Limits(9)))
     assert caught.value.status == status
+
+
+class SlowToClose(ScriptedService):
+    """Counts the closes that got to their end."""
+
+    closes = 0
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        try:
+            yield Delta((104,))
+        finally:
+            await asyncio.sleep(0.01)
+            self.closes += 1
+
+
+def test_a_close_is_waited_for_happens_once_and_survives_cancellation():
+    async def run(cancel: bool) -> int:
+        service = SlowToClose()
+        opened = generation([], Limits(9), service)
+        await opened.start()
+        closing = asyncio.create_task(opened.aclose())
+        await asyncio.sleep(0)
+        if cancel:
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+        await opened.aclose()
+        return service.closes
+
+    assert asyncio.run(run(cancel=False)) == 1
+    assert asyncio.run(run(cancel=True)) == 1
 
 
 def test_usage_fields_are_absent_unless_asked_for():
