@@ -87,7 +87,7 @@ def _bind_sentence(host: str, port: int, error: OSError) -> str:
 def start_front(app: Any, settings: Settings, *, deadline_s: float = 120.0) -> Front:
     """Deploy `app` (a bound Serve deployment) at / and wait until HTTP reaches it.
 
-    ValueError if the port is taken (our own Ray only; a cluster's proxies may be running already),
+    ValueError if the port is taken (unless Serve already runs, as it may in a cluster),
     FrontError with Serve's own words if it fails or is not there by the deadline, in which case
     what was deployed is deleted again.
     """
@@ -95,7 +95,7 @@ def start_front(app: Any, settings: Settings, *, deadline_s: float = 120.0) -> F
 
     started = time.monotonic()
     own = settings.ray.address == "local"
-    if own:
+    if own and not ray_serve.status().proxies:
         refuse_taken_port(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(

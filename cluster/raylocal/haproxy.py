@@ -51,10 +51,10 @@ def environment(folder: Path) -> dict[str, str]:
     paths = {
         "BINARY_PATH": wrapper,
         "CONFIG_FILE_LOC": folder / "haproxy.cfg",
-        "SOCKET_PATH": folder / "admin.sock",
+        "SOCKET_PATH": folder / "a.sock",
         "SERVER_STATE_BASE": folder,
         "SERVER_STATE_FILE": folder / "state",
-        "METRICS_SOCKET_PATH": folder / "requests.sock",
+        "METRICS_SOCKET_PATH": folder / "r.sock",
         "LOG_TARGET": folder / "no-log.sock",  # nobody listens; the default is UDP port 514
     }
     values = {

@@ -30,8 +30,10 @@ from cluster.raylocal.sweep import Swept, session_processes, sweep
 from cluster.settings import Settings
 
 NAMESPACE = "sanderling"
-SOCKET_PATH_BYTES = 107
-LONGEST_SOCKET = "/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+FOLDER_PREFIX = "sanderling-"
+LONGEST_TEMPORARY_FOLDER_BYTES = 11
+"""A unix socket's path may have 107 bytes, HAProxy's 97; its socket adds 86 to the folder's:
+/sanderling-12345678/h/(56 characters of a node's id)/a.sock. Ray's own adds as many."""
 
 
 class RaySession:
@@ -70,8 +72,8 @@ class RaySession:
     def start(self) -> SessionRecord:
         """Start our own Ray or attach to `ray.address`; returns what other commands need.
 
-        ValueError if a session of this data folder still runs, or the temporary folder's path is
-        too long for Ray's sockets. ConnectionError if there is no cluster at `ray.address`.
+        ValueError if a session of this data folder still runs. ConnectionError if there is no
+        cluster at `ray.address`.
         """
         assert self.record is None, "a RaySession is started once"
         _refuse_second(self._data_dir)
@@ -97,7 +99,7 @@ class RaySession:
         self.record = _new_record("", private, token_file)
         # On disk before the first process: whatever happens from here on can be swept.
         save_record(self._data_dir, self.record)
-        front = Path(private, "front")
+        front = Path(private, "h")
         front.mkdir(mode=0o700)
         extra = self._environment(front) if self._environment else {}
         self._set_environment({**_own_environment(private, token_file, self._ray.auth), **extra})
@@ -119,12 +121,18 @@ class RaySession:
         import ray
 
         self._set_environment({"RAY_AUTH_MODE": self._ray.auth})
-        ray.init(
-            self._ray.address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        try:
+            ray.init(
+                self._ray.address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ConnectionError(
+                f"no Ray lets us in at ray.address = {self._ray.address!r}: check the address and, "
+                f"with ray.auth = {self._ray.auth!r}, the token (RAY_AUTH_TOKEN_PATH); {error}"
+            ) from error
         self.record = _new_record(_gcs_address(), "", "")
         save_record(self._data_dir, self.record)
 
@@ -209,15 +217,13 @@ def _refuse_second(data_dir: Path) -> None:
 def _private_folder() -> str:
     """A fresh folder only we may enter: Ray makes its own world-writable, sockets included.
 
-    Not in the data folder: a unix socket's path may have at most 107 bytes.
+    In $TMPDIR or, where that has too long a path for sockets, in /tmp; for the same reason not in
+    the data folder.
     """
     base = tempfile.gettempdir()
-    if len(os.fsencode(f"{base}/sanderling-12345678{LONGEST_SOCKET}")) > SOCKET_PATH_BYTES:
-        raise ValueError(
-            f"the temporary folder {base} has too long a path for Ray's sockets; a TMPDIR of at "
-            "most 20 characters is accepted, such as /tmp"
-        )
-    return tempfile.mkdtemp(prefix="sanderling-", dir=base)
+    if len(os.fsencode(base)) > LONGEST_TEMPORARY_FOLDER_BYTES:
+        base = "/tmp"
+    return tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base)
 
 
 def _write_token(data_dir: Path) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -71,7 +72,15 @@ class Ingress:
         confine_replica()
 
 
-@ray_serve.deployment(ray_actor_options={"num_cpus": 0})
+@ray_serve.deployment(ray_actor_options={"num_cpus": 0}, max_constructor_retry_count=1)
 class Broken:
     def __init__(self) -> None:
         raise RuntimeError("no weights here")
+
+
+def ingress() -> Any:
+    return Ingress.bind()  # type: ignore[attr-defined]
+
+
+def broken() -> Any:
+    return Broken.bind()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from cluster.raylocal.actors import start_named
 from cluster.raylocal.front import front_environment, start_front
 from cluster.raylocal.session import RaySession
 from cluster.settings import resolve
-from tests.cluster_ray.app import Ingress
+from tests.cluster_ray.app import ingress
 
 
 class Replica:
@@ -33,7 +33,7 @@ def main(data_dir: str, port: str, proxy: str) -> None:
     ).settings
     os.environ["EVENTS_FILE"] = os.path.join(data_dir, "events")
     RaySession(settings, cpus=2, environment=partial(front_environment, settings)).start()
-    front = start_front(Ingress.bind(), settings)
+    front = start_front(ingress(), settings)
     ray.get(start_named(Replica, "replica").ping.remote())
     print("ready", front.proxy, f"{front.start_s:.2f}", flush=True)
     time.sleep(600)

@@ -22,7 +22,7 @@ import ray
 ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=80 << 20,
          _temp_dir=sys.argv[1], log_to_driver=False, logging_level="error")
 alive = ray.remote(num_cpus=0)(lambda: os.getpid())
-print("ready", flush=True)
+print(ray.get_runtime_context().gcs_address, flush=True)
 for line in sys.stdin:
     print(len({ray.get(alive.remote())}), len(ray.nodes()), flush=True)
 ray.shutdown()
@@ -39,9 +39,9 @@ def free_port() -> int:
 def listeners(pids: list[int]) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket the processes listen on."""
     return {
-        (connection.laddr.ip, connection.laddr.port)
+        (str(connection.laddr[0]), int(connection.laddr[1]))
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.pid in pids
+        if connection.status == psutil.CONN_LISTEN and connection.pid in pids and connection.laddr
     }
 
 
@@ -50,13 +50,19 @@ def is_loopback(address: str) -> bool:
 
 
 def outside_paths() -> set[str]:
-    """Everything that Ray, Serve, HAProxy or we might leave outside the data folder."""
+    """What Ray, Serve and HAProxy leave outside a session's folder unless they are told not to."""
     home = Path.home()
-    found = [*Path("/dev/shm").iterdir(), home / ".ray", home / ".config" / "ray"]
-    temporary = {Path("/tmp"), Path(tempfile.gettempdir())}
-    for pattern in ("ray*", "haproxy*", "sanderling-*", "snd-*", "plasma*"):
-        found += [path for folder in temporary for path in folder.glob(pattern)]
+    found = [home / ".ray", home / ".config" / "ray", *Path("/dev/shm").glob("plasma*")]
+    for folder in {Path("/tmp"), Path(tempfile.gettempdir())}:
+        for pattern in ("ray", "ray_*", "haproxy*", "plasma*"):
+            found += folder.glob(pattern)
     return {str(path) for path in found if path.exists()}
+
+
+def living(pids: list[int]) -> list[int]:
+    """Those that run; one that ended and waits for its parent to notice does not."""
+    found = [p for p in psutil.process_iter(["status"]) if p.pid in pids]
+    return [p.pid for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def get(port: int, path: str, timeout_s: float = 10) -> tuple[int, bytes]:
