@@ -8,20 +8,21 @@ detached: a controller that comes back after a crash finds the replicas it had.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cluster.clock import WallClock
 from cluster.raylocal.actors import Needs, find, kill, list_named, start_named
 from cluster.settings import RoleSettings, Settings
-from serve import build
 from serve.clients import ReplicaLost
 from serve.controller import Controller, Patience
-from serve.decode import DecodeReplica
 from serve.directory import Directory
 from serve.follow import follow
 from serve.kv import shared
-from serve.prefill import PrefillReplica, PrefillReply
 from serve.state import ReplicaState, Role
+
+if TYPE_CHECKING:  # the ingress and the controller run this file without torch
+    from serve.decode import DecodeReplica
+    from serve.prefill import PrefillReplica, PrefillReply
 
 CONTROLLER = "controller"
 REPLICA_PREFIX = "replica/"
@@ -51,6 +52,8 @@ class _Shell:
 
     def __init__(self, settings_json: str, run_id: str, replica_id: str) -> None:
         import torch
+
+        from serve import build
 
         self.settings = Settings.model_validate_json(settings_json)
         self.run_id = run_id
@@ -85,12 +88,14 @@ class _Shell:
 class PrefillActor(_Shell):
     """See PrefillReplica."""
 
-    replica: PrefillReplica
+    replica: "PrefillReplica"
 
     def _role(self) -> RoleSettings:
         return self.settings.prefill
 
-    def _build(self) -> PrefillReplica:
+    def _build(self) -> "PrefillReplica":
+        from serve import build
+
         segment = segment_prefix(self.run_id) + self.replica_id
         return build.prefill_replica(
             self.settings, self.model, self.replica_id, segment, WallClock()
@@ -100,7 +105,7 @@ class PrefillActor(_Shell):
         await self._start()
         return await self.replica.ping()
 
-    async def prefill(self, payload: bytes, skip_tokens: int) -> PrefillReply:
+    async def prefill(self, payload: bytes, skip_tokens: int) -> "PrefillReply":
         await self._start()
         return await self.replica.prefill(payload, skip_tokens)
 
@@ -114,12 +119,14 @@ class PrefillActor(_Shell):
 class DecodeActor(_Shell):
     """See DecodeReplica; it also follows the directory to know the prefill replicas."""
 
-    replica: DecodeReplica
+    replica: "DecodeReplica"
 
     def _role(self) -> RoleSettings:
         return self.settings.decode
 
-    def _build(self) -> DecodeReplica:
+    def _build(self) -> "DecodeReplica":
+        from serve import build
+
         return build.decode_replica(
             self.settings, self.model, self.replica_id, RayPrefillClient, WallClock()
         )
@@ -200,8 +207,8 @@ class RayPrefillClient:
             self._actor = _handle(REPLICA_PREFIX + self.replica_id)
         return self._actor
 
-    async def prefill(self, payload: bytes, skip_tokens: int) -> PrefillReply:
-        return cast(PrefillReply, await reply(self.actor.prefill.remote(payload, skip_tokens)))
+    async def prefill(self, payload: bytes, skip_tokens: int) -> "PrefillReply":
+        return cast("PrefillReply", await reply(self.actor.prefill.remote(payload, skip_tokens)))
 
     async def acknowledge(self, lease_id: str) -> bool:
         return cast(bool, await reply(self.actor.acknowledge.remote(lease_id)))

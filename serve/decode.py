@@ -97,7 +97,7 @@ class DecodeReplica:
             raise ValueError(f"request {request_id} is already here")
         self._owner[request_id] = ingress_id
         try:
-            await between_steps(self.loop, lambda engine: engine.refuse_oversized(sequence))
+            self.loop.engine.refuse_impossible(sequence)
             await self._place(sequence)
         except BaseException:
             self._owner.pop(request_id, None)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster.clock import Clock
@@ -235,7 +235,7 @@ class Ingress:
         assert item.index <= len(output), "a replica skipped a token"
         output.extend(fresh)
         record.sequence.cached_tokens = item.delta.cached_tokens
-        record.events.put_nowait(item.delta)
+        record.events.put_nowait(replace(item.delta, token_ids=tuple(fresh)))
         self._last_token_s = self.clock.now_s()
         if item.delta.finish is not None:
             self._release(record)

@@ -30,7 +30,12 @@ class StepCost:
             return 0
         if math.isinf(self.half_context_tokens):
             return int(budget)
-        # n^2/2h + n(1 + start/h) = budget, solved for n >= 0.
+        # n^2/2h + n(1 + start/h) = budget, solved for n >= 0; then rounding is made good.
         half = self.half_context_tokens
         slope = 1 + start / half
-        return int(half * (math.sqrt(slope * slope + 2 * budget / half) - slope))
+        tokens = int(half * (math.sqrt(slope * slope + 2 * budget / half) - slope))
+        while self.of(start, start + tokens) > budget:
+            tokens -= 1
+        while self.of(start, start + tokens + 1) <= budget:
+            tokens += 1
+        return tokens

@@ -78,6 +78,7 @@ class Engine:
 
     def add(self, sequence: Sequence, *, hold: bool = False) -> None:
         """Queue a sequence. ValueError when it is known already or can never fit."""
+        self._refuse(sequence)
         self._register(sequence)
         sequence.hold = hold
         self.scheduler.waiting.append(sequence)
@@ -86,14 +87,12 @@ class Engine:
         """Take pages for a sequence whose KV another replica computes; False when pages are short.
 
         Afterwards `sequence.computed_tokens` says how many leading tokens are here already.
+        ValueError as in `add`.
         """
+        self._refuse(sequence)
         if not self.scheduler.reserve(sequence):
             return False
-        try:
-            self._register(sequence)
-        except ValueError:
-            self.scheduler.release(sequence)
-            raise
+        self._register(sequence)
         self.reserved[sequence.request_id] = sequence
         return True
 
@@ -159,8 +158,14 @@ class Engine:
             table.check()
         scheduler.pool.check([*(table.pages for table in tables), scheduler.tree.pages()])
 
-    def refuse_oversized(self, sequence: Sequence) -> None:
-        """ValueError when the pages of this replica could not hold the sequence even alone."""
+    def refuse_impossible(self, sequence: Sequence) -> None:
+        """ValueError when the sequence could not run even alone. Callable from any thread."""
+        request = sequence.request
+        if not request.prompt:
+            raise ValueError("the prompt is empty; at least 1 token is needed to continue from")
+        left = request.limits.max_tokens - len(sequence.output)
+        if left < 1:
+            raise ValueError(f"max_tokens leaves {left} tokens to make; at least 1 is needed")
         longest = len(sequence.request.prompt) + sequence.request.limits.max_tokens
         if longest > self.capacity_tokens:
             raise ValueError(
@@ -168,20 +173,22 @@ class Engine:
                 f"{self.capacity_tokens} (engine.kv_tokens)"
             )
 
-    def _register(self, sequence: Sequence) -> None:
-        self.refuse_oversized(sequence)
-        limits = sequence.request.limits
+    def _refuse(self, sequence: Sequence) -> None:
+        self.refuse_impossible(sequence)
         if sequence.request_id in self.sequences or sequence.request_id in self.held:
             raise ValueError(f"request {sequence.request_id} is already here")
-        self.sequences[sequence.request_id] = sequence
-        self._arrivals += 1
-        sequence.arrival = self._arrivals
+
+    def _register(self, sequence: Sequence) -> None:
+        limits = sequence.request.limits
         if limits.stop:
             watcher = _StopText(self.detokenizer(), StopMatcher(limits.stop), limits.min_tokens)
             self._stops[sequence.request_id] = watcher
             # Resumed here: the held-back tails are a function of what came out so far.
             for produced, token in enumerate(sequence.output, start=1):
                 watcher.push(token, produced)
+        self.sequences[sequence.request_id] = sequence
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
 
     def _draw(self, sequence: Sequence) -> Draw:
         limits = sequence.request.limits

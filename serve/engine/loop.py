@@ -22,6 +22,10 @@ STALLED_S = 0.005  # between tries when sequences wait for pages that somebody e
 T = TypeVar("T")
 
 
+class EngineStopped(RuntimeError):
+    """The loop has ended, by `stop` or by an exception in a step; the message says which."""
+
+
 class _Call:
     """A function to run between steps, and who waits for its result."""
 
@@ -39,7 +43,7 @@ class _Call:
 
     def refuse(self, why: str) -> None:
         if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(RuntimeError(why))
+            self.future.set_exception(EngineStopped(why))
 
 
 class EngineLoop:
@@ -68,7 +72,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step under way; calls from then on fail with RuntimeError."""
+        """End the thread after the step under way; calls from then on fail with EngineStopped."""
         self._calls.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout=60)
@@ -132,8 +136,8 @@ class EngineLoop:
     def _die(self, why: str) -> None:
         with self._lock:
             self.failure = why
-        self.on_death(why)
         while not self._calls.empty():
             call = self._calls.get_nowait()
             if call is not None:
                 call.refuse(f"the engine has stopped: {why}")
+        self.on_death(why)

@@ -28,14 +28,25 @@ class Draw:
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """One token id per row of `logits` [R, vocab] float32; `draws` has R entries."""
     assert logits.shape[0] == len(draws), (logits.shape, len(draws))
-    for row, draw in enumerate(draws):
-        if draw.banned:
-            logits[row, list(draw.banned)] = -torch.inf
+    logits = _without_banned(logits, draws)
     greedy: list[int] = logits.argmax(dim=-1).tolist()
     return [
         token if draw.sampling.temperature == 0 else sample_row(logits[row], draw)
         for row, (token, draw) in enumerate(zip(greedy, draws, strict=True))
     ]
+
+
+def _without_banned(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The same logits, minus infinity at banned tokens. A copy when there are any: what a model
+    made in inference mode may not be written to. Ids that the model lacks cannot come up."""
+    vocab = logits.shape[1]
+    places = [(r, t) for r, draw in enumerate(draws) for t in draw.banned if 0 <= t < vocab]
+    if not places:
+        return logits
+    logits = logits.clone()
+    rows, tokens = zip(*places, strict=True)
+    logits[list(rows), list(tokens)] = -torch.inf
+    return logits
 
 
 def sample_row(logits: Tensor, draw: Draw) -> int:
@@ -50,7 +61,8 @@ def sample_row(logits: Tensor, draw: Draw) -> int:
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens that survive the filters, in vocabulary order, and their probabilities (float64,
     not renormalised): (ids [C], probabilities [C])."""
-    scaled = logits.double() / sampling.temperature
+    # The largest becomes 0, so that no temperature, however low, makes an infinity of it.
+    scaled = (logits.double() - logits.max()) / sampling.temperature
     kept = torch.arange(len(scaled))
     if 0 < sampling.top_k < len(scaled):
         kept = (scaled >= scaled.topk(sampling.top_k).values[-1]).nonzero().squeeze(-1)

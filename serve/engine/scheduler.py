@@ -1,9 +1,10 @@
 """Who runs in the next step: continuous batching under a cost budget, decodes first.
 
 Every running sequence with one token to compute gets it; what is left of the budget goes to prompts
-in order of arrival, in chunks; then waiting sequences are admitted while pages last. Short of
-pages, the prefix tree gives up what only it owns, then the youngest running sequence is preempted:
-its pages go and it is computed again later (recompute-preemption). Called once a step by Engine.
+in order of arrival, in chunks; then waiting sequences are admitted while pages last. At most
+`max_running` sequences are in a step: adopted ones beyond that wait for a seat. Short of pages, the
+prefix tree gives up what only it owns, then the last sequence to start running is preempted: its
+pages go and it is computed again later (recompute-preemption). Called once a step by Engine.
 
 Room for later: `_order` is where priorities go; a KV policy changes `_pages_for`.
 """
@@ -57,12 +58,15 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._short_of_pages = False  # the first waiting sequence found no room in the last step
 
     def schedule(self) -> list[Slice]:
         """The slices of the next step; empty when there is nothing to do."""
-        decoding = [s for s in self.running if s.uncomputed_tokens == 1]
-        prefilling = [s for s in self.running if s.uncomputed_tokens > 1]
+        seated = self.running[: self.max_running]
+        decoding = [s for s in seated if s.uncomputed_tokens == 1]
+        prefilling = [s for s in seated if s.uncomputed_tokens > 1]
         slices: list[Slice] = []
+        self._short_of_pages = False
         for sequence in decoding:
             self._take(sequence, sequence.computed_tokens + 1, slices)
         budget = self.budget_tokens - sum(self.cost.of(s.start, s.stop) for s in slices)
@@ -71,6 +75,7 @@ class Scheduler:
         while self.waiting and budget >= 1 and len(self.running) < self.max_running:
             sequence = self.waiting[0]
             if not self._admit(sequence):
+                self._short_of_pages = True
                 break
             budget -= self._take_chunk(sequence, budget, slices)
         return slices
@@ -85,15 +90,17 @@ class Scheduler:
     def reserve(self, sequence: Sequence) -> bool:
         """Give a sequence cached pages and room for all its tokens, without running it.
 
-        False, and nothing taken, when pages are short: a reservation never preempts.
+        False, and nothing taken, when pages are short: a reservation never preempts, takes no page
+        that an admitted prompt will ask for, and does not overtake a sequence that waits for pages.
         """
+        if (self._short_of_pages and self.waiting) or not self._fits(sequence):
+            return False
         self._match(sequence)
         table = sequence.table
         assert table is not None
-        if self._grow(table, len(sequence)):
-            return True
-        self.release(sequence)
-        return False
+        grown = self._grow(table, len(sequence))
+        assert grown, "pages that fit were not to be had"
+        return True
 
     def release(self, sequence: Sequence) -> None:
         """Give back a sequence's pages; it holds nothing computed afterwards."""
@@ -127,7 +134,10 @@ class Scheduler:
         if sequence not in self.running:  # preempted by an earlier slice of this very step
             return 0.0
         start = sequence.computed_tokens
-        tokens = min(sequence.uncomputed_tokens, self.cost.affordable(start, budget))
+        affordable = self.cost.affordable(start, budget)
+        if not slices:  # one token deep in a long context may cost more than a whole budget
+            affordable = max(affordable, 1)
+        tokens = min(sequence.uncomputed_tokens, affordable)
         if tokens <= 0 or not self._take(sequence, start + tokens, slices):
             return 0.0
         return self.cost.of(start, start + tokens)

@@ -6,15 +6,15 @@ KV moves by a hand-off or is computed again, and the same tokens follow either w
 random draw depends on (seed, position) alone. Used by the engine, the replicas and the ingress.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from serve.kv.prefix import CacheKey
 from serve.kv.table import PageTable
 
 Finish = Literal["stop", "length", "abort", "error"]
-WIRE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Output:
     delta: Delta
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A request under way: `output` so far and, while it runs here, its pages.
+    """A request under way: `output` so far and, while it runs here, its pages. Equal only to itself.
 
     computed_tokens: leading tokens whose KV is in `table`. arrival: order of arrival on this
     replica (ties, preemption). hold: keep the pages after the end, for a hand-off to take.
@@ -115,38 +115,23 @@ class Sequence:
 
     def to_bytes(self) -> bytes:
         """Everything that another replica needs to go on, as versioned JSON (never pickle)."""
-        body = {
-            "format": WIRE_FORMAT,
-            "request": asdict(self.request),
-            "output": self.output,
-            "cached_tokens": self.cached_tokens,
-        }
-        return json.dumps(body, separators=(",", ":")).encode()
+        return _BODY.dump_json(_Body(1, self.request, self.output, self.cached_tokens))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Sequence":
         """The inverse of `to_bytes`; ValueError for another format or a malformed body."""
-        try:
-            body = json.loads(data)
-            if body["format"] != WIRE_FORMAT:
-                raise ValueError(f"format {body['format']!r}, this version reads {WIRE_FORMAT}")
-            request = _request_from(body["request"])
-            output = [int(token) for token in body["output"]]
-            return cls(request, output, cached_tokens=int(body["cached_tokens"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a serialized sequence: {error}") from error
+        body = _BODY.validate_json(data, strict=True, extra="forbid")
+        return cls(body.request, body.output, cached_tokens=body.cached_tokens)
 
 
-def _request_from(body: dict[str, Any]) -> Request:
-    limits = dict(body["limits"])
-    limits["stop_token_ids"] = tuple(limits["stop_token_ids"])
-    limits["stop"] = tuple(limits["stop"])
-    return Request(
-        request_id=body["request_id"],
-        prompt=tuple(body["prompt"]),
-        sampling=Sampling(**body["sampling"]),
-        limits=Limits(**limits),
-        cache_key=CacheKey(*body["cache_key"]),
-        priority=body["priority"],
-        arrival_s=body["arrival_s"],
-    )
+@dataclass(frozen=True)
+class _Body:
+    """A sequence as it crosses between processes."""
+
+    format: Literal[1]
+    request: Request
+    output: list[int]
+    cached_tokens: int
+
+
+_BODY = TypeAdapter(_Body)
