@@ -13,7 +13,7 @@ from tests.kv.model import Contents
 def test_allocation_is_all_or_nothing():
     pool = PagePool(3, 16)
     first = pool.allocate(2)
-    assert first is not None and len(set(first)) == 2
+    assert first is not None and len(set(first)) == 2 == pool.used_pages
     assert pool.allocate(2) is None and pool.free_pages == 1
     assert pool.allocate(0) == []
     last = pool.allocate(1)
