@@ -7,6 +7,7 @@ now. tests/cluster_ray/test_session.py starts sessions both ways and fails if a 
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,12 @@ def reread_environment() -> None:
     constants.ENABLE_RAY_CLUSTER = os.environ.get(LOOPBACK_VARIABLE) != "0"
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def forget_serve() -> None:
+    """Drop Serve's cached connection, which would outlive the cluster that it belongs to."""
+    if "ray.serve.context" in sys.modules:
+        sys.modules["ray.serve.context"]._set_global_client(None)
 
 
 def confine_replica() -> None:

@@ -8,7 +8,9 @@ stop(). The driver (`sanderling up`) holds the RaySession; other commands use at
 import logging
 import os
 import secrets
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +18,7 @@ from typing import Self
 
 import psutil
 
-from cluster.raylocal.private import LOOPBACK_VARIABLE, reread_environment
+from cluster.raylocal.private import LOOPBACK_VARIABLE, forget_serve, reread_environment
 from cluster.raylocal.record import (
     MARK_VARIABLE,
     TOKEN_FILE,
@@ -26,7 +28,7 @@ from cluster.raylocal.record import (
     ray_folder,
     save_record,
 )
-from cluster.raylocal.sweep import Swept, session_processes, sweep
+from cluster.raylocal.sweep import Swept, driver_lives, session_processes, sweep
 from cluster.settings import Settings
 
 NAMESPACE = "sanderling"
@@ -80,6 +82,7 @@ class RaySession:
         folder = ray_folder(self._data_dir)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.record = _new_record("", "", "")
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             if self._ray.address == "local":
                 self._start_own()
@@ -88,6 +91,8 @@ class RaySession:
         except BaseException:
             self.stop()
             raise
+        if on_term is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # ray.init has put its own, a sys.exit
         assert self.record
         return self.record
 
@@ -155,6 +160,7 @@ class RaySession:
         if self.record is None:
             return Swept((), (), ())
         ray.shutdown()
+        forget_serve()
         swept = sweep(self.record, self._data_dir)
         drop_record(self._data_dir)
         self.record = None
@@ -204,7 +210,7 @@ def _update_environment(values: Mapping[str, str | None]) -> None:
 
 def _refuse_second(data_dir: Path) -> None:
     record = load_record(data_dir)
-    if record and record.embedded and session_processes(record):
+    if record and record.embedded and driver_lives(record):
         raise ValueError(
             f"a session with data_dir = {data_dir} already runs (process {record.driver_pid}); "
             "`sanderling down` ends it, another data_dir runs beside it"

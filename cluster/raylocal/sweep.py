@@ -31,6 +31,20 @@ class Swept:
     removed: tuple[str, ...]
 
 
+def driver_lives(record: SessionRecord) -> bool:
+    """Whether the process that started the session still runs (it may be the caller)."""
+    try:
+        return _is_driver(psutil.Process(record.driver_pid), record)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_driver(process: psutil.Process, record: SessionRecord) -> bool:
+    """Same process id and same start: not a later process that was given the number."""
+    same = abs(process.create_time() - record.driver_started_s) < SAME_START_S
+    return same and process.status() != psutil.STATUS_ZOMBIE
+
+
 def session_processes(record: SessionRecord) -> list[psutil.Process]:
     """The live processes of the session, without the caller and its parents."""
     if not record.embedded:
@@ -49,7 +63,7 @@ def _belongs(process: psutil.Process, record: SessionRecord) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         if process.pid == record.driver_pid:
-            return abs(process.create_time() - record.driver_started_s) < SAME_START_S
+            return _is_driver(process, record)
         if process.environ().get(MARK_VARIABLE) == record.folder:
             return True
         return any(f"{record.folder}/" in word for word in process.cmdline())

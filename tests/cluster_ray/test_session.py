@@ -1,6 +1,7 @@
 """A session of our own on this machine, from start to nothing left; real processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -213,6 +214,7 @@ def test_own_session_with_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     events.touch()
     monkeypatch.setenv("EVENTS_FILE", str(events))
     environment = {name: os.environ.get(name) for name in RESTORED}
+    on_term = signal.getsignal(signal.SIGTERM)
     session = RaySession(
         settings, cpus=2, labels={"zone": "a"}, environment=partial(front_environment, settings)
     )
@@ -220,7 +222,7 @@ def test_own_session_with_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert foreign.stdout
         foreign_address = foreign.stdout.readline().strip()
         record = session.record
-        assert record
+        assert record and signal.getsignal(signal.SIGTERM) is on_term
         with pytest.raises(ValueError, match="already runs"):
             RaySession(settings).start()
         with pytest.raises(FrontError, match="no weights here"):
