@@ -4,9 +4,9 @@ Two steps, because Ray's processes take their variables at start: front_environm
 RaySession(environment=...), start_front() deploys. On our own Ray everything listens on loopback
 but `http.host:http.port` itself. serve's `up` and `down` are the callers.
 
-HAProxy is the default (`auto`) on Linux: on 2 cores, medians of six rounds, an empty GET takes 1.0 ms
-instead of 7.4 (p99 4.8 and 18), a stream's first byte 2.7 ms instead of 11, and a client that left
-is noticed after 1.6 ms instead of 6.4; it costs about 105 MB and 1.4 s more at start.
+HAProxy is the default (`auto`) on Linux: on 2 cores, medians of six rounds, an empty GET takes
+1.0 ms instead of 7.4 (p99 4.8 and 18), a stream's first byte 2.7 ms instead of 11, and a client
+that left is noticed after 1.6 ms instead of 6.4; it costs about 105 MB and 1.4 s more at start.
 """
 
 import errno
