@@ -180,7 +180,7 @@ class Scheduler:
         return fits
 
     def _match(self, sequence: Sequence) -> None:
-        """Start a page table from the longest cached prefix, at least one token short of the end."""
+        """Start a page table from the longest cached prefix that leaves a token to compute."""
         if not self.prefix_cache:
             sequence.table = PageTable(self.pool)
             return

@@ -80,7 +80,7 @@ class Output:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way: `output` so far and, while it runs here, its pages. Equal only to itself.
+    """A request under way: `output` so far and its pages while it runs here. Equal to itself only.
 
     computed_tokens: leading tokens whose KV is in `table`. arrival: order of arrival on this
     replica (ties, preemption). hold: keep the pages after the end, for a hand-off to take.
