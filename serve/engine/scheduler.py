@@ -192,11 +192,7 @@ class Scheduler:
 
     def _grow(self, table: PageTable, tokens: int) -> bool:
         """Room for `tokens` in the table, evicting from the tree if need be; False when short."""
-        missing = table.pages_missing(tokens)
-        short = missing - self.pool.free_pages
-        if short > 0 and self.tree.evict(short) < short:
-            return False
-        return table.grow(tokens)
+        return self.tree.make_room(table.pages_missing(tokens)) and table.grow(tokens)
 
     def _preempt(self, victim: Sequence, slices: list[Slice]) -> None:
         """Take a running sequence back to the head of the queue, and out of this step."""
