@@ -36,7 +36,7 @@ def resolve(model: str) -> Path:
     if model in BUILT_IN:
         return _in_wheel(model, BUILT_IN[model])
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         if path.is_file() and path.suffix != ".gguf":
             raise ValueError(f"model {model!r} is a file but not a .gguf file.")
         return path

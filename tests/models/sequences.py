@@ -33,7 +33,9 @@ class Sequences:
             table = self.tables[number]
             ids.append(torch.tensor(more))
             positions.append(place)
-            slots.append(table[place // self.page_tokens] * self.page_tokens + place % self.page_tokens)
+            slots.append(
+                table[place // self.page_tokens] * self.page_tokens + place % self.page_tokens
+            )
             self.lengths[number] = before + len(more)
             starts.append(starts[-1] + len(more))
             contexts.append(self.lengths[number])
