@@ -198,6 +198,7 @@ class Scheduler:
         """Take a running sequence back to the head of the queue, and out of this step."""
         slices[:] = [s for s in slices if s.sequence is not victim]
         self.running.remove(victim)
+        self.remember(victim)  # what is not evicted by then need not be computed again
         self.release(victim)
         self.waiting.appendleft(victim)
         self.preemptions += 1
