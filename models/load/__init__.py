@@ -11,7 +11,9 @@ from models.load.text import TextModel
 from models.resolve import resolve
 
 if TYPE_CHECKING:
+    from models.config import ModelConfig
     from models.decoder import Decoder
+    from models.load.weights import WeightSource
 
 __all__ = ["DTYPES", "TextModel", "load_model", "load_text"]
 
@@ -41,18 +43,31 @@ def load_model(model: str, *, dtype: str = "float32", cache_dir: Path | None = N
         raise ValueError(f"dtype {dtype!r} is not accepted; {' and '.join(DTYPES)} are.")
     import torch
 
+    from models.load.cache import load_through
     from models.load.weights import fill
 
     path = resolve(model)
-    if path.is_dir():
-        from models.load.folder import open_folder
+    config, source = _open_folder(path) if path.is_dir() else _open_gguf(path)
 
-        config, source = open_folder(path)
+    def decode() -> "Decoder":
         return fill(config, source, getattr(torch, dtype), str(path))
+
+    if cache_dir is None:
+        return decode()
+    return load_through(cache_dir, path, config, getattr(torch, dtype), decode)
+
+
+def _open_folder(path: Path) -> "tuple[ModelConfig, WeightSource]":
+    from models.load.folder import open_folder
+
+    return open_folder(path)
+
+
+def _open_gguf(path: Path) -> "tuple[ModelConfig, WeightSource]":
     from models.load.gguf import read_config
     from models.load.gguf_file import open_gguf
     from models.load.gguf_weights import GGUFWeights
 
     file = open_gguf(path)
     config = read_config(file)
-    return fill(config, GGUFWeights(file, config), getattr(torch, dtype), str(path))
+    return config, GGUFWeights(file, config)

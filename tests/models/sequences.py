@@ -49,4 +49,5 @@ class Sequences:
             torch.arange(starts[-1]),
         )
         with torch.inference_mode():
-            return self.decoder(batch, self.kv)
+            logits: torch.Tensor = self.decoder(batch, self.kv)
+            return logits

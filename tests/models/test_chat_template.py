@@ -7,7 +7,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from models.chat_template import ChatTemplate
 
-MESSAGES = [
+MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief. <b>&</b>"},
     {"role": "user", "content": "  naïve “quotes” 😀\n"},
     {"role": "assistant", "content": "ok", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
@@ -25,8 +25,8 @@ TEMPLATES = {
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
     "{% endfor %}{{ ns.n }}",
     "prompt": "{{ bos_token }}{% if add_generation_prompt %}go{% endif %}{{ eos_token }}",
-    "nothing given": "{% if documents is none %}none{% endif %}{% if tools is none %}none{% endif %}",
-    "methods": "{{ messages[0]['content'].split('.')[0].upper() | trim }}{{ messages[-1].missing }}",
+    "nothing given": "{% if documents is none %}no{% endif %}{% if tools is none %}no{% endif %}",
+    "methods": "{{ messages[0]['content'].split('.')[0].upper() | trim }}{{ messages[2].gone }}",
 }
 
 

@@ -1,0 +1,91 @@
+"""Decoded weights in a file that every replica on a machine maps.
+
+Decoding a quantised file gives each process a private copy, several times the size of the file. A
+mapped copy lies once in the page cache, however many replicas read it, and a replica that starts
+later starts faster. The file is raw: all parameters in the decoder's own order, each on a 64-byte
+boundary; its name fixes the layout. Old files are never deleted here; the folder is a cache.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from models.config import ModelConfig
+from models.decoder import Decoder
+
+LAYOUT_VERSION = 1
+ALIGNMENT_BYTES = 64
+
+
+def load_through(
+    cache_dir: Path,
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    decode: Callable[[], Decoder],
+) -> Decoder:
+    """The decoder of `path`, mapped from cache_dir; decode() is called once to put it there.
+
+    The weights are mapped privately: what a process writes to them, others never see. ValueError
+    when the folder cannot be written.
+    """
+    file = cache_dir / cache_name(path, config, dtype)
+    if not file.is_file():
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            _write(file, decode())
+        except OSError as error:
+            raise ValueError(f"{cache_dir} cannot hold decoded weights: {error}.") from None
+    return _map(file, config, dtype)
+
+
+def cache_name(path: Path, config: ModelConfig, dtype: torch.dtype) -> str:
+    """Changes with the checkpoint's files (name, size, time of change), the shape of the decoder,
+    the dtype and the layout."""
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = (str(path.resolve()), stats, config, dtype, LAYOUT_VERSION)
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return f"{path.stem}-{str(dtype).removeprefix('torch.')}-{digest[:16]}.weights"
+
+
+def _spans(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+    """Every parameter with its first byte and its size in bytes."""
+    start = 0
+    for parameter in decoder.parameters():
+        size = parameter.numel() * dtype.itemsize
+        yield parameter, start, size
+        start += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _write(file: Path, decoder: Decoder) -> None:
+    """Appears whole or not at all. When several processes write at once the first one's file
+    stays, so that all of them map the same."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            for parameter, start, size in _spans(decoder, decoder.dtype):
+                out.write(bytes(start - out.tell()))
+                out.write(parameter.data.view(-1).view(torch.uint8).numpy().data)
+                assert out.tell() == start + size
+        with contextlib.suppress(FileExistsError):
+            os.link(name, file)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _map(file: Path, config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    decoder = Decoder(config).requires_grad_(False).eval()
+    spans = list(_spans(decoder, dtype))
+    total = spans[-1][1] + spans[-1][2]
+    if file.stat().st_size != total:
+        raise ValueError(f"{file} is not what was written there; delete it and start again.")
+    data = torch.from_file(str(file), shared=False, size=total, dtype=torch.uint8)
+    for parameter, start, size in spans:
+        parameter.data = data[start : start + size].view(dtype).view(parameter.shape)
+    return decoder
