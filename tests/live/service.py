@@ -26,6 +26,7 @@ from tests.cluster_ray.machine import free_port, living
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"
+FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 UP_S = 400.0
 DOWN_S = 120.0
 

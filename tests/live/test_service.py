@@ -14,11 +14,10 @@ import pytest
 
 from cluster.raylocal.record import load_record
 from tests.cluster_ray.machine import living, outside_paths
-from tests.live.service import MODEL, LiveService, busy, idle, kill, service, wait_for
+from tests.live.service import FRANCE, MODEL, LiveService, busy, idle, kill, service, wait_for
 
 pytestmark = pytest.mark.live
 
-FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 STORY: list[Any] = [{"role": "user", "content": "Tell me a story about a bird at the sea."}]
 LONG_PROMPT = " ".join(f"Wave {n} brings {n * 7 % 31} shells." for n in range(180))
 BACK_S = 60.0  # for a new replica to load its model on a busy machine
