@@ -78,6 +78,7 @@ def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engin
         prefix_cache=options.prefix_cache,
     )
     runner = ModelRunner(model.decoder, storage)
+    runner.warm_up()
     made = Engine(
         scheduler,
         runner,

@@ -1,13 +1,16 @@
 """The controller: keeps as many replicas of each role as were asked for, and says who they are.
 
-One task watches each replica; a replica that dies, hangs or fails is removed and another started.
-It holds no state that it could not find again: after a crash of its own it lists the replicas that
-run and goes on. No Ray here; actors.py gives it a launcher and a process.
+One task watches each replica; a replica that dies, hangs or fails is removed and another started,
+later and later when those of a role keep failing. It holds no state that it could not find again:
+after a crash of its own it lists the replicas that run and goes on. Whatever a launcher raises is
+taken as the trouble of the replica in question. No Ray here; actors.py gives it a launcher and a
+process.
 """
 
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,6 +22,9 @@ from serve.state import ReplicaState, Role
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
+STEADY_S = 30.0  # a replica that served for so long before it failed is no repeated failure
+SILENT_PINGS = 3  # ping deadlines that an engine may take for one step; a busy machine is no fault
+STOP_S = 10.0  # for a launcher to stop one replica
 
 
 class Launcher(Protocol):
@@ -69,9 +75,11 @@ class Controller:
         self._entries: dict[str, Entry] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._ready_s: dict[str, float] = {}
         self._version = 1
         self._published = asyncio.Event()
         self._failures: dict[Role, int] = {"prefill": 0, "decode": 0}
+        self._start_at_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
@@ -84,8 +92,9 @@ class Controller:
         """Stop every replica and every task; idempotent."""
         for task in (*self._watchers.values(), *self._background):
             task.cancel()
+        self.wanted = dict.fromkeys(self.wanted, 0)
         replicas, self._entries = list(self._entries), {}
-        await asyncio.gather(*(self.launcher.stop(r) for r in replicas))
+        await asyncio.gather(*(self._stop(r) for r in replicas))
 
     def directory(self) -> Directory:
         """Who serves now."""
@@ -97,33 +106,45 @@ class Controller:
             self._version = version + 1
         if version == self._version:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._published.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._published.wait()
         return self.directory()
 
     async def scale(self, role: Role, replicas: int, deadline_s: float) -> None:
         """Want so many replicas of a role; those too many, newest first, are drained."""
         self.wanted[role] = replicas
-        await self._fill()
         serving = [e.replica_id for e in self._entries.values() if _counts(e, role)]
         for replica_id in serving[replicas:]:
-            self._later(self.drain(replica_id, deadline_s))
+            self._drain_later(replica_id, deadline_s)
+        await self._fill()
 
     async def drain(self, replica_id: str, deadline_s: float) -> None:
         """Route nothing new to a replica, let it finish or move its work, then stop it.
 
         A replacement is started first when the role would fall short. ValueError when unknown.
         """
-        entry = self._entries.get(replica_id)
-        if entry is None:
+        if replica_id not in self._entries:
             known = ", ".join(sorted(self._entries)) or "none"
             raise ValueError(f"there is no replica {replica_id!r}; running are: {known}")
-        self._entries[replica_id] = replace(entry, phase="draining")
+        self._route_around(replica_id)
+        await self._finish_drain(replica_id, deadline_s)
+
+    def _drain_later(self, replica_id: str, deadline_s: float) -> None:
+        """Take a replica out of routing at once, and let it finish in the background."""
+        self._route_around(replica_id)
+        self._later(self._finish_drain(replica_id, deadline_s))
+
+    def _route_around(self, replica_id: str) -> None:
+        self._entries[replica_id] = replace(self._entries[replica_id], phase="draining")
         self._publish()
+
+    async def _finish_drain(self, replica_id: str, deadline_s: float) -> None:
         await self._fill()
-        with contextlib.suppress(ReplicaLost, TimeoutError):
-            slack_s = self.patience.ping_deadline_s
-            drained = self.launcher.drain(replica_id, deadline_s)
-            await asyncio.wait_for(drained, deadline_s + slack_s)
+        try:
+            async with asyncio.timeout(deadline_s + self.patience.ping_deadline_s):
+                await self.launcher.drain(replica_id, deadline_s)
+        except Exception as error:  # it is stopped all the same; its requests go on elsewhere
+            self.trouble = f"{replica_id} was not drained: {_sentence(error)}"
         await self._remove(replica_id)
 
     def _watch(self, entry: Entry) -> None:
@@ -136,59 +157,102 @@ class Controller:
         replica_id, deadline_s = entry.replica_id, self.patience.start_deadline_s
         try:
             while True:
-                ping = self.launcher.ping(replica_id)
-                state = await asyncio.wait_for(ping, deadline_s)
+                async with asyncio.timeout(deadline_s):
+                    state = await self.launcher.ping(replica_id)
                 self._saw(replica_id, state)
                 deadline_s = self.patience.ping_deadline_s
                 await self.clock.sleep(self.patience.period_s)
         except TimeoutError:
             self.trouble = f"{replica_id} did not answer within {deadline_s:g} s"
-        except ReplicaLost as lost:
-            self.trouble = f"{replica_id}: {lost}"
+        except Exception as error:
+            self.trouble = f"{replica_id}: {_sentence(error)}"
         self._watchers.pop(replica_id, None)
         self.replaced += 1
+        if self._served_s(replica_id) >= STEADY_S:
+            self._failures[entry.role] = 0
+        self._count_failure(entry.role)
         await self._remove(replica_id)
-        await self._replace(entry.role)
+        await self._fill_in_time(entry.role)
 
     def _saw(self, replica_id: str, state: ReplicaState) -> None:
         """Take in an answer; ReplicaLost when it says that the replica can serve no more."""
         entry = self._entries[replica_id]
         if state.failure is not None:
             raise ReplicaLost(state.failure)
-        if state.silent_s > self.patience.ping_deadline_s:
+        if state.silent_s > SILENT_PINGS * self.patience.ping_deadline_s:
             raise ReplicaLost(f"its engine has made no step for {state.silent_s:.0f} s")
         phase = "ready" if entry.phase == "starting" else entry.phase
         if entry.phase == "starting":
-            self._failures[entry.role] = 0
+            self._ready_s[replica_id] = self.clock.now_s()
             self.trouble = None
         self._entries[replica_id] = replace(entry, phase=phase, state=state)
         self._publish()
+        if state.draining and phase != "draining":  # somebody before us began to drain it
+            self._drain_later(replica_id, 0.0)
 
     async def _remove(self, replica_id: str) -> None:
         self._entries.pop(replica_id, None)
+        self._ready_s.pop(replica_id, None)
         watcher = self._watchers.pop(replica_id, None)
         if watcher is not None:
             watcher.cancel()
         self._publish()
-        await self.launcher.stop(replica_id)
+        await self._stop(replica_id)
 
-    async def _replace(self, role: Role) -> None:
-        """Start what is missing, later and later when replicas of the role keep failing."""
+    async def _stop(self, replica_id: str) -> None:
+        try:
+            async with asyncio.timeout(STOP_S):
+                await self.launcher.stop(replica_id)
+        except Exception as error:
+            self.trouble = f"{replica_id} could not be stopped: {_sentence(error)}"
+
+    def _served_s(self, replica_id: str) -> float:
+        now_s = self.clock.now_s()
+        return now_s - self._ready_s.get(replica_id, now_s)
+
+    def _count_failure(self, role: Role) -> None:
+        """The first failure is made good at once; each further one in a row waits twice as long."""
         failures = self._failures[role]
         self._failures[role] += 1
         if failures:
-            await self.clock.sleep(min(FIRST_BACKOFF_S * 2**failures, LONGEST_BACKOFF_S))
+            delay_s = min(FIRST_BACKOFF_S * 2 ** min(failures, 10), LONGEST_BACKOFF_S)
+            self._start_at_s[role] = self.clock.now_s() + delay_s
+
+    def _wait_s(self, role: Role) -> float:
+        """Until replicas of the role may be started again; 0 when they may now."""
+        left_s = self._start_at_s[role] - self.clock.now_s()
+        return left_s if left_s > 1e-3 else 0.0  # a sum of floats may fall short by a hair
+
+    async def _fill_in_time(self, role: Role) -> None:
+        """Start what is missing once the role has waited long enough after its failures."""
+        while (left_s := self._wait_s(role)) > 0:
+            await self.clock.sleep(left_s)
         await self._fill()
 
     async def _fill(self) -> None:
-        for role, wanted in self.wanted.items():
-            serving = sum(_counts(entry, role) for entry in self._entries.values())
-            for _ in range(wanted - serving):
-                replica_id = self._new_id(role)
-                entry = Entry(replica_id, role, "starting")
-                self._entries[replica_id] = entry
-                await self.launcher.start(role, replica_id)
-                self._watch(entry)
+        """Start what is missing, but nothing of a role that has to wait (`_fill_in_time` will)."""
+        for role in self.wanted:
+            while self._serving(role) < self.wanted[role] and not self._wait_s(role):
+                await self._start(role)
+
+    def _serving(self, role: Role) -> int:
+        return sum(_counts(entry, role) for entry in self._entries.values())
+
+    async def _start(self, role: Role) -> None:
+        replica_id = self._new_id(role)
+        self._entries[replica_id] = Entry(replica_id, role, "starting")
+        try:
+            await self.launcher.start(role, replica_id)
+        except Exception as error:
+            self.trouble = f"{replica_id} could not be started: {_sentence(error)}"
+            self._count_failure(role)
+            await self._remove(replica_id)
+            self._later(self._fill_in_time(role))
+            return
+        if replica_id in self._entries:
+            self._watch(self._entries[replica_id])
+        else:  # drained or stopped while it was being started
+            await self._stop(replica_id)
 
     def _new_id(self, role: Role) -> str:
         """A name that no replica that we know of has."""
@@ -208,3 +272,7 @@ class Controller:
 def _counts(entry: Entry, role: Role) -> bool:
     """Whether an entry counts towards the replicas wanted of a role."""
     return entry.role == role and entry.phase != "draining"
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from cluster.clock import Clock
-from serve.clients import Draining
+from serve.clients import Draining, ReplicaLost
 from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop
 from serve.engine.sequence import Output, Sequence
@@ -34,7 +34,16 @@ class _Channel:
 
     heard_s: float
     outbox: list[Output | Moved] = field(default_factory=list)
-    filled: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request that is here: whose it is, and the hand-off under way for it, if one is."""
+
+    ingress_id: str
+    handoff: asyncio.Task[None] | None = None
 
 
 class DecodeReplica:
@@ -63,8 +72,7 @@ class DecodeReplica:
         self.draining = False
         self.handed_bytes = self.remote_prefills = self.local_prefills = 0
         self._channels: dict[str, _Channel] = {}
-        self._owner: dict[str, str] = {}  # request id -> ingress id
-        self._imports: dict[str, asyncio.Task[None]] = {}
+        self._jobs: dict[str, _Job] = {}
         self._pages_freed = asyncio.Event()
         self._reserving = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,49 +85,52 @@ class DecodeReplica:
 
     async def stop(self) -> None:
         """End the engine's thread and unlink the storage; idempotent."""
-        for task in (*self._tasks, *self._imports.values()):
+        handoffs = [job.handoff for job in self._jobs.values() if job.handoff is not None]
+        for task in (*self._tasks, *handoffs):
             task.cancel()
         await asyncio.to_thread(self.loop.stop)
         self.transport.close()
         self.storage.close()
 
     async def submit(self, payload: bytes, ingress_id: str) -> None:
-        """Take a serialized sequence; its tokens go out on the ingress's `tokens` channel.
+        """Take a serialized sequence; its tokens go out on the channel `tokens(ingress_id)`.
 
-        Draining when this replica is on its way out. ValueError when the sequence can never fit or
-        is here already.
+        Its request id is of this submission alone, so that an abort of an earlier one, or what is
+        left of it, never meets it. Draining when this replica is on its way out. ValueError when
+        the sequence can never fit or the id is here already.
         """
         if self.draining or self.loop.failure is not None:
             raise Draining(f"{self.replica_id} takes no new requests")
         sequence = Sequence.from_bytes(payload)
+        self.loop.engine.refuse_impossible(sequence)
         request_id = sequence.request_id
-        if request_id in self._owner:
+        if request_id in self._jobs:
             raise ValueError(f"request {request_id} is already here")
-        self._owner[request_id] = ingress_id
+        self._jobs[request_id] = _Job(ingress_id)
         try:
-            self.loop.engine.refuse_impossible(sequence)
             await self._place(sequence)
         except BaseException:
-            self._owner.pop(request_id, None)
+            if request_id in self._jobs:
+                self._drop([request_id])
             raise
 
     async def abort(self, request_ids: list[str]) -> int:
         """Drop requests in any state; returns how many were here. Idempotent."""
-        known = [request_id for request_id in request_ids if self._owner.pop(request_id, None)]
-        for request_id in known:
-            task = self._imports.pop(request_id, None)
-            if task is not None:
-                task.cancel()  # its own cleanup tells the prefill replica
-        await between_steps(self.loop, lambda engine: [engine.abort(r) for r in known])
+        known = [request_id for request_id in request_ids if request_id in self._jobs]
+        self._drop(known)
+        await between_steps(self.loop, lambda _: None)  # the engine has done it when this returns
         self._pages_freed.set()
         return len(known)
 
     async def tokens(self, ingress_id: str) -> AsyncIterator[bytes]:
-        """Messages for one ingress, one per engine step that touched its sequences."""
+        """Messages for one ingress, one per engine step that touched its sequences.
+
+        Ends when this replica has given the ingress up for silent; what it had is gone then.
+        """
         channel = self._channel(ingress_id)
-        while True:
-            await channel.filled.wait()
-            channel.filled.clear()
+        while not channel.closed:
+            await channel.changed.wait()
+            channel.changed.clear()
             outbox, channel.outbox = channel.outbox, []
             if outbox:
                 yield pack(outbox)
@@ -148,16 +159,28 @@ class DecodeReplica:
         """
         self.draining = True
         end_s = self.clock.now_s() + deadline_s
-        while self._owner and self.clock.now_s() < end_s:
+        while self._jobs and self.clock.now_s() < end_s:
             await self.clock.sleep(0.05)
         return await self._send_away()
 
     async def _send_away(self) -> int:
-        owners = dict(self._owner)
-        await self.abort(list(owners))
-        for request_id, ingress_id in owners.items():
-            self._send(ingress_id, Moved(request_id))
-        return len(owners)
+        jobs = dict(self._jobs)
+        await self.abort(list(jobs))
+        for request_id, job in jobs.items():
+            self._send(job.ingress_id, Moved(request_id))
+        return len(jobs)
+
+    def _drop(self, request_ids: list[str]) -> None:
+        """Forget jobs that are here and have the engine drop their sequences before its next step.
+
+        At once, so that a job cannot take another step in between; what a hand-off under way has
+        with the prefill replica, its own cleanup ends.
+        """
+        for request_id in request_ids:
+            job = self._jobs.pop(request_id)
+            if job.handoff is not None:
+                job.handoff.cancel()
+        self.loop.call(lambda engine: [engine.abort(request_id) for request_id in request_ids])
 
     async def _place(self, sequence: Sequence) -> None:
         """Start a sequence: with a remote prefill where that pays, else right here."""
@@ -167,11 +190,13 @@ class DecodeReplica:
         tokens = sequence.tokens(0, len(sequence))
         key = sequence.request.cache_key
         cached = await between_steps(self.loop, lambda e: e.scheduler.tree.peek(key, tokens))
+        job = self._jobs.get(sequence.request_id)
+        if job is None:  # aborted meanwhile
+            return
         if len(sequence) - cached < self.min_remote_tokens:
             await self._prefill_here(sequence)
-            return
-        task = asyncio.create_task(self._import(sequence))
-        self._imports[sequence.request_id] = task
+        else:
+            job.handoff = asyncio.create_task(self._import(sequence))
 
     async def _prefill_here(self, sequence: Sequence) -> None:
         self.local_prefills += 1
@@ -186,13 +211,13 @@ class DecodeReplica:
             if reply is None or not await self._adopt(sequence, reply):
                 self.local_prefills += 1
                 await between_steps(self.loop, lambda e: e.give_up_reservation(request_id))
+        except ReplicaLost:
+            pass  # our own engine: `_on_death` tells the ingress
         except Exception as error:
             # Nobody awaits this task: the request hears of it, whatever it was.
-            await between_steps(self.loop, lambda e: e.abort(request_id))
+            self.loop.call(lambda e: e.abort(request_id))
             self._route([failed(request_id, len(sequence.output), error)])
             raise
-        finally:
-            self._imports.pop(request_id, None)
 
     async def _reserve(self, sequence: Sequence) -> None:
         """Wait until pages for the whole prompt are ours; first come, first served."""
@@ -200,7 +225,8 @@ class DecodeReplica:
             while not await between_steps(self.loop, lambda engine: engine.reserve(sequence)):
                 self._pages_freed.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._pages_freed.wait(), timeout=0.1)
+                    async with asyncio.timeout(0.1):
+                        await self._pages_freed.wait()
 
     async def _adopt(self, sequence: Sequence, reply: PrefillReply) -> bool:
         """Copy an offer into the reserved pages and let the sequence run; False if it was lost."""
@@ -215,7 +241,7 @@ class DecodeReplica:
 
     def _fetch(self, engine: Engine, sequence: Sequence, reply: PrefillReply) -> None:
         """On the engine's thread, between steps: nothing else can touch the reserved pages."""
-        if sequence.request_id not in engine.reserved:
+        if engine.reserved.get(sequence.request_id) is not sequence:
             return  # aborted while its prompt was computed
         assert sequence.table is not None
         offer = reply.offer
@@ -231,9 +257,10 @@ class DecodeReplica:
 
     def _on_death(self, why: str) -> None:
         def report() -> None:
-            for request_id, ingress_id in self._owner.items():
-                self._send(ingress_id, Moved(request_id))
-            self._owner.clear()
+            jobs = dict(self._jobs)
+            self._drop(list(jobs))
+            for request_id, job in jobs.items():
+                self._send(job.ingress_id, Moved(request_id))
 
         self._events.call_soon_threadsafe(report)
 
@@ -241,12 +268,12 @@ class DecodeReplica:
         """Sort a step's outputs by ingress; whoever was aborted meanwhile is dropped here."""
         by_ingress: dict[str, list[Output | Moved]] = defaultdict(list)
         for output in outputs:
-            ingress_id = self._owner.get(output.request_id)
-            if ingress_id is None:
+            job = self._jobs.get(output.request_id)
+            if job is None:
                 continue
-            by_ingress[ingress_id].append(output)
+            by_ingress[job.ingress_id].append(output)
             if output.delta.finish is not None:
-                del self._owner[output.request_id]
+                del self._jobs[output.request_id]
                 self._pages_freed.set()
         for ingress_id, batch in by_ingress.items():
             self._send(ingress_id, *batch)
@@ -254,7 +281,7 @@ class DecodeReplica:
     def _send(self, ingress_id: str, *items: Output | Moved) -> None:
         channel = self._channel(ingress_id)
         channel.outbox.extend(items)
-        channel.filled.set()
+        channel.changed.set()
 
     def _channel(self, ingress_id: str) -> _Channel:
         if ingress_id not in self._channels:
@@ -268,5 +295,8 @@ class DecodeReplica:
             oldest_s = self.clock.now_s() - SILENT_INGRESS_S
             silent = [i for i, channel in self._channels.items() if channel.heard_s < oldest_s]
             for ingress_id in silent:
-                del self._channels[ingress_id]
-                await self.abort([r for r, owner in self._owner.items() if owner == ingress_id])
+                channel = self._channels.pop(ingress_id)
+                channel.closed = True
+                channel.changed.set()
+                self._drop([r for r, job in self._jobs.items() if job.ingress_id == ingress_id])
+                self._pages_freed.set()

@@ -7,7 +7,6 @@ again; what was known stays in force meanwhile.
 from collections.abc import Awaitable, Callable
 
 from cluster.clock import Clock
-from serve.clients import ReplicaLost
 from serve.directory import Directory
 
 WATCH_S = 10.0  # how long one question may stay open
@@ -22,7 +21,7 @@ async def follow(watch: Watch, update: Callable[[Directory], None], clock: Clock
     while True:
         try:
             directory = await watch(version, WATCH_S)
-        except ReplicaLost:
+        except Exception:  # it is another process: dead, restarting or in trouble of its own
             await clock.sleep(RETRY_S)
             continue
         if directory.version != version:

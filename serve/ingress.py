@@ -2,12 +2,15 @@
 
 It routes a request to a decode replica, reads one message per step from each replica, and hands the
 deltas to whoever awaits them. When a replica dies, drains or drops a request, the record (prompt,
-terms, tokens delivered so far) goes to another one and the same tokens follow. A plain class that
-fulfils serve.service.Service; the HTTP edge and the tests call it.
+terms, tokens delivered so far) goes to another one and the same tokens follow. Every connection to
+a replica and every submission of a request has a name of its own, so that nothing late, lost or
+left over is taken for something else. A plain class that fulfils serve.service.Service; the HTTP
+edge and the tests call it.
 """
 
 import asyncio
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +27,8 @@ from serve.status import summary
 from serve.wire import Moved, unpack
 
 PING_S = 2.0  # well below decode.SILENT_INGRESS_S
+ANSWER_S = 10.0  # a decode replica that answers no ping or submit for so long is given up
+MOST_FUTILE_MOVES = 5  # replicas in a row that end before a request has made a token of it
 PROBE_S = 5.0  # a probe that takes longer counts as failed
 FRESH_S = 2.0  # a token younger than this proves readiness without a probe
 
@@ -32,22 +37,26 @@ FRESH_S = 2.0  # a token younger than this proves readiness without a probe
 class Record:
     """A request under way: what was delivered, which replica has it, what waits to be read.
 
-    An event of None means: that replica is out of it, go on elsewhere.
+    call_id: what that replica knows the request by. An event of None means: that replica is out of
+    it, go on elsewhere. futile_moves counts those since the last token.
     """
 
     sequence: Sequence
     replica_id: str | None = None
+    call_id: str = ""
     load_tokens: int = 0
+    futile_moves: int = 0
     events: asyncio.Queue[Delta | None] = field(default_factory=asyncio.Queue)
     finished: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Link:
-    """The connection to one decode replica."""
+    """A connection to one decode replica; `name` is what the replica knows this ingress by."""
 
+    name: str
     client: DecodeClient
-    tasks: list[asyncio.Task[None]]
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 class Ingress:
@@ -63,12 +72,15 @@ class Ingress:
         self.directory = Directory()
         self.resumed = 0
         self._records: dict[str, Record] = {}
+        self._placed: dict[str, Record] = {}  # by call id
         self._links: dict[str, _Link] = {}
         self._load_tokens: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._last_token_s = float("-inf")
         self._probes = 0
+        self._numbers = itertools.count(1)
+        self._stopped = False
 
     def update(self, directory: Directory) -> None:
         """Take in a newer directory: link to new decode replicas, give up those that are gone."""
@@ -82,7 +94,9 @@ class Ingress:
         self._changed.set()
 
     async def stop(self) -> None:
-        """End every background task; idempotent."""
+        """End every background task, and what is being generated with a 503; idempotent."""
+        self._stopped = True
+        self.directory = Directory()
         for replica_id in list(self._links):
             self._drop(replica_id)
         for task in list(self._background):
@@ -99,8 +113,7 @@ class Ingress:
             while not record.finished:
                 delta = await record.events.get()
                 if delta is None:
-                    self.resumed += 1
-                    await self._place(record)
+                    await self._move(record)
                     continue
                 record.finished = delta.finish is not None
                 yield delta
@@ -138,6 +151,17 @@ class Ingress:
             cache_key=CacheKey("readiness", "", ""),
         )
 
+    async def _move(self, record: Record) -> None:
+        """Go on elsewhere. RequestError as in `_place`, or 500 when moving gets it nowhere."""
+        if record.replica_id is not None:
+            return  # it was placed again before this event was read
+        record.futile_moves += 1
+        if record.futile_moves > MOST_FUTILE_MOVES:
+            text = f"The request was given up: {record.futile_moves} replicas in a row ended on it."
+            raise RequestError(500, "server_error", None, text, "unserviceable")
+        self.resumed += 1
+        await self._place(record)
+
     async def _place(self, record: Record) -> None:
         """Give a record to a decode replica, waiting for one if need be.
 
@@ -155,40 +179,57 @@ class Ingress:
                 continue
             try:
                 return await self._submit(record, replica_id)
-            except (Draining, ReplicaLost):
+            except (Draining, ReplicaLost, TimeoutError):
                 refused.add(replica_id)
 
     async def _submit(self, record: Record, replica_id: str) -> None:
+        request_id = record.sequence.request_id
+        link, call_id = self._links[replica_id], f"{request_id}/{next(self._numbers)}"
+        named = replace(record.sequence.request, request_id=call_id)
         # Set first: tokens may arrive before the answer to the call does.
-        record.replica_id = replica_id
+        record.replica_id, record.call_id = replica_id, call_id
         record.load_tokens = len(record.sequence)
         self._load_tokens[replica_id] += record.load_tokens
+        self._placed[call_id] = record
         try:
-            payload = record.sequence.to_bytes()
-            await self._links[replica_id].client.submit(payload, self.ingress_id)
-        except BaseException as error:
+            async with asyncio.timeout(ANSWER_S):
+                payload = replace(record.sequence, request=named).to_bytes()
+                await link.client.submit(payload, link.name)
+        except (Draining, ReplicaLost):
             self._release(record)
-            if isinstance(error, ValueError):
-                raise refuse(f"{error}.", None, "context_length_exceeded") from error
+            raise
+        except ValueError as error:
+            self._release(record)
+            raise refuse(f"{error}.", None, "context_length_exceeded") from error
+        except BaseException:  # cancelled or too late: the replica may have it all the same
+            self._release(record)
+            self._later(link.client.abort([call_id]))
             raise
 
     async def _wait_for_change(self, end_s: float) -> None:
         """Until the directory changes (or a moment passes); RequestError 503 after `end_s`."""
         left_s = end_s - self.clock.now_s()
-        if left_s <= 0:
+        if left_s <= 0 or self._stopped:
             text = f"No decode replica became ready within {self.patience_s:g} s."
             raise RequestError(503, "server_error", None, text, "no_replica", retry_after_s=5.0)
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), min(left_s, 0.5))
+            async with asyncio.timeout(min(left_s, 0.5)):
+                await self._changed.wait()
 
     def _link(self, replica_id: str) -> None:
-        client = self.connect(replica_id)
-        tasks = [
-            asyncio.create_task(self._read(replica_id, client)),
-            asyncio.create_task(self._keep_alive(replica_id, client)),
-        ]
-        self._links[replica_id] = _Link(client, tasks)
+        name = f"{self.ingress_id}/{next(self._numbers)}"
+        link = self._links[replica_id] = _Link(name, self.connect(replica_id))
+        for work in (self._read(link), self._keep_alive(link)):
+            task = asyncio.create_task(work)
+            link.tasks.append(task)
+            # However one of them ends, nothing of this connection can be relied on any more.
+            task.add_done_callback(lambda _: self._lost(replica_id, link))
+
+    def _lost(self, replica_id: str, link: _Link) -> None:
+        """A connection has ended; the next directory makes another, if the replica still serves."""
+        if self._links.get(replica_id) is link:
+            self._drop(replica_id)
 
     def _drop(self, replica_id: str) -> None:
         """A replica is out: every record that it had goes on elsewhere."""
@@ -202,27 +243,24 @@ class Ingress:
                 record.events.put_nowait(None)
         self._changed.set()
 
-    async def _read(self, replica_id: str, client: DecodeClient) -> None:
-        """Take in a replica's messages until it is lost."""
-        try:
-            async for message in client.tokens(self.ingress_id):
+    async def _read(self, link: _Link) -> None:
+        """Take in a replica's messages until it is lost, or has given us up for silent."""
+        with contextlib.suppress(ReplicaLost):
+            async for message in link.client.tokens(link.name):
                 for item in unpack(message):
-                    self._take_in(replica_id, item)
-        except ReplicaLost:
-            self._drop(replica_id)
+                    self._take_in(item)
 
-    async def _keep_alive(self, replica_id: str, client: DecodeClient) -> None:
-        """Let a replica know that somebody still reads what it makes."""
-        while True:
-            await self.clock.sleep(PING_S)
-            try:
-                await client.ping(self.ingress_id)
-            except ReplicaLost:
-                self._drop(replica_id)
+    async def _keep_alive(self, link: _Link) -> None:
+        """Let a replica know that somebody still reads what it makes, until it is lost."""
+        with contextlib.suppress(ReplicaLost, TimeoutError):
+            while True:
+                await self.clock.sleep(PING_S)
+                async with asyncio.timeout(ANSWER_S):
+                    await link.client.ping(link.name)
 
-    def _take_in(self, replica_id: str, item: Output | Moved) -> None:
-        record = self._records.get(item.request_id)
-        if record is None or record.replica_id != replica_id:
+    def _take_in(self, item: Output | Moved) -> None:
+        record = self._placed.get(item.request_id)
+        if record is None:
             return  # finished, given up, or resumed elsewhere meanwhile
         if isinstance(item, Moved):
             self._release(record)
@@ -234,6 +272,7 @@ class Ingress:
             return  # delivered before
         assert item.index <= len(output), "a replica skipped a token"
         output.extend(fresh)
+        record.futile_moves = 0
         record.sequence.cached_tokens = item.delta.cached_tokens
         record.events.put_nowait(replace(item.delta, token_ids=tuple(fresh)))
         self._last_token_s = self.clock.now_s()
@@ -244,16 +283,18 @@ class Ingress:
         """The record has no replica any more."""
         if record.replica_id is not None:
             self._load_tokens[record.replica_id] -= record.load_tokens
+            if not self._load_tokens[record.replica_id]:
+                del self._load_tokens[record.replica_id]
+            del self._placed[record.call_id]
             record.replica_id = None
 
     def _forget(self, record: Record) -> None:
         """The consumer is done with a record: stop the work if it was not finished."""
-        request_id = record.sequence.request_id
-        del self._records[request_id]
+        del self._records[record.sequence.request_id]
         link = self._links.get(record.replica_id or "")
         self._release(record)
         if not record.finished and link is not None:
-            self._later(link.client.abort([request_id]))
+            self._later(link.client.abort([record.call_id]))
 
     def _later(self, call: Coroutine[Any, Any, object]) -> None:
         async def run() -> None:

@@ -5,9 +5,11 @@ fail with ReplicaLost and nothing of it is heard again.
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from cluster.clock import Clock, WallClock
@@ -35,6 +37,9 @@ class _Member:
 
     async def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Await a call unless the replica is lost first."""
+        if self.dead.is_set():
+            work.close()
+            raise ReplicaLost(f"{self.replica.replica_id} was killed")
         task = asyncio.ensure_future(work)
         death = asyncio.ensure_future(self.dead.wait())
         try:
@@ -47,43 +52,63 @@ class _Member:
             task.cancel()
 
 
+@dataclass
 class LocalPrefillClient:
-    """See serve.clients.PrefillClient."""
+    """See serve.clients.PrefillClient. `find` gives the replica, or raises ReplicaLost."""
 
-    def __init__(self, member: _Member) -> None:
-        assert isinstance(member.replica, PrefillReplica)
-        self.member, self.replica = member, member.replica
+    find: Callable[[], _Member]
 
     async def prefill(self, payload: bytes, skip_tokens: int) -> PrefillReply:
-        return await self.member.call(self.replica.prefill(payload, skip_tokens))
+        member, replica = self._reach()
+        return await member.call(replica.prefill(payload, skip_tokens))
 
     async def acknowledge(self, lease_id: str) -> bool:
-        return await self.member.call(self.replica.acknowledge(lease_id))
+        member, replica = self._reach()
+        return await member.call(replica.acknowledge(lease_id))
 
     async def abort(self, request_id: str) -> bool:
-        return await self.member.call(self.replica.abort(request_id))
+        member, replica = self._reach()
+        return await member.call(replica.abort(request_id))
+
+    def _reach(self) -> tuple[_Member, PrefillReplica]:
+        member = self.find()
+        assert isinstance(member.replica, PrefillReplica)
+        return member, member.replica
 
 
+@dataclass
 class LocalDecodeClient:
-    """See serve.clients.DecodeClient."""
+    """See serve.clients.DecodeClient. `find` gives the replica, or raises ReplicaLost."""
 
-    def __init__(self, member: _Member) -> None:
-        assert isinstance(member.replica, DecodeReplica)
-        self.member, self.replica = member, member.replica
+    find: Callable[[], _Member]
 
     async def submit(self, payload: bytes, ingress_id: str) -> None:
-        await self.member.call(self.replica.submit(payload, ingress_id))
+        member, replica = self._reach()
+        await member.call(replica.submit(payload, ingress_id))
 
     async def abort(self, request_ids: list[str]) -> int:
-        return await self.member.call(self.replica.abort(request_ids))
+        member, replica = self._reach()
+        return await member.call(replica.abort(request_ids))
 
     async def tokens(self, ingress_id: str) -> AsyncIterator[bytes]:
-        messages = self.replica.tokens(ingress_id)
-        while True:
-            yield await self.member.call(anext(messages))  # type: ignore[arg-type]
+        member, replica = self._reach()
+        messages = replica.tokens(ingress_id)
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                yield await member.call(_next(messages))
 
     async def ping(self, ingress_id: str | None = None) -> ReplicaState:
-        return await self.member.call(self.replica.ping(ingress_id))
+        member, replica = self._reach()
+        return await member.call(replica.ping(ingress_id))
+
+    def _reach(self) -> tuple[_Member, DecodeReplica]:
+        member = self.find()
+        assert isinstance(member.replica, DecodeReplica)
+        return member, member.replica
+
+
+async def _next(messages: AsyncIterator[bytes]) -> bytes:
+    return await anext(messages)
 
 
 class LocalLauncher:
@@ -104,8 +129,9 @@ class LocalLauncher:
                 self.settings, self.model, replica_id, segment, self.clock
             )
         else:
+            connect = partial(self.connect_prefill, caller_id=replica_id)
             replica = build.decode_replica(
-                self.settings, self.model, replica_id, self.connect_prefill, self.clock
+                self.settings, self.model, replica_id, connect, self.clock
             )
             replica.peers.update(self.directory)
         await replica.start()
@@ -129,14 +155,22 @@ class LocalLauncher:
         return {replica_id: member.role for replica_id, member in self.members.items()}
 
     def kill(self, replica_id: str) -> None:
-        """Lose a replica at once, whatever it was doing."""
+        """Lose a replica at once, whatever it was doing; it can call nobody any more either."""
         self._find(replica_id).dead.set()
 
-    def connect_prefill(self, replica_id: str) -> LocalPrefillClient:
-        return LocalPrefillClient(self._find(replica_id))
+    def connect_prefill(self, replica_id: str, caller_id: str) -> LocalPrefillClient:
+        """For the decode replica `caller_id`. Connecting always works; calls may fail."""
+
+        def find() -> _Member:
+            if self._find(caller_id).dead.is_set():
+                raise ReplicaLost(f"the caller {caller_id} was killed")
+            return self._find(replica_id)
+
+        return LocalPrefillClient(find)
 
     def connect_decode(self, replica_id: str) -> LocalDecodeClient:
-        return LocalDecodeClient(self._find(replica_id))
+        """Connecting always works; calls may fail."""
+        return LocalDecodeClient(partial(self._find, replica_id))
 
     def update(self, directory: Directory) -> None:
         """Pass a newer directory on to the decode replicas."""

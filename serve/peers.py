@@ -15,6 +15,7 @@ from serve.directory import Directory
 from serve.engine.sequence import Sequence
 from serve.prefill import PrefillReply
 from serve.route import least_loaded
+from serve.transport import HandoffLost
 
 
 class PrefillPeers:
@@ -25,6 +26,7 @@ class PrefillPeers:
         self.deadline_s = deadline_s
         self._clients: dict[str, PrefillClient] = {}
         self._load_tokens: Counter[str] = Counter()
+        self._lenders: dict[str, PrefillClient] = {}  # by lease, until it is acknowledged
         self._background: set[asyncio.Task[Any]] = set()
 
     def update(self, directory: Directory) -> None:
@@ -42,9 +44,10 @@ class PrefillPeers:
     async def prefill(self, sequence: Sequence) -> PrefillReply | None:
         """The prompt's KV from `sequence.computed_tokens` on, on offer by some replica.
 
-        None when no replica could do it; the caller then computes the prompt itself.
+        None when no replica could do it; the caller then computes the prompt itself. Whoever gets
+        a reply acknowledges its lease in the end.
         """
-        payload, skip = sequence.to_bytes(), sequence.computed_tokens
+        skip = sequence.computed_tokens
         tried: set[str] = set()
         while True:
             candidates = [r for r in self._clients if r not in tried]
@@ -54,28 +57,32 @@ class PrefillPeers:
             tried.add(replica_id)
             self._load_tokens[replica_id] += len(sequence) - skip
             try:
-                return await self._ask(replica_id, sequence.request_id, payload, skip)
-            except (ReplicaLost, TimeoutError, ValueError):
+                return await self._ask(replica_id, sequence, skip)
+            except (ReplicaLost, HandoffLost, TimeoutError, ValueError):
                 continue  # gone, too slow or too small: the next one, or nobody
             finally:
                 self._load_tokens[replica_id] -= len(sequence) - skip
+                if not self._load_tokens[replica_id]:
+                    del self._load_tokens[replica_id]
 
     def acknowledge(self, lease_id: str) -> None:
         """Tell the lender, without waiting, that its pages may be freed."""
-        replica_id = lease_id.rpartition("/")[0]
-        client = self._clients.get(replica_id)
-        if client is not None:  # else its leases died with it, or will expire
-            self._later(client.acknowledge(lease_id))
+        self._later(self._lenders.pop(lease_id).acknowledge(lease_id))
 
-    async def _ask(
-        self, replica_id: str, request_id: str, payload: bytes, skip: int
-    ) -> PrefillReply:
+    async def _ask(self, replica_id: str, sequence: Sequence, skip: int) -> PrefillReply:
         client = self._clients[replica_id]
         try:
-            return await asyncio.wait_for(client.prefill(payload, skip), self.deadline_s)
+            async with asyncio.timeout(self.deadline_s):
+                reply = await client.prefill(sequence.to_bytes(), skip)
         except (TimeoutError, asyncio.CancelledError):
-            self._later(client.abort(request_id))
+            self._later(client.abort(sequence.request_id))
             raise
+        except ReplicaLost:
+            if self._clients.get(replica_id) is client:  # a later one of its name is another
+                del self._clients[replica_id]
+            raise
+        self._lenders[reply.offer.lease_id] = client
+        return reply
 
     def _later(self, call: Coroutine[Any, Any, object]) -> None:
         async def run() -> None:

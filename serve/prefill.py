@@ -5,9 +5,11 @@ the one-process mode use it as it is. Called by decode replicas only (decode orc
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 from cluster.clock import Clock
+from serve.clients import ReplicaLost
 from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop
 from serve.engine.sequence import Output, Sequence
@@ -15,7 +17,7 @@ from serve.handoff import LeaseTable
 from serve.kv.storage import KVStorage
 from serve.replica import between_steps
 from serve.state import ReplicaState
-from serve.transport import Offer, Transport
+from serve.transport import HandoffLost, Offer, Transport
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class PrefillReplica:
         """Compute a serialized sequence's tokens and lend their KV from `skip_tokens` on.
 
         `skip_tokens` is a whole number of pages that the caller holds already. Cancelling the call
-        drops the work. ValueError when the sequence can never fit here.
+        drops the work. ValueError when the sequence can never fit here, HandoffLost when it was
+        aborted meanwhile, ReplicaLost when the engine stops.
         """
         sequence = Sequence.from_bytes(payload)
         request_id = sequence.request_id
@@ -85,7 +88,7 @@ class PrefillReplica:
             output = await computed
             offer = await between_steps(self.loop, lambda e: self._lend(e, request_id, skip_tokens))
         except BaseException:
-            self.loop.call(lambda engine: engine.abort(request_id))
+            self.loop.call(lambda engine: self._drop(engine, request_id))
             raise
         finally:
             del self._waiting[request_id]
@@ -97,9 +100,10 @@ class PrefillReplica:
 
     async def abort(self, request_id: str) -> bool:
         """Drop a request in any state, its lease included. Idempotent; False when unknown."""
-        return await between_steps(
-            self.loop, lambda e: e.abort(request_id) | (self.leases.abort(request_id) > 0)
-        )
+        computed = self._waiting.get(request_id)
+        if computed is not None and not computed.done():  # its caller may no longer be there
+            computed.set_exception(HandoffLost(f"request {request_id} was aborted"))
+        return await between_steps(self.loop, lambda engine: self._drop(engine, request_id))
 
     async def drain(self, deadline_s: float) -> int:
         """Wait until nothing is being computed or lent, at most `deadline_s`; nothing ever moves,
@@ -124,8 +128,13 @@ class PrefillReplica:
             stats=self.loop.engine.stats(),
         )
 
+    def _drop(self, engine: Engine, request_id: str) -> bool:
+        return engine.abort(request_id) | (self.leases.abort(request_id) > 0)
+
     def _lend(self, engine: Engine, request_id: str, skip_tokens: int) -> Offer:
-        held = engine.held[request_id]
+        held = engine.held.get(request_id)
+        if held is None:
+            raise HandoffLost(f"request {request_id} was aborted")
         assert held.table is not None
         page_tokens = self.storage.shape.page_tokens
         assert skip_tokens % page_tokens == 0, skip_tokens
@@ -151,10 +160,11 @@ class PrefillReplica:
     def _fail(self, why: str) -> None:
         for computed in self._waiting.values():
             if not computed.done():
-                computed.set_exception(RuntimeError(f"the engine has stopped: {why}"))
+                computed.set_exception(ReplicaLost(f"the engine has stopped: {why}"))
 
     async def _sweep(self) -> None:
         """Free expired leases, since a receiver that was killed acknowledges nothing."""
-        while True:
-            await self.clock.sleep(min(1.0, self.leases.lease_s / 4))
-            await between_steps(self.loop, lambda _: self.leases.sweep())
+        with contextlib.suppress(ReplicaLost):  # the engine has stopped: nothing is lent any more
+            while True:
+                await self.clock.sleep(min(1.0, self.leases.lease_s / 4))
+                await between_steps(self.loop, lambda _: self.leases.sweep())

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+from serve.clients import ReplicaLost
 from serve.engine.engine import Engine
-from serve.engine.loop import EngineLoop
+from serve.engine.loop import EngineLoop, EngineStopped
 
 T = TypeVar("T")
 
@@ -13,6 +14,9 @@ T = TypeVar("T")
 async def between_steps(loop: EngineLoop, function: Callable[[Engine], T]) -> T:
     """Run `function(engine)` on the engine's thread between two steps and await its result.
 
-    RuntimeError when the engine has stopped.
+    ReplicaLost when the engine has stopped: whoever called this replica asks another.
     """
-    return await asyncio.wrap_future(loop.call(function))
+    try:
+        return await asyncio.wrap_future(loop.call(function))
+    except EngineStopped as stopped:
+        raise ReplicaLost(str(stopped)) from stopped

@@ -38,6 +38,14 @@ class ModelRunner:
             logits: Tensor = self.decoder(token_batch(slices), self.storage.tensor)
         return logits
 
+    def warm_up(self) -> None:
+        """Read all weights once, writing to a page that nobody has yet: mapped weights come from
+        disk at their first use, which would otherwise be somebody's first token."""
+        one = torch.zeros(1, dtype=torch.int64)
+        batch = TokenBatch(one, one, one, (0, 1), (1,), one[None], one)
+        with torch.inference_mode():
+            self.decoder(batch, self.storage.tensor)
+
 
 def token_batch(slices: list[Slice]) -> TokenBatch:
     """The flat batch of a step's slices (see models.batch.TokenBatch for shapes)."""

@@ -5,20 +5,30 @@ A lent page that changed hands is noticed by its generation, read before and aft
 lease that ran out costs a recomputation and never a wrong token.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
+from serve.kv import shared
 from serve.kv.storage import KVStorage
 from serve.transport.contract import HandoffLost, Offer
 from serve.transport.copy import copy_pages
 
 
+class _Mapping(NamedTuple):
+    """A sender's storage as mapped here, and which file it is: names are used again, files not."""
+
+    storage: KVStorage
+    file: tuple[int, int] | None
+
+
 class SharedMemoryTransport:
-    """Keeps one mapping per sender it has received from."""
+    """Keeps one mapping per sender it has received from, until the sender's file is gone."""
 
     name = "shared_memory"
 
     def __init__(self) -> None:
-        self._attached: dict[str, KVStorage] = {}
+        self._attached: dict[str, _Mapping] = {}
 
     def offer(
         self, lease_id: str, storage: KVStorage, pages: list[int], start_tokens: int, stop: int
@@ -47,19 +57,42 @@ class SharedMemoryTransport:
         return copied
 
     def close(self) -> None:
-        for storage in self._attached.values():
-            storage.close()
+        for mapping in self._attached.values():
+            mapping.storage.close()
         self._attached.clear()
 
     def _attach(self, segment: str) -> KVStorage:
-        if segment not in self._attached:
-            try:
-                self._attached[segment] = KVStorage.attach(segment)
-            except ValueError as error:
-                raise HandoffLost(f"the sender's storage cannot be mapped: {error}") from error
-        return self._attached[segment]
+        file = _file(segment)
+        known = self._attached.get(segment)
+        if known is not None and known.file == file:
+            return known.storage
+        self._drop_stale()
+        try:
+            storage = KVStorage.attach(segment)
+        except (ValueError, OSError) as error:
+            raise HandoffLost(f"the sender's storage cannot be mapped: {error}") from error
+        if _file(segment) != file:
+            raise HandoffLost(f"the sender's storage {segment} was replaced while it was mapped")
+        self._attached[segment] = _Mapping(storage, file)
+        return storage
+
+    def _drop_stale(self) -> None:
+        """Let go of senders that are gone: a mapping keeps all of their memory."""
+        for segment, mapping in list(self._attached.items()):
+            if mapping.file != _file(segment):
+                mapping.storage.close()
+                del self._attached[segment]
 
     def _unchanged(self, sender: KVStorage, offer: Offer) -> None:
         now = sender.generation[list(offer.pages)]
         if not np.array_equal(now, np.array(offer.generations, dtype=now.dtype)):
             raise HandoffLost(f"lease {offer.lease_id} ran out before its pages were copied")
+
+
+def _file(segment: str) -> tuple[int, int] | None:
+    """What tells the file of that name from every other one; None when there is none."""
+    try:
+        status = (shared.SHARED_DIRECTORY / segment).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
