@@ -22,7 +22,8 @@ from serve.state import ReplicaState, Role
 
 if TYPE_CHECKING:  # the ingress and the controller run this file without torch
     from serve.decode import DecodeReplica
-    from serve.prefill import PrefillReplica, PrefillReply
+    from serve.prefill import PrefillReplica
+    from serve.transport import PrefillReply
 
 CONTROLLER = "controller"
 REPLICA_PREFIX = "replica/"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from serve.state import ReplicaState
 
 if TYPE_CHECKING:
-    from serve.prefill import PrefillReply
+    from serve.transport import PrefillReply
 
 
 class ReplicaLost(Exception):

@@ -19,10 +19,9 @@ from serve.engine.loop import EngineLoop
 from serve.engine.sequence import Output, Sequence
 from serve.kv.storage import KVStorage
 from serve.peers import PrefillPeers
-from serve.prefill import PrefillReply
 from serve.replica import between_steps
 from serve.state import ReplicaState
-from serve.transport import HandoffLost, Transport
+from serve.transport import HandoffLost, PrefillReply, Transport
 from serve.wire import Moved, failed, pack
 
 SILENT_INGRESS_S = 10.0  # an ingress that has not called for so long is gone, and its clients too

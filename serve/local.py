@@ -21,8 +21,9 @@ from serve.decode import DecodeReplica
 from serve.directory import Directory
 from serve.follow import follow
 from serve.ingress import Ingress
-from serve.prefill import PrefillReplica, PrefillReply
+from serve.prefill import PrefillReplica
 from serve.state import ReplicaState, Role
+from serve.transport import PrefillReply
 
 T = TypeVar("T")
 

@@ -13,9 +13,8 @@ from typing import Any
 from serve.clients import ConnectPrefill, PrefillClient, ReplicaLost
 from serve.directory import Directory
 from serve.engine.sequence import Sequence
-from serve.prefill import PrefillReply
 from serve.route import least_loaded
-from serve.transport import HandoffLost
+from serve.transport import HandoffLost, PrefillReply
 
 
 class PrefillPeers:

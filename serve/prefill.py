@@ -6,7 +6,6 @@ the one-process mode use it as it is. Called by decode replicas only (decode orc
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
 
 from cluster.clock import Clock
 from serve.clients import ReplicaLost
@@ -17,19 +16,7 @@ from serve.handoff import LeaseTable
 from serve.kv.storage import KVStorage
 from serve.replica import between_steps
 from serve.state import ReplicaState
-from serve.transport import HandoffLost, Offer, Transport
-
-
-@dataclass(frozen=True)
-class PrefillReply:
-    """The token that follows the prompt, and the offer of the KV that the caller lacks.
-
-    cached_tokens: leading tokens that this replica had in its prefix cache.
-    """
-
-    token: int
-    cached_tokens: int
-    offer: Offer
+from serve.transport import HandoffLost, Offer, PrefillReply, Transport
 
 
 class PrefillReplica:

@@ -7,9 +7,16 @@ writes into memory that another replica may have freed. See README.md for how to
 from typing import cast
 
 from cluster.registry import Registry
-from serve.transport.contract import HandoffLost, Offer, Transport
+from serve.transport.contract import HandoffLost, Offer, PrefillReply, Transport
 
-__all__ = ["TRANSPORTS", "HandoffLost", "Offer", "Transport", "open_transport"]
+__all__ = [
+    "TRANSPORTS",
+    "HandoffLost",
+    "Offer",
+    "PrefillReply",
+    "Transport",
+    "open_transport",
+]
 
 TRANSPORTS = Registry(
     "handoff.transport",

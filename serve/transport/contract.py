@@ -34,6 +34,18 @@ class Offer:
         return self.stop_tokens - self.start_tokens
 
 
+@dataclass(frozen=True)
+class PrefillReply:
+    """The token that follows the prompt, and the offer of the KV that the caller lacks.
+
+    cached_tokens: leading tokens that this replica had in its prefix cache.
+    """
+
+    token: int
+    cached_tokens: int
+    offer: Offer
+
+
 class Transport(Protocol):
     """Stateless but for cached mappings. An offer of no tokens is valid and moves 0 bytes."""
 
