@@ -5,6 +5,7 @@ chunks. Logits are spread widely, so that rounding cannot change a token.
 """
 
 import asyncio
+import gc
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -95,10 +96,11 @@ def logits_of(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
 def solo_tokens(model: Model, request: Request) -> list[int]:
     """What a request must yield. Stop strings are bytes here, one token each."""
     limits, output = request.limits, list[int]()
-    ends = model.text.tokenizer.eos_token_ids
+    eos = model.text.tokenizer.eos_token_ids
+    ends = () if limits.ignore_eos else eos
     while True:
         tokens = [*request.prompt, *output]
-        banned = ends if len(output) < limits.min_tokens else ()
+        banned = eos if len(output) < limits.min_tokens else ()
         logits = logits_of(model.decoder, tokens)
         output += sample(logits, [Draw(request.sampling, len(tokens), banned)])
         counted = model.text.tokenizer.decode(output[max(limits.min_tokens - 1, 0) :])
@@ -172,17 +174,21 @@ def settings(
     )
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    """Run an async test; nothing may take longer than DEADLINE_S or leave a task's error unseen."""
-    unseen: list[dict[str, Any]] = []
+def run(work: Coroutine[Any, Any, None], expected: tuple[str, ...] = ()) -> None:
+    """Run an async test: it ends within DEADLINE_S, and the errors that nobody awaited (asyncio
+    would log them) are those `expected`."""
+    unseen: list[str] = []
 
     async def guarded() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: unseen.append(str(context.get("exception", context["message"])))
+        )
         async with asyncio.timeout(DEADLINE_S):
             await work
+        gc.collect()
 
     asyncio.run(guarded())
-    assert unseen == []
+    assert tuple(unseen) == expected, unseen
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
@@ -228,6 +234,12 @@ def at_rest(service: LocalService, replica_id: str) -> bool:
         mine = (replica._jobs, replica.peers._lenders, replica.peers._load_tokens)
     idle = not (stats.running or stats.waiting or stats.reserved or stats.held or any(mine))
     return idle and stats.free_pages + stats.evictable_pages == stats.pages
+
+
+async def first_token(service: LocalService, request_id: str) -> None:
+    """Until a request that was just begun has delivered a token."""
+    records = service.ingress._records
+    await until(lambda: request_id in records and bool(records[request_id].sequence.output))
 
 
 def replicas(service: LocalService, role: str) -> list[str]:
