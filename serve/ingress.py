@@ -236,7 +236,8 @@ class Ingress:
         link = self._links.pop(replica_id, None)
         if link is not None:
             for task in link.tasks:
-                task.cancel()
+                if not task.done():  # else an unexpected error of it would go unlogged
+                    task.cancel()
         for record in self._records.values():
             if record.replica_id == replica_id:
                 self._release(record)

@@ -35,6 +35,8 @@ class RayObjectTransport:
     def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
         if not isinstance(offer.payload, np.ndarray):
             raise ValueError(f"lease {offer.lease_id} carries no payload for {self.name}")
+        if not offer.tokens:
+            return 0
         layers, two, _, *page = storage.tensor.shape
         sent = _as_tensor(offer.payload).view(storage.tensor.dtype)
         if sent.shape != (layers, two, len(offer.pages), *page):

@@ -5,6 +5,7 @@ Time between looks is virtual; only what a hung replica is given to answer is re
 
 import asyncio
 from collections import Counter
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +14,7 @@ from serve.clients import ReplicaLost
 from serve.controller import STEADY_S, Controller, Patience
 from serve.directory import Directory
 from serve.engine.stats import EngineStats
-from serve.state import ReplicaState
+from serve.state import ReplicaState, Role
 from tests.serving.tiny import run, until
 
 STATS = EngineStats(0, 0, 0, 0, 8, 8, 0, 0, 0, 0, 0, 0, 0)
@@ -75,7 +76,7 @@ class House:
     def __init__(self, launcher=None, prefill=1, decode=2):
         self.launcher = launcher or ScriptedLauncher()
         self.clock = VirtualClock()
-        wanted = {"prefill": prefill, "decode": decode}
+        wanted: dict[Role, int] = {"prefill": prefill, "decode": decode}
         self.controller = Controller(self.launcher, wanted, PATIENCE, self.clock)
 
     async def __aenter__(self):
@@ -154,7 +155,7 @@ def test_an_engine_that_takes_long_for_a_step_is_left_alone():
 @pytest.mark.parametrize("how", ["start raises", "ping fails"])
 def test_a_role_that_keeps_failing_is_tried_later_and_later(how):
     async def work():
-        launcher = ScriptedLauncher()
+        launcher: Any = ScriptedLauncher()
 
         async def lost(replica_id):
             raise ReplicaLost("the weights are missing")
@@ -271,14 +272,14 @@ def test_a_drained_replica_is_replaced_first():
 def test_a_drain_that_fails_still_ends(how):
     async def work():
         async with House() as house:
-            leaving = house.ready()[0]
+            leaving, launcher = house.ready()[0], cast(Any, house.launcher)
 
             async def drain(replica_id, deadline_s):
                 if how == "too long":
                     await asyncio.Event().wait()
                 raise ReplicaLost("gone") if how == "lost" else RuntimeError("odd")
 
-            house.launcher.drain = drain
+            launcher.drain = drain
             await house.controller.drain(leaving, 0.01)
             assert leaving in house.launcher.stopped and leaving not in house.phases()
             await house.clock.advance(1)

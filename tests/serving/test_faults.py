@@ -11,7 +11,7 @@ import time
 import pytest
 
 from serve.engine.sequence import Sequence
-from serve.transport import HandoffLost, PrefillReply
+from serve.transport import HandoffLost
 from tests.serving.tiny import (
     TOKEN_BYTES,
     collect,
@@ -35,7 +35,12 @@ PROMPT = list(range(50))
 def slow(replica):
     """Let every step of a replica's engine take a while, so that it can be met in the middle."""
     compute = replica.loop.engine.runner.run
-    replica.loop.engine.runner.run = lambda slices: (time.sleep(0.02), compute(slices))[1]
+
+    def slowly(slices):
+        time.sleep(0.02)
+        return compute(slices)
+
+    replica.loop.engine.runner.run = slowly
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "ray_object"])
@@ -88,6 +93,7 @@ def test_decode_killed_in_mid_stream(model):
             records = service.ingress._records
             await until(lambda: any(len(r.sequence.output) > 5 for r in records.values()))
             victim = next(r.replica_id for r in records.values() if len(r.sequence.output) > 5)
+            assert victim is not None
             service.launcher.kill(victim)
             for one, stream in zip(requests, streams, strict=True):
                 assert await stream == solo_tokens(model, one)
@@ -194,7 +200,7 @@ def test_a_lease_that_ran_out_is_recomputed(model):
             lost: list[bool] = []
 
             async def late(sequence):
-                reply: PrefillReply = await ask(sequence)
+                reply = await ask(sequence)
                 await until(lambda: not len(lender.leases))
                 again = lambda e: e.scheduler.tree.evict(e.scheduler.pool.pages)  # noqa: E731
                 await asyncio.wrap_future(lender.loop.call(again))

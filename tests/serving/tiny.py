@@ -185,10 +185,20 @@ def run(work: Coroutine[Any, Any, None], expected: tuple[str, ...] = ()) -> None
         )
         async with asyncio.timeout(DEADLINE_S):
             await work
+        await end_tasks()
         gc.collect()
 
     asyncio.run(guarded())
     assert tuple(unseen) == expected, unseen
+
+
+async def end_tasks() -> set[asyncio.Task[Any]]:
+    """Cancel what still runs beside the caller; returns what that was."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    return {task for task in others if task is not None}
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
@@ -201,10 +211,12 @@ async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None
 @asynccontextmanager
 async def serving(chosen: Settings, model: Model) -> AsyncIterator[LocalService]:
     """A service that is ready; in the end all of it must be as it was before the first request."""
+    before = asyncio.all_tasks()
     async with LocalService(chosen, model) as service:
         await ready(service)
         yield service
         await settled(service)
+    await until(lambda: asyncio.all_tasks() <= before)
 
 
 async def ready(service: LocalService) -> None:
@@ -246,15 +258,15 @@ def replicas(service: LocalService, role: str) -> list[str]:
     return [name for name, member in service.launcher.members.items() if member.role == role]
 
 
-def decode(service: LocalService, replica_id: str = "") -> DecodeReplica:
-    """The decode replica of that name, or the only one."""
+def decode(service: LocalService, replica_id: str | None = None) -> Any:
+    """The decode replica of that name, or the only one; Any, since tests replace its methods."""
     replica = service.launcher.members[replica_id or replicas(service, "decode")[0]].replica
     assert isinstance(replica, DecodeReplica)
     return replica
 
 
-def prefill(service: LocalService, replica_id: str = "") -> PrefillReplica:
-    """The prefill replica of that name, or the only one."""
+def prefill(service: LocalService, replica_id: str | None = None) -> Any:
+    """The prefill replica of that name, or the only one; Any, since tests replace its methods."""
     replica = service.launcher.members[replica_id or replicas(service, "prefill")[0]].replica
     assert isinstance(replica, PrefillReplica)
     return replica
