@@ -43,6 +43,22 @@ async def reply(reference: Awaitable[T]) -> T:
         raise ReplicaLost(str(error).partition("\n")[0]) from error
 
 
+def compute_threads(settings: Settings, role: RoleSettings) -> int:
+    """How many threads a replica computes with, at least one.
+
+    Unless set: in our own Ray an equal share of this machine's CPUs, for replicas that compete for
+    cores wait for each other's threads at every operation (on two cores, two replicas of two
+    threads each took ten times as long for a step as with one each). On a cluster, what Ray
+    reserved for it.
+    """
+    if role.threads:
+        return role.threads
+    if settings.ray.address == "local":
+        replicas = settings.prefill.replicas + settings.decode.replicas
+        return max(1, len(os.sched_getaffinity(0)) // replicas)
+    return max(1, int(role.cpus))
+
+
 def segment_prefix(run_id: str) -> str:
     """What the shared memory of one run's replicas is called; `down` sweeps by it."""
     return f"sanderling-{run_id}-"
@@ -59,8 +75,7 @@ class _Shell:
         self.settings = Settings.model_validate_json(settings_json)
         self.run_id = run_id
         self.replica_id = replica_id
-        threads = self._role().threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads)
+        torch.set_num_threads(compute_threads(self.settings, self._role()))
         self.model = build.load(self.settings)
         self.replica: Any = self._build()
         self._starting = asyncio.Lock()

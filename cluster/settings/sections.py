@@ -106,7 +106,7 @@ class RoleSettings(Section):
         0,
         ge=0,
         le=1024,
-        description="Compute threads of one replica; 0 is all the CPUs it may use.",
+        description="Compute threads of one replica; 0 is its fair share of the CPUs.",
     )
 
 
