@@ -1,7 +1,7 @@
 """Moving KV pages between replicas: one contract, several ways, chosen by `handoff.transport`.
 
 The receiver pulls: it copies from what the sender lends into pages of its own, so nobody ever
-writes into memory that another replica may have freed. See README.md for how to add one.
+writes into memory that another replica may have freed. serve/README.md says how to add one.
 """
 
 from typing import cast
