@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import httpx
@@ -24,6 +25,7 @@ from serve.view import bench_table, status_tables
 
 UP_S = 300.0
 DOWN_S = 60.0
+COUNT = click.IntRange(min=1)
 
 
 @click.command()
@@ -38,6 +40,8 @@ def up(resolved: Resolved, ask: str | None) -> None:
             f"a service with data_dir = {settings.data_dir} runs already (process "
             f"{files.host_pid()}); `sanderling status` shows it, `sanderling down` stops it"
         )
+    if files.begun:
+        _sweep(files)  # a run that was killed: its processes, its shared memory, its port
     if settings.ray.address == "local":
         refuse_taken_port(settings)
     from models.resolve import resolve as find_model
@@ -45,7 +49,11 @@ def up(resolved: Resolved, ask: str | None) -> None:
     find_model(settings.model)  # refused here, before anything is started
     started_s = time.monotonic()
     process = _start_host(files, settings)
-    url = _wait_until_ready(console, files, process)
+    try:
+        url = _wait_until_ready(console, files, process)
+    except BaseException:  # Ctrl-C as well: what nobody waits for must not go on starting
+        _stop(files)
+        raise
     console.print(f"Serving {settings.model} at {url}/v1 after {_since(started_s)}", style="bold")
     if ask:
         _answer(console, url, ask)
@@ -55,14 +63,7 @@ def up(resolved: Resolved, ask: str | None) -> None:
 @with_settings()
 def down(resolved: Resolved) -> None:
     """Stop what `up` started; says so when nothing ran."""
-    files = RunFiles(Path(resolved.settings.data_dir))
-    pid = files.host_pid()
-    if pid is not None:
-        os.kill(pid, signal.SIGTERM)
-        _wait_for_end(Console(), files, pid)
-    left = _sweep(files)
-    files.clear()
-    click.echo("stopped" if pid is not None else f"nothing was running{left}")
+    click.echo(_stop(RunFiles(Path(resolved.settings.data_dir))))
 
 
 @click.command()
@@ -71,7 +72,7 @@ def down(resolved: Resolved) -> None:
 def status(resolved: Resolved, as_json: bool) -> None:
     """Replicas, queues and KV pages of the running service."""
     files = RunFiles(Path(resolved.settings.data_dir))
-    answer = httpx.get(f"{_url(files)}/status", timeout=10).json()
+    answer = _get_status(files)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
         return
@@ -80,10 +81,10 @@ def status(resolved: Resolved, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--requests", default=16, show_default=True, help="Requests to send in all.")
-@click.option("--concurrency", default=4, show_default=True, help="Requests under way at once.")
-@click.option("--prompt-tokens", default=64, show_default=True, help="About this long prompts.")
-@click.option("--max-tokens", default=32, show_default=True, help="Tokens to make per request.")
+@click.option("--requests", type=COUNT, default=16, show_default=True, help="Requests in all.")
+@click.option("--concurrency", type=COUNT, default=4, show_default=True, help="Requests at once.")
+@click.option("--prompt-tokens", type=COUNT, default=64, show_default=True, help="Prompt length.")
+@click.option("--max-tokens", type=COUNT, default=32, show_default=True, help="Answer length.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @with_settings()
 def bench(
@@ -99,7 +100,10 @@ def bench(
 
     files = RunFiles(Path(resolved.settings.data_dir))
     load = Load(requests, concurrency, prompt_tokens, max_tokens)
-    report = run(_url(files), load)
+    try:
+        report = run(_url(files), load)
+    except (httpx.HTTPError, RuntimeError) as error:
+        raise click.ClickException(_unwell(files, str(error) or type(error).__name__)) from error
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -126,6 +130,7 @@ def _start_host(files: RunFiles, settings: Settings) -> "subprocess.Popen[bytes]
 def _wait_until_ready(console: Console, files: RunFiles, process: "subprocess.Popen[bytes]") -> str:
     """Show the host's steps until the service can make a token; its URL."""
     deadline_s = time.monotonic() + UP_S
+    trouble: str | None = ""
     with console.status("starting") as shown:
         while time.monotonic() < deadline_s:
             steps = files.steps()
@@ -139,7 +144,8 @@ def _wait_until_ready(console: Console, files: RunFiles, process: "subprocess.Po
                     return steps[-1].text
                 shown.update(f"waiting for the replicas{trouble}")
             time.sleep(0.2)
-    reason = next((s.text for s in files.steps() if s.name == "failed"), "it took too long")
+    late = f"it took longer than {UP_S:g} s{trouble}"
+    reason = next((s.text for s in files.steps() if s.name == "failed"), late)
     raise click.ClickException(
         f"the service did not come up: {reason}\n{tail(files.log, 8)}\n(whole log: {files.log})"
     )
@@ -154,6 +160,17 @@ def _not_ready(url: str) -> str | None:
     except httpx.HTTPError:
         return ""
     return f": {trouble}" if trouble else ""
+
+
+def _stop(files: RunFiles) -> str:
+    """End the run, if there is one, and clear what it or a dead one has left; says which it was."""
+    pid = files.host_pid()
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)
+        _wait_for_end(Console(), files, pid)
+    left = _sweep(files)
+    files.clear()
+    return "stopped" if pid is not None else f"nothing was running{left}"
 
 
 def _wait_for_end(console: Console, files: RunFiles, pid: int) -> None:
@@ -189,6 +206,20 @@ def _url(files: RunFiles) -> str:
             f"no service runs with data_dir = {files.data_dir}; `sanderling up` starts one"
         )
     return serving.text
+
+
+def _get_status(files: RunFiles) -> dict[str, Any]:
+    """GET /status. ClickException when the service does not say how it is."""
+    try:
+        answer = httpx.get(f"{_url(files)}/status", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise click.ClickException(_unwell(files, str(error) or type(error).__name__)) from error
+    status: dict[str, Any] = answer.json()
+    return status
+
+
+def _unwell(files: RunFiles, reason: str) -> str:
+    return f"the service does not answer as it should: {reason}\n(its log: {files.log})"
 
 
 def _answer(console: Console, url: str, question: str) -> None:

@@ -51,6 +51,11 @@ class RunFiles:
     def run_id(self) -> str:
         return str(json.loads(self._host.read_text())["run_id"])
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run began here and was not cleared: it is under way, or was killed."""
+        return self._host.exists()
+
     def begin(self, settings: Settings, run_id: str) -> None:
         """Lay the files of a new run; the process id follows with `started`."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,7 @@ class RunFiles:
 
     def host_pid(self) -> int | None:
         """The background process if it runs; None without one, also when its id was reused."""
-        if not self._host.exists():
+        if not self.begun:
             return None
         body = json.loads(self._host.read_text())
         pid = body.get("pid")
@@ -94,7 +99,7 @@ class RunFiles:
 
     def clear_segments(self) -> list[str]:
         """Remove the shared memory that dead replicas of this run left; returns the names."""
-        return shared.sweep(f"sanderling-{self.run_id}-") if self._host.exists() else []
+        return shared.sweep(f"sanderling-{self.run_id}-") if self.begun else []
 
     def clear(self) -> None:
         """Forget a run that has ended; the log stays."""
