@@ -79,6 +79,7 @@ class PrefillReplica:
             raise
         finally:
             del self._waiting[request_id]
+            computed.cancel()  # an error set on it that nobody came to await is not one to log
         return PrefillReply(output.delta.token_ids[0], sequence.cached_tokens, offer)
 
     async def acknowledge(self, lease_id: str) -> bool:
