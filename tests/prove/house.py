@@ -22,7 +22,7 @@ class Check(NamedTuple):
 CHECKS = (
     Check("who imports whom", ("tests/house/test_imports.py", "tests/house/test_dependencies.py")),
     Check("files and functions within the style", ("tests/house/test_style.py",)),
-    Check("the request's path is serve/README.md's", ("tests/serving/test_path.py",)),
+    Check("the request's path is serve/README.md's", ("tests/house/test_path.py",)),
 )
 
 
