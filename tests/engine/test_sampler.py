@@ -127,6 +127,14 @@ def test_banned_tokens_never_come_up(temperature):
     assert logits[0, :3].tolist() == [50.0] * 3, "the caller's logits were written to"
 
 
+@pytest.mark.parametrize("point", [0.0, 1 - 2.0**-53])
+def test_a_draw_at_either_end_never_takes_a_banned_token(monkeypatch, point):
+    monkeypatch.setattr("serve.engine.sampler.uniform", lambda *_: point)
+    for seed in range(50):
+        drawn = sample(row(seed, vocab=9)[None], [Draw(Sampling(), 0, (0, 1, 7, 8))])
+        assert drawn[0] in range(2, 7)
+
+
 def test_logits_made_in_inference_mode_are_taken():
     """What the model returns may not be written to outside inference mode."""
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from serve.kv.storage import KVShape, KVStorage
 from serve.peers import PrefillPeers
 from serve.prefill import PrefillReplica
 from serve.transport import HandoffLost, open_transport
+from serve.transport.copy import copy_pages
 from serve.wire import Moved, unpack
 from tests.serving.tiny import request, run, settings, solo_tokens, until
 
@@ -217,7 +218,8 @@ def test_a_silent_ingress_is_forgotten_and_told_so(model):
     run(work())
 
 
-def test_an_abort_between_submission_and_start_leaves_nothing(model):
+@pytest.mark.parametrize("prompt", [[1, 2], PROMPT], ids=["here", "hand-off"])
+def test_an_abort_between_submission_and_start_leaves_nothing(model, prompt):
     """The engine is busy in a step, so that the submission is still on its way when abort comes."""
 
     async def work():
@@ -226,7 +228,7 @@ def test_an_abort_between_submission_and_start_leaves_nothing(model):
             gate = Gate(replica)
             await replica.submit(payload("busy", 1, [9]), "i")
             await gate.reached()
-            submission = asyncio.create_task(replica.submit(payload("a", 300), "i"))
+            submission = asyncio.create_task(replica.submit(payload("a", 300, prompt), "i"))
             await asyncio.sleep(0.01)
             abort = asyncio.create_task(replica.abort(["a"]))
             await asyncio.sleep(0.01)
@@ -236,6 +238,8 @@ def test_an_abort_between_submission_and_start_leaves_nothing(model):
             await until(lambda: not replica._jobs and free(replica))
             await until(lambda: free(pair.lender) and not len(pair.lender.leases))
             assert await replica.abort(["a", "nobody"]) == 0
+            assert replica.loop.engine.generated_tokens == 1, "it ran for nobody"
+            assert replica.remote_prefills == 0 and pair.lender.loop.engine.steps == 0
 
     run(work())
 
@@ -357,6 +361,24 @@ def test_a_reused_name_in_shared_memory_is_another_senders(model):
     with pytest.raises(HandoffLost):
         transport.fetch(offer, target, [2, 3])
     transport.close()
+
+
+def test_a_page_that_changes_hands_during_the_copy_is_noticed(monkeypatch):
+    shape = KVShape(layers=1, pages=4, page_tokens=4, kv_heads=1, head_dim=2)
+    sender = KVStorage(shape, torch.float32, f"sanderling-test-{os.getpid()}-raced")
+    transport, target = open_transport("shared_memory"), KVStorage(shape, torch.float32)
+    offer = transport.offer("lease", sender, [0, 1], 0, 8)
+
+    def copy(*arguments):
+        copied = copy_pages(*arguments)
+        sender.generation[1] += 1
+        return copied
+
+    monkeypatch.setattr("serve.transport.shared_memory.copy_pages", copy)
+    with pytest.raises(HandoffLost, match="ran out"):
+        transport.fetch(offer, target, [2, 3])
+    transport.close()
+    sender.close()
 
 
 def test_memory_of_senders_that_are_gone_is_let_go():
