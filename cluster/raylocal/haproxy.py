@@ -1,8 +1,10 @@
-"""HAProxy in front of Serve, tamed: its variables, and a wrapper that closes two open ports.
+"""HAProxy in front of Serve, tamed: its variables, and a wrapper that mends its configuration.
 
 Serve renders HAProxy's configuration from fixed paths under /tmp and binds two of its listeners,
 the statistics page and its own metrics, to every interface. Here everything lives in one private
 folder and those two become unix sockets in it (`curl --unix-socket <folder>/stats.sock http://x/`).
+Its `option splice-request` goes: with it, HAProxy 2.8 does not notice that a client left when the
+body came in a segment of its own (as every common client sends it), and spins until the answer.
 front.py hands the variables to the session; Ray 2.60's names, checked by the live tests.
 """
 
@@ -18,15 +20,16 @@ LONGEST_STREAM_S = 86_400
 """A reload (a replica came or went) cuts streams that are older than this since the reload; Serve's
 120 s is shorter than a long answer on a CPU."""
 
-BINDS = """\
+MENDS = """\
+/^ *option splice-request$/d
 s#^( *bind )[*]?:{stats}$#\\1unix@{folder}/stats.sock mode 600#
 s#^( *bind )[*]?:{metrics}$#\\1unix@{folder}/metrics.sock mode 600#
 """
 WRAPPER = """\
 #!/bin/sh
-# Written at start: closes HAProxy's two listeners on all interfaces, then becomes HAProxy.
+# Written at start: mends the configuration by the .sed file beside it, then becomes HAProxy.
 for word do
-  [ "$previous" = "-f" ] && sed -E -i -f '{folder}/binds.sed' "$word"
+  [ "$previous" = "-f" ] && sed -E -i -f '{folder}/mends.sed' "$word"
   previous="$word"
 done
 exec {binary} "$@"
@@ -46,8 +49,8 @@ def environment(folder: Path) -> dict[str, str]:
     binary = shlex.quote(get_haproxy_binary())
     wrapper.write_text(WRAPPER.format(folder=folder, binary=binary), encoding="utf-8")
     wrapper.chmod(0o700)
-    binds = BINDS.format(stats=STATS_PORT, metrics=METRICS_PORT, folder=folder)
-    (folder / "binds.sed").write_text(binds, encoding="utf-8")
+    mends = MENDS.format(stats=STATS_PORT, metrics=METRICS_PORT, folder=folder)
+    (folder / "mends.sed").write_text(mends, encoding="utf-8")
     paths = {
         "BINARY_PATH": wrapper,
         "CONFIG_FILE_LOC": folder / "haproxy.cfg",

@@ -3,11 +3,14 @@
 The tests run in this order on the same processes; the last one takes the service down.
 """
 
+import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -94,6 +97,23 @@ def test_long_prompts_are_prefilled_elsewhere(live: LiveService):
 
     wait_for(handed, "a hand-off in /status")
     wait_for(lambda: idle(live), "pages and leases back")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_stops_its_work(live: LiveService, streamed: bool):
+    # Headers and body in segments of their own, as common clients send them.
+    body = json.dumps(
+        {"model": MODEL, "messages": STORY, "max_tokens": 400, "ignore_eos": True}
+        | {"stream": streamed}
+    ).encode()
+    address = urlsplit(live.url)
+    with socket.create_connection((address.hostname, address.port)) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+        client.sendall(body)
+        wait_for(lambda: not idle(live), "the request at work")
+    wait_for(lambda: idle(live), "pages free after the client left", 10)
 
 
 def test_decode_replica_killed_in_mid_stream(live: LiveService):
