@@ -12,7 +12,6 @@ from torch import nn
 from kernels.reference.attention import plan_attention
 from kernels.reference.norm import rms_norm
 from kernels.reference.rope import inverse_frequencies, rotation
-from kernels.reference.stable import batch_padding_rows
 from models.batch import TokenBatch
 from models.config import ModelConfig
 from models.feedforward import build_feedforward
@@ -91,13 +90,11 @@ class Decoder(nn.Module):
                 self.dtype,
             ),
         )
-        x = self.embed(F.pad(batch.ids, (0, batch_padding_rows(batch.ids.shape[0]))))
+        x = self.embed(batch.ids)
         for layer, kv_layer in zip(self.layers, kv.unbind(0), strict=True):
             x = layer(x, step, kv_layer)
         return self._logits(x, batch.logit_rows)
 
     def _logits(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(rows, (0, batch_padding_rows(rows.shape[0])))
         weight = self.embed.weight if self.head is None else self.head.weight
-        logits = F.linear(self.norm(x.index_select(0, padded)), weight)
-        return logits[: rows.shape[0]].float()
+        return F.linear(self.norm(x.index_select(0, rows)), weight).float()

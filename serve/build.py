@@ -3,6 +3,8 @@
 Called by the actor shells and the one-process mode; the only place that knows how they fit.
 """
 
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from serve.decode import DecodeReplica
     from serve.prefill import PrefillReplica
 
+log = logging.getLogger(__name__)
+
 # Multiply-adds of attention run at about half the rate of those of the linears on a CPU.
 ATTENTION_RATE = 0.5
 
@@ -41,8 +45,16 @@ class Model(NamedTuple):
 
 def load(settings: Settings) -> Model:
     """Read the model that the settings name. ValueError with a sentence when it cannot be."""
+    from kernels.reference.stable import rows_agree
     from models.load import load_model, load_text
 
+    if settings.engine.dtype == "float32" and not rows_agree():
+        log.warning(
+            "this machine's matrix library gives a request other last bits in other company, so a "
+            "close decision may fall differently when it is busy (MKL_CBWR=%s; AUTO,STRICT is what "
+            "Intel's library needs)",
+            os.environ.get("MKL_CBWR"),
+        )
     cache = Path(settings.data_dir) / "weights"
     return Model(
         load_model(settings.model, dtype=settings.engine.dtype, cache_dir=cache),

@@ -5,9 +5,8 @@ slot is page * page_tokens + offset. `plan_attention` runs once per step, `kv_wr
 `paged_attention` once per layer.
 
 In float32 a row's result is the same, bit for bit, whatever else is in the batch and however its
-sequence was cut into steps. Three rules give that, see `stable.py`: queries come in multiples of
-four, widths are fixed by `stable_width`, and what is masked must be finite: the cache holds zeros
-before its first use.
+sequence was cut into steps. Widths are fixed by `stable_width` for that, and what is masked must be
+finite: the cache holds zeros before its first use.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels.reference.stable import ROWS, SHORT_WIDTH, padding_rows, stable_width
+from kernels.reference.stable import IN_ORDER_WIDTH, stable_width
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class DecodeGroup:
 
 @dataclass(frozen=True)
 class Segment:
-    """Several rows of one sequence. pages [P]; width: columns read; mask [1, 1, rows padded to a
-    multiple of four, width], or None when nothing precedes the segment and causal masking does."""
+    """Several rows of one sequence. pages [P]; width: columns read; mask [1, 1, rows, width], or
+    None when nothing precedes the segment and causal masking does."""
 
     rows: slice
     pages: torch.Tensor
@@ -85,7 +84,7 @@ def plan_attention(
 def _width_class(context: int) -> int:
     """Contexts of one class share a gather; classes double, so at most half of it is padding."""
     width = stable_width(context)
-    return 0 if width <= SHORT_WIDTH else 1 << (width - 1).bit_length()
+    return 0 if width <= IN_ORDER_WIDTH else 1 << (width - 1).bit_length()
 
 
 def _segment(
@@ -93,10 +92,10 @@ def _segment(
 ) -> Segment:
     width, count = stable_width(context), rows.stop - rows.start
     pages = _read_pages(table[None], width, page_tokens)
-    if count == context and width <= SHORT_WIDTH:
+    if count == context and width <= IN_ORDER_WIDTH:
         return Segment(rows, pages, width, None)
     first = context - count
-    last = torch.arange(first, first + count + padding_rows(count), device=table.device)
+    last = torch.arange(first, context, device=table.device)
     hidden = torch.arange(width, device=table.device)[None, :] > last[:, None]
     return Segment(rows, pages, width, _mask(hidden, dtype)[None, None])
 
@@ -111,7 +110,7 @@ def _decode_group(
 ) -> DecodeGroup:
     device, count = page_tables.device, len(members)
     contexts = [context_tokens[index] for index in members]
-    width = max(_width_class(max(contexts)), stable_width(max(contexts)))
+    width = stable_width(max(contexts))
     places = [query_starts[index] for index in members]
     contiguous = places[-1] - places[0] == count - 1
     rows = slice(places[0], places[0] + count) if contiguous else torch.tensor(places).to(device)
@@ -169,25 +168,22 @@ def _attend_alone(
     )
     keys, values = gathered[:, :, : group.mask.shape[-1]].transpose(2, 3)
     shared = queries.view(group.sequences, kv_heads, -1, head_dim)
-    padded = F.pad(shared, (0, 0, 0, -shared.shape[2] % ROWS))
-    attended = F.scaled_dot_product_attention(padded, keys, values, attn_mask=group.mask)
-    return attended[:, :, : shared.shape[2]].reshape(queries.shape)
+    attended = F.scaled_dot_product_attention(shared, keys, values, attn_mask=group.mask)
+    return attended.reshape(queries.shape)
 
 
 def _attend_segment(
     queries: torch.Tensor, kv_layer: torch.Tensor, segment: Segment
 ) -> torch.Tensor:
-    """queries [rows, heads, head_dim]; padding rows come last and see at least what these see."""
-    count = queries.shape[0]
+    """queries [rows, heads, head_dim]."""
     gathered = kv_layer.index_select(1, segment.pages).view(2, -1, *kv_layer.shape[3:])
     keys, values = gathered[:, : segment.width].transpose(1, 2)
-    padded = F.pad(queries, (0, 0, 0, 0, 0, padding_rows(count)))
     attended = F.scaled_dot_product_attention(
-        padded.transpose(0, 1)[None],
+        queries.transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=segment.mask,
         is_causal=segment.mask is None,
         enable_gqa=queries.shape[1] != keys.shape[0],
     )
-    return attended[0, :, :count].transpose(0, 1)
+    return attended[0].transpose(0, 1)

@@ -14,11 +14,7 @@ from models.registry import lookup
 
 
 class Step(NamedTuple):
-    """What all layers of one step share: rotation of its positions, slots it writes, its reads.
-
-    Hidden states may have more rows than slots has entries: padding at the end, see
-    `kernels/reference/stable.py`. A mixer must not let real rows see it.
-    """
+    """What all layers of one step share: rotation of its positions, slots it writes, its reads."""
 
     rotation: Rotation
     slots: torch.Tensor

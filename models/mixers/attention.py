@@ -26,13 +26,13 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step, kv_layer: torch.Tensor) -> torch.Tensor:
         """See `Mixer`."""
-        tokens = step.slots.shape[0]
-        heads = self.qkv(x)[:tokens].view(tokens, -1, self.head_dim)
+        tokens = x.shape[0]
+        heads = self.qkv(x).view(tokens, -1, self.head_dim)
         rotated = rotate(heads[:, : self.heads + self.kv_heads], step.rotation)
         queries, keys = rotated[:, : self.heads], rotated[:, self.heads :]
         values = heads[:, self.heads + self.kv_heads :]
         kv_write(kv_layer, step.slots, keys, values)
-        mixed = x.new_zeros(x.shape[0], self.heads, self.head_dim)
+        mixed = torch.empty_like(queries)
         paged_attention(queries, kv_layer, step.plan, mixed)
-        projected: torch.Tensor = self.out(mixed.view(x.shape[0], -1))
+        projected: torch.Tensor = self.out(mixed.view(tokens, -1))
         return projected
