@@ -24,6 +24,24 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes that one token stands for, alone: often half a character. b"" for no token."""
+    spelling = tokenizer.token(token_id) or ""
+    if tokenizer.form.kind == "pieces":
+        byte = _BYTE_TOKEN.fullmatch(spelling)
+        if byte:
+            return bytes([int(byte[1], 16)])
+        return spelling.replace(tokenizer.form.mark, " ").encode()
+    return _alphabet_bytes(spelling)
+
+
+def _alphabet_bytes(spelling: str) -> bytes:
+    try:
+        return bytes([BYTE_OF_CHARACTER[character] for character in spelling])
+    except KeyError:  # an added token, written as plain text
+        return spelling.encode()
+
+
 class Detokenizer:
     """The text of one growing sequence. Special tokens are dropped."""
 
@@ -46,11 +64,7 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True) + self._end_run()
 
     def _push_bytes(self, spelling: str) -> str:
-        try:
-            raw = bytes([BYTE_OF_CHARACTER[character] for character in spelling])
-        except KeyError:  # an added token, written as plain text
-            raw = spelling.encode()
-        return self._utf8.decode(raw)
+        return self._utf8.decode(_alphabet_bytes(spelling))
 
     def _push_piece(self, spelling: str) -> str:
         """A run of byte tokens is one unit to the decoder: valid as a whole or not at all. So it

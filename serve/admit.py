@@ -91,8 +91,9 @@ class Admission:
             sampling=self._sampling(body),
             limits=self._limits(body, max_tokens),
             cache_key=CacheKey(salt=caller.salt, adapter="", effort=""),
-            priority=caller.priority,
+            priority=caller.priority + (body.priority or 0),
             arrival_s=self._clock.now_s(),
+            logprobs=body.reported_logprobs,
         )
 
     def _room(self, prompt: tuple[int, ...], param: str) -> int:
@@ -126,7 +127,20 @@ class Admission:
             top_p=1.0 if body.top_p is None else float(body.top_p),
             min_p=float(body.min_p or 0.0),
             seed=seed,
+            presence_penalty=float(body.presence_penalty or 0.0),
+            frequency_penalty=float(body.frequency_penalty or 0.0),
+            repetition_penalty=float(body.repetition_penalty or 1.0),
+            logit_bias=self._biases(body.logit_bias or {}),
         )
+
+    def _biases(self, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+        """(token id, bias), sorted; RequestError for a key that is no token id of this model."""
+        size = self._tokenizer.vocab_size
+        for key in biases:
+            if not (key.isascii() and key.isdecimal() and int(key) < size):
+                text = f"'logit_bias' has the key {key!r}; token ids of this model are 0 to "
+                raise refuse(f"{text}{size - 1}.", "logit_bias", "invalid_value")
+        return tuple(sorted((int(key), float(value)) for key, value in biases.items()))
 
     def _limits(self, body: GenerationRequest, max_tokens: int) -> Limits:
         stop_token_ids = tuple(body.stop_token_ids or ())

@@ -4,10 +4,13 @@ A `Format` writes one endpoint's objects; stream.py feeds it pieces and knows no
 `usage` is a field of a chunk only where the client asked for it, null until the last chunk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
+
+from serve.spell import ShownToken, Spelled
 
 
 class CachedTokens(BaseModel):
@@ -23,6 +26,30 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
+class ChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenWithTop(ChatToken):
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenWithTop]
+    refusal: None = None
+
+
+class TextLogprobs(BaseModel):
+    """Parallel lists, one entry per token; text_offset in characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -35,21 +62,21 @@ class AnswerMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
 class DeltaChoice(BaseModel):
     index: int = 0
     delta: dict[Literal["role", "content"], str]
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
 class TextChoice(BaseModel):
     index: int = 0
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -86,6 +113,38 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+def chat_logprobs(tokens: Sequence[ShownToken]) -> ChatLogprobs | None:
+    """The tokens in the shape of chat completions; None for none."""
+    if not tokens:
+        return None
+    return ChatLogprobs(
+        content=[
+            ChatTokenWithTop(
+                **_chat_token(shown.token),
+                top_logprobs=[ChatToken(**_chat_token(other)) for other in shown.top],
+            )
+            for shown in tokens
+        ]
+    )
+
+
+def _chat_token(spelled: Spelled) -> dict[str, Any]:
+    return {"token": spelled.text, "logprob": spelled.logprob, "bytes": list(spelled.raw)}
+
+
+def text_logprobs(tokens: Sequence[ShownToken]) -> TextLogprobs | None:
+    """The tokens in the shape of completions; None for none."""
+    if not tokens:
+        return None
+    return TextLogprobs(
+        tokens=[shown.token.text for shown in tokens],
+        token_logprobs=[shown.token.logprob for shown in tokens],
+        # Two halves of characters may read alike: the likelier one comes last, and stays.
+        top_logprobs=[{o.text: o.logprob for o in reversed(shown.top)} for shown in tokens],
+        text_offset=[shown.offset for shown in tokens],
+    )
+
+
 class Format(Protocol):
     """How pieces are written for one endpoint."""
 
@@ -93,7 +152,9 @@ class Format(Protocol):
         """The chunk before any text, where the endpoint has one."""
         ...
 
-    def chunk(self, text: str, finish: FinishReason | None) -> Answer:
+    def chunk(
+        self, text: str, finish: FinishReason | None, tokens: Sequence[ShownToken] = ()
+    ) -> Answer:
         """A chunk of a stream; the last one with a choice has `finish`."""
         ...
 
@@ -101,7 +162,9 @@ class Format(Protocol):
         """The chunk with usage and no choices."""
         ...
 
-    def answer(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
+    def answer(
+        self, text: str, finish: FinishReason, usage: Usage, tokens: Sequence[ShownToken] = ()
+    ) -> Answer:
         """The whole answer of a request that is not streamed."""
         ...
 
@@ -133,15 +196,21 @@ class ChatFormat:
     def opening(self) -> Answer | None:
         return self._chunk(DeltaChoice(delta={"role": "assistant", "content": ""}))
 
-    def chunk(self, text: str, finish: FinishReason | None) -> Answer:
+    def chunk(
+        self, text: str, finish: FinishReason | None, tokens: Sequence[ShownToken] = ()
+    ) -> Answer:
         delta: dict[Literal["role", "content"], str] = {"content": text} if text else {}
-        return self._chunk(DeltaChoice(delta=delta, finish_reason=finish))
+        logprobs = chat_logprobs(tokens)
+        return self._chunk(DeltaChoice(delta=delta, logprobs=logprobs, finish_reason=finish))
 
     def usage(self, usage: Usage) -> Answer:
         return self.head.write("chat.completion.chunk", [], usage)
 
-    def answer(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
-        choice = ChatChoice(message=AnswerMessage(content=text), finish_reason=finish)
+    def answer(
+        self, text: str, finish: FinishReason, usage: Usage, tokens: Sequence[ShownToken] = ()
+    ) -> Answer:
+        message, logprobs = AnswerMessage(content=text), chat_logprobs(tokens)
+        choice = ChatChoice(message=message, logprobs=logprobs, finish_reason=finish)
         return self.head.write("chat.completion", [choice], usage, whole=True)
 
     def _chunk(self, choice: DeltaChoice) -> Answer:
@@ -157,12 +226,17 @@ class CompletionFormat:
     def opening(self) -> Answer | None:
         return None
 
-    def chunk(self, text: str, finish: FinishReason | None) -> Answer:
-        return self.head.write("text_completion", [TextChoice(text=text, finish_reason=finish)])
+    def chunk(
+        self, text: str, finish: FinishReason | None, tokens: Sequence[ShownToken] = ()
+    ) -> Answer:
+        choice = TextChoice(text=text, logprobs=text_logprobs(tokens), finish_reason=finish)
+        return self.head.write("text_completion", [choice])
 
     def usage(self, usage: Usage) -> Answer:
         return self.head.write("text_completion", [], usage)
 
-    def answer(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
-        choice = TextChoice(text=text, finish_reason=finish)
+    def answer(
+        self, text: str, finish: FinishReason, usage: Usage, tokens: Sequence[ShownToken] = ()
+    ) -> Answer:
+        choice = TextChoice(text=text, logprobs=text_logprobs(tokens), finish_reason=finish)
         return self.head.write("text_completion", [choice], usage, whole=True)

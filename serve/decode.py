@@ -249,7 +249,7 @@ class DecodeReplica:
         self.handed_bytes += self.transport.fetch(offer, self.storage, pages)
         if not sequence.output:
             sequence.cached_tokens = max(sequence.cached_tokens, reply.cached_tokens)
-        self._on_outputs([engine.adopt(sequence.request_id, reply.token)])
+        self._on_outputs([engine.adopt(sequence.request_id, reply.token, reply.logprob)])
 
     def _on_outputs(self, outputs: list[Output]) -> None:
         self._events.call_soon_threadsafe(self._route, outputs)

@@ -268,14 +268,16 @@ class Ingress:
             record.events.put_nowait(None)
             return
         output = record.sequence.output
-        fresh = item.delta.token_ids[max(len(output) - item.index, 0) :]
+        known = max(len(output) - item.index, 0)
+        fresh = item.delta.token_ids[known:]
         if not fresh and item.delta.finish is None:
             return  # delivered before
         assert item.index <= len(output), "a replica skipped a token"
         output.extend(fresh)
         record.futile_moves = 0
         record.sequence.cached_tokens = item.delta.cached_tokens
-        record.events.put_nowait(replace(item.delta, token_ids=tuple(fresh)))
+        logprobs = item.delta.logprobs[known:]
+        record.events.put_nowait(replace(item.delta, token_ids=tuple(fresh), logprobs=logprobs))
         self._last_token_s = self.clock.now_s()
         if item.delta.finish is not None:
             self._release(record)

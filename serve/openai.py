@@ -33,12 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "response_format": (None, {"type": "text"}),
     "tools": EMPTY,
     "functions": EMPTY,
@@ -52,7 +46,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "include_obfuscation": (None, False),
-    "priority": (None, 0),
     "audio": NOTHING,
     "moderation": NOTHING,
     "prediction": NOTHING,
@@ -118,6 +111,7 @@ Stops = Annotated[tuple[str, ...], PlainValidator(_stop_list)]
 Name = Annotated[str, StringConstraints(max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=1 << 31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Label = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[Name, Label], Field(max_length=16)]
 
@@ -176,13 +170,13 @@ class GenerationRequest(Wire):
     )
     ignore_eos: bool | None = False
     user: Label | None = None
-    # Accepted with a neutral value only.
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
     frequency_penalty: Penalty | None = 0
     presence_penalty: Penalty | None = 0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1
-    logit_bias: dict[str, float] | None = None
-    priority: int | None = 0
+    logit_bias: Annotated[dict[Name, Bias], Field(max_length=1024)] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = 0
+    # Accepted with a neutral value only.
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerationRequest":
@@ -194,6 +188,11 @@ class GenerationRequest(Wire):
     def wanted_tokens(self) -> int | None:
         """The asked-for maximum of new tokens, None for the default."""
         return self.max_tokens
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """With how many of the most likely tokens to report each token; None for not at all."""
+        raise AssertionError("each endpoint has its own fields for it")
 
     @property
     def include_usage(self) -> bool:
@@ -208,9 +207,9 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     prompt_cache_key: Label | None = None
     safety_identifier: Label | None = None
-    # Accepted with a neutral value only.
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    # Accepted with a neutral value only.
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
@@ -236,6 +235,16 @@ class ChatRequest(GenerationRequest):
             raise mistyped(text, ".max_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _logprobs_asked(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise mistyped("is only accepted when 'logprobs' is true", ".top_logprobs")
+        return self
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -243,11 +252,15 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Accepted with a neutral value only.
     best_of: Annotated[int, Field(ge=0, le=20)] | None = 1
     echo: bool | None = False
     suffix: str | None = None
-    logprobs: bool | Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 KNOWN_FIELDS = {"messages": tuple(ChatMessage.model_fields)}

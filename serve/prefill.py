@@ -80,7 +80,8 @@ class PrefillReplica:
         finally:
             del self._waiting[request_id]
             computed.cancel()  # an error set on it that nobody came to await is not one to log
-        return PrefillReply(output.delta.token_ids[0], sequence.cached_tokens, offer)
+        logprob = next(iter(output.delta.logprobs), None)
+        return PrefillReply(output.delta.token_ids[0], sequence.cached_tokens, offer, logprob)
 
     async def acknowledge(self, lease_id: str) -> bool:
         """The caller has copied an offer: its pages are free. Idempotent."""

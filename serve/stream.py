@@ -15,21 +15,24 @@ from typing import NamedTuple
 from models.detokenize import Detokenizer
 from models.tokenizer import Tokenizer
 from serve.answers import Answer, CachedTokens, FinishReason, Format, Usage
-from serve.engine.sequence import Delta, Limits, Request
+from serve.engine.sequence import Delta, Limits, Request, TokenLogprob
 from serve.engine.stops import StopMatcher
 from serve.errors import RequestError
 from serve.observe import RequestMetrics
 from serve.service import Service
+from serve.spell import ShownToken, spell
 
 log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
 class Piece(NamedTuple):
-    """Text that may be shown, and why generation ended, on the last piece."""
+    """Text that may be shown, and why generation ended, on the last piece. tokens: those that came
+    since the last piece, where log-probabilities were asked for."""
 
     text: str
     finish: FinishReason | None = None
+    tokens: tuple[ShownToken, ...] = ()
 
 
 class Transcript:
@@ -44,6 +47,9 @@ class Transcript:
         self._matcher = StopMatcher(limits.stop)
         self._ends = {*tokenizer.eos_token_ids, *limits.stop_token_ids}
         self._min_tokens = limits.min_tokens
+        self._tokenizer = tokenizer
+        self._spelled: list[ShownToken] = []
+        self._offset = 0
         self.tokens = 0
 
     def take(self, delta: Delta) -> Piece:
@@ -54,10 +60,21 @@ class Transcript:
         shown = self._shown(delta)
         text = "".join(map(self._push, shown))
         self.tokens += len(delta.token_ids) - len(shown)
+        for token_id, entry in zip(shown, delta.logprobs, strict=False):  # none, or one for each
+            self._spell(token_id, entry)
         if delta.finish is None and self._matcher.matched is None:
-            return Piece(text)
+            return Piece(text, None, self._take_spelled() if text else ())
         finish: FinishReason = "length" if delta.finish == "length" else "stop"
-        return Piece(text + self._rest(), finish)
+        return Piece(text + self._rest(), finish, self._take_spelled())
+
+    def _spell(self, token_id: int, entry: TokenLogprob) -> None:
+        spelled = spell(self._tokenizer, token_id, entry, self._offset)
+        self._offset += len(spelled.token.text)
+        self._spelled.append(spelled)
+
+    def _take_spelled(self) -> tuple[ShownToken, ...]:
+        spelled, self._spelled = tuple(self._spelled), []
+        return spelled
 
     def _shown(self, delta: Delta) -> tuple[int, ...]:
         """The delta's tokens without a last one that only ends the answer."""
@@ -190,18 +207,22 @@ async def frames(
 
 def _chunks(form: Format, piece: Piece) -> list[Answer]:
     """Text first, then the finish reason in a chunk of its own, as OpenAI does."""
-    chunks = [form.chunk(piece.text, None)] if piece.text else []
+    if not piece.text:
+        return [form.chunk("", piece.finish, piece.tokens)]
+    chunks = [form.chunk(piece.text, None, piece.tokens)]
     return chunks if piece.finish is None else [*chunks, form.chunk("", piece.finish)]
 
 
 async def whole(generation: Generation, form: Format) -> Answer:
     """The answer in one object, of the same pieces; RequestError when the request failed."""
-    texts = []
+    texts: list[str] = []
+    tokens: list[ShownToken] = []
     finish: FinishReason = "stop"
     async for piece in generation.pieces():
         texts.append(piece.text)
+        tokens.extend(piece.tokens)
         finish = piece.finish or finish
-    return form.answer("".join(texts), finish, generation.usage())
+    return form.answer("".join(texts), finish, generation.usage(), tokens)
 
 
 def failure_frame(error: RequestError) -> bytes:

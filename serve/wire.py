@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
-from serve.engine.sequence import Delta, Finish, Output
+from serve.engine.sequence import Delta, Finish, Output, TokenLogprob
 
 
 class Moved(NamedTuple):
@@ -37,12 +37,18 @@ def _row(item: Output | Moved) -> list[Any]:
     if isinstance(item, Moved):
         return [item.request_id]
     d = item.delta
-    return [item.request_id, item.index, d.token_ids, d.finish, d.stop, d.cached_tokens, d.error]
+    logprobs = [[entry.logprob, entry.top] for entry in d.logprobs]
+    terms = [d.finish, d.stop, d.cached_tokens, d.error, logprobs]
+    return [item.request_id, item.index, d.token_ids, *terms]
 
 
 def _item(row: list[Any]) -> Output | Moved:
     if len(row) == 1:
         return Moved(row[0])
-    request_id, index, ids, finish, stop, cached, error = row
-    delta = Delta(tuple(ids), cast(Finish | None, finish), stop, cached, error)
+    request_id, index, ids, finish, stop, cached, error, reported = row
+    logprobs = tuple(
+        TokenLogprob(logprob, tuple((token, value) for token, value in top))
+        for logprob, top in reported
+    )
+    delta = Delta(tuple(ids), cast(Finish | None, finish), stop, cached, error, logprobs)
     return Output(request_id, index, delta)

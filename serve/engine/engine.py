@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.detokenize import Detokenizer
+from serve.engine.logprobs import report
 from serve.engine.runner import Runner
 from serve.engine.sampler import Draw, sample
 from serve.engine.scheduler import Scheduler, Slice
-from serve.engine.sequence import Delta, Finish, Output, Sequence
+from serve.engine.sequence import Delta, Finish, Output, Sequence, TokenLogprob
 from serve.engine.stats import EngineStats
 from serve.engine.stops import StopMatcher
 
@@ -63,9 +64,11 @@ class Engine:
         logits = self.runner.run(slices)
         sampling = [piece for piece in slices if piece.samples]
         tokens = sample(logits, [self._draw(piece.sequence) for piece in sampling])
+        logprobs = report(logits, tokens, [p.sequence.request.logprobs for p in sampling])
         self._computed(slices)
         self.steps += 1
-        return [self._emit(p.sequence, t) for p, t in zip(sampling, tokens, strict=True)]
+        made = zip(sampling, tokens, logprobs, strict=True)
+        return [self._emit(piece.sequence, token, logprob) for piece, token, logprob in made]
 
     @property
     def has_work(self) -> bool:
@@ -96,14 +99,14 @@ class Engine:
         self.reserved[sequence.request_id] = sequence
         return True
 
-    def adopt(self, request_id: str, token: int) -> Output:
+    def adopt(self, request_id: str, token: int, logprob: TokenLogprob | None = None) -> Output:
         """Run a reserved sequence whose pages are filled, `token` being the next of its output."""
         sequence = self.reserved.pop(request_id)
         sequence.computed_tokens = len(sequence)
         self.scheduler.remember(sequence)
         self.scheduler.running.append(sequence)
         self.prompt_tokens += len(sequence)
-        return self._emit(sequence, token)
+        return self._emit(sequence, token, logprob)
 
     def give_up_reservation(self, request_id: str) -> None:
         """Turn a reservation into an ordinary sequence that is computed here."""
@@ -194,7 +197,8 @@ class Engine:
         limits = sequence.request.limits
         early = len(sequence.output) < limits.min_tokens
         banned = (*self.eos_token_ids, *limits.stop_token_ids) if early else ()
-        return Draw(sequence.request.sampling, len(sequence), banned)
+        request = sequence.request
+        return Draw(request.sampling, len(sequence), banned, request.prompt, sequence.output)
 
     def _computed(self, slices: list[Slice]) -> None:
         """Account for the K/V that the step wrote, and share finished prompts."""
@@ -205,13 +209,14 @@ class Engine:
                 if piece.samples:
                     self.scheduler.remember(piece.sequence)
 
-    def _emit(self, sequence: Sequence, token: int) -> Output:
+    def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
         """Append a token, decide whether it ends the sequence, and say so."""
         index = len(sequence.output)
         sequence.output.append(token)
         self.generated_tokens += 1
         finish, stop = self._finish(sequence, token)
-        delta = Delta((token,), finish, stop, sequence.cached_tokens)
+        logprobs = () if logprob is None else (logprob,)
+        delta = Delta((token,), finish, stop, sequence.cached_tokens, logprobs=logprobs)
         if finish is not None or sequence.hold:
             self.scheduler.remember(sequence)
             self._leave(sequence, keep_pages=sequence.hold)

@@ -1,4 +1,5 @@
-"""From logits to one token per row: greedy, or temperature, top-k, top-p and min-p in that order.
+"""From logits to one token per row: greedy, or temperature, top-k, top-p and min-p in that order,
+after what `adjust` does to them.
 
 A row's token depends on its logits and on (seed, position) alone, never on its neighbours. The draw
 inverts the cumulative distribution in vocabulary order, so that rounding noise in the logits can
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serve.engine.adjust import adjusted
 from serve.engine.draws import uniform
 from serve.engine.sequence import Sampling
 
@@ -18,35 +20,24 @@ from serve.engine.sequence import Sampling
 @dataclass(frozen=True)
 class Draw:
     """What one row asks: its sampling terms, the position of the token to make, tokens it may not
-    be (end tokens before min_tokens)."""
+    be (end tokens before min_tokens), and the tokens so far, which penalties look at."""
 
     sampling: Sampling
     position: int
     banned: tuple[int, ...] = ()
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """One token id per row of `logits` [R, vocab] float32; `draws` has R entries."""
     assert logits.shape[0] == len(draws), (logits.shape, len(draws))
-    logits = _without_banned(logits, draws)
+    logits = adjusted(logits, draws)
     greedy: list[int] = logits.argmax(dim=-1).tolist()
     return [
         token if draw.sampling.temperature == 0 else sample_row(logits[row], draw)
         for row, (token, draw) in enumerate(zip(greedy, draws, strict=True))
     ]
-
-
-def _without_banned(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The same logits, minus infinity at banned tokens. A copy when there are any: what a model
-    made in inference mode may not be written to. Ids that the model lacks cannot come up."""
-    vocab = logits.shape[1]
-    places = [(r, t) for r, draw in enumerate(draws) for t in draw.banned if 0 <= t < vocab]
-    if not places:
-        return logits
-    logits = logits.clone()
-    rows, tokens = zip(*places, strict=True)
-    logits[list(rows), list(tokens)] = -torch.inf
-    return logits
 
 
 def sample_row(logits: Tensor, draw: Draw) -> int:

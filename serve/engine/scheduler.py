@@ -1,15 +1,16 @@
 """Who runs in the next step: continuous batching under a cost budget, decodes first.
 
 Every running sequence with one token to compute gets it; what is left of the budget goes to prompts
-in order of arrival, in chunks; then waiting sequences are admitted while pages last. At most
-`max_running` sequences are in a step: adopted ones beyond that wait for a seat. Short of pages, the
-prefix tree gives up what only it owns, then the last sequence to start running is preempted: its
-pages go and it is computed again later (recompute-preemption). Called once a step by Engine.
+by rank, in chunks, those of waiting sequences too while seats and pages last. At most `max_running`
+sequences are in a step: adopted ones beyond that wait for a seat. Short of pages, the prefix tree
+gives up what only it owns, then the running sequence of the lowest rank is preempted: its pages go
+and it is computed again later (recompute-preemption). Called once a step by Engine.
 
-Room for later: `_order` is where priorities go; a KV policy changes `_pages_for`.
+Rank is priority, then arrival. A sequence of a better priority takes seat and pages from running
+ones of a worse one. Waiting improves a sequence's priority by one every AGEING_STEPS steps, so
+nobody waits for ever behind a stream of better ones.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 from serve.engine.cost import StepCost
@@ -31,6 +32,9 @@ class Slice:
     def samples(self) -> bool:
         """Whether the slice reaches the sequence's end, so that a new token follows."""
         return self.stop == len(self.sequence)
+
+
+AGEING_STEPS = 128  # some seconds on a busy machine: a level is a head start, not a wall
 
 
 class Scheduler:
@@ -55,14 +59,14 @@ class Scheduler:
         self.max_running = max_running
         self.cost = cost
         self.prefix_cache = prefix_cache
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._short_of_pages = False  # the first waiting sequence found no room in the last step
+        self._short_of_pages = False  # the best waiting sequence found no room in the last step
 
     def schedule(self) -> list[Slice]:
         """The slices of the next step; empty when there is nothing to do."""
-        seated = self.running[: self.max_running]
+        seated = sorted(self.running, key=self._rank)[: self.max_running]
         decoding = [s for s in seated if s.uncomputed_tokens == 1]
         prefilling = [s for s in seated if s.uncomputed_tokens > 1]
         slices: list[Slice] = []
@@ -70,15 +74,33 @@ class Scheduler:
         for sequence in decoding:
             self._take(sequence, sequence.computed_tokens + 1, slices)
         budget = self.budget_tokens - sum(self.cost.of(s.start, s.stop) for s in slices)
-        for sequence in prefilling:
-            budget -= self._take_chunk(sequence, budget, slices)
-        while self.waiting and budget >= 1 and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                self._short_of_pages = True
-                break
-            budget -= self._take_chunk(sequence, budget, slices)
+        self._fill(prefilling, budget, slices)
+        for sequence in self.waiting:
+            sequence.waited_steps += 1
         return slices
+
+    def _fill(self, prefilling: list[Sequence], budget: float, slices: list[Slice]) -> None:
+        """Spend the budget on prompts, running and waiting ones, the best rank first."""
+        blocked = False
+        while budget >= 1:
+            waiting = min(self.waiting, key=self._rank, default=None) if not blocked else None
+            running = prefilling[0] if prefilling else None
+            if waiting is None and running is None:
+                return
+            if running is None or (waiting and self._rank(waiting) < self._rank(running)):
+                assert waiting is not None
+                blocked = not self._admit(waiting, slices)
+                if not blocked:
+                    budget -= self._take_chunk(waiting, budget, slices)
+                continue
+            budget -= self._take_chunk(prefilling.pop(0), budget, slices)
+
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        """Lower goes first."""
+        return self._level(sequence), sequence.arrival
+
+    def _level(self, sequence: Sequence) -> int:
+        return sequence.request.priority - sequence.waited_steps // AGEING_STEPS
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it stands; its pages are the caller's to release."""
@@ -149,19 +171,24 @@ class Scheduler:
         table = sequence.table
         assert table is not None
         while not self._grow(table, stop):
-            victim = self.running[-1]
+            victim = max(self.running, key=self._rank)
             self._preempt(victim, slices)
             if victim is sequence:
                 return False
         slices.append(Slice(sequence, sequence.computed_tokens, stop))
         return True
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Move the first waiting sequence to running if pages for all its tokens can be had."""
-        if not self._fits(sequence):
-            return False
+    def _admit(self, sequence: Sequence, slices: list[Slice]) -> bool:
+        """Move a waiting sequence to running if a seat and pages for all its tokens can be had,
+        from running ones of a worse priority if need be."""
+        while (seated := len(self.running) < self.max_running) is False or not self._fits(sequence):
+            victim = max(self.running, key=self._rank, default=None)
+            if victim is None or self._level(victim) <= self._level(sequence):
+                self._short_of_pages = seated
+                return False
+            self._preempt(victim, slices)
         self._match(sequence)
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
 
@@ -195,10 +222,10 @@ class Scheduler:
         return self.tree.make_room(table.pages_missing(tokens)) and table.grow(tokens)
 
     def _preempt(self, victim: Sequence, slices: list[Slice]) -> None:
-        """Take a running sequence back to the head of the queue, and out of this step."""
+        """Take a running sequence back to the queue, where its arrival keeps its place."""
         slices[:] = [s for s in slices if s.sequence is not victim]
         self.running.remove(victim)
         self.remember(victim)  # what is not evicted by then need not be computed again
         self.release(victim)
-        self.waiting.appendleft(victim)
+        self.waiting.append(victim)
         self.preemptions += 1

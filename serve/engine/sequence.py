@@ -19,13 +19,21 @@ Finish = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; 0 turns top_k off, 1.0 top_p."""
+    """How the next token is chosen. Temperature 0 is greedy; 0 turns top_k off, 1.0 top_p.
+
+    Presence and frequency penalties count the output, repetition_penalty prompt and output; 0, 0
+    and 1 turn them off. logit_bias: (token id, what is added to its logit).
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and its terms; `cache_key` names who may share its prefix."""
+    """One prompt and its terms; `cache_key` names who may share its prefix.
+
+    priority: lower goes first and takes the place of higher ones. logprobs: with how many of the
+    most likely tokens to report each token's log-probability; None reports nothing.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -50,6 +62,16 @@ class Request:
     cache_key: CacheKey
     priority: int = 0
     arrival_s: float = 0.0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of a token's probability under the model itself (before temperature,
+    penalties and bans), and the most likely tokens with theirs, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,7 @@ class Delta:
     token_ids: new tokens, a sampled end or stop token included; may be empty on the last delta.
     finish: None while it goes on. stop: the stop string that matched, if one did.
     cached_tokens: prompt tokens that came from a prefix cache (constant from the first delta on).
-    error: a sentence, with finish "error" only.
+    error: a sentence, with finish "error" only. logprobs: one per token, where asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -67,6 +89,7 @@ class Delta:
     stop: str | None = None
     cached_tokens: int = 0
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,7 @@ class Sequence:
 
     computed_tokens: leading tokens whose KV is in `table`. arrival: order of arrival on this
     replica (ties, preemption). hold: keep the pages after the end, for a hand-off to take.
+    waited_steps: steps of this replica in which it had to wait, which raise its rank.
     """
 
     request: Request
@@ -93,6 +117,7 @@ class Sequence:
     table: PageTable | None = None
     arrival: int = 0
     hold: bool = False
+    waited_steps: int = 0
 
     @property
     def request_id(self) -> str:

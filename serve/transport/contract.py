@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from serve.engine.sequence import TokenLogprob
 from serve.kv.storage import KVStorage
 
 
@@ -38,12 +39,14 @@ class Offer:
 class PrefillReply:
     """The token that follows the prompt, and the offer of the KV that the caller lacks.
 
-    cached_tokens: leading tokens that this replica had in its prefix cache.
+    cached_tokens: leading tokens that this replica had in its prefix cache. logprob: of the token,
+    where the request asks for it.
     """
 
     token: int
     cached_tokens: int
     offer: Offer
+    logprob: TokenLogprob | None = None
 
 
 class Transport(Protocol):

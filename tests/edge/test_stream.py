@@ -1,8 +1,11 @@
 """Deltas to text: independent of how tokens are grouped, and equal streamed or whole."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,10 +13,11 @@ from hypothesis import strategies as st
 
 from cluster.clock import WallClock
 from serve.answers import ChatFormat, CompletionFormat, Head
-from serve.engine.sequence import Delta, Limits, Request, Sampling
+from serve.engine.sequence import Delta, Limits, Request, Sampling, TokenLogprob
 from serve.errors import RequestError
 from serve.kv.prefix import CacheKey
 from serve.observe import EdgeMetrics, RequestMetrics
+from serve.spell import ShownToken
 from serve.stream import DONE, Generation, Transcript, frames, whole
 from tests.edge.fakes import ScriptedService, tiny_tokenizer
 
@@ -202,3 +206,50 @@ def test_usage_fields_are_absent_unless_asked_for():
     for form in (ChatFormat, CompletionFormat):
         assert "usage" not in form(Head("i", 5, "m", False)).chunk("a", None).model_dump()
         assert form(Head("i", 5, "m", True)).chunk("a", None).model_dump()["usage"] is None
+
+
+def reported(ids: list[int]) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities that tell tokens apart."""
+    return tuple(TokenLogprob(-token / 100, ((token, -token / 100), (1, -9.0))) for token in ids)
+
+
+@given(tokens, stops, st.lists(st.integers(1, 60)))
+def test_every_shown_token_is_reported_once_however_deltas_are_grouped(ids, strings, cuts):
+    limits = Limits(100, stop=strings)
+    last = Delta((END,), "stop", logprobs=reported([END]))
+    transcript, seen = Transcript(TOKENIZER, limits), list[ShownToken]()
+    for delta in grouped(ids, cuts, last):
+        piece = transcript.take(replace(delta, logprobs=reported(list(delta.token_ids))))
+        seen += piece.tokens
+        if piece.finish is not None:
+            break
+    assert [round(-s.token.logprob * 100) for s in seen] == ids[: len(seen)]
+    assert seen or not ids
+    raw = b"".join(s.token.raw for s in seen)
+    if not strings:
+        assert raw.decode("utf-8", "replace") == TOKENIZER.decode(ids)
+    offsets = [0, *itertools.accumulate(len(s.token.text) for s in seen)]
+    assert [s.offset for s in seen] == offsets[: len(seen)]
+
+
+@pytest.mark.parametrize("make", [ChatFormat, CompletionFormat])
+def test_logprobs_streamed_are_those_of_the_whole(make):
+    said = "wé🙂 lo".encode()
+    deltas: list[Delta | Exception | float] = [Delta((t,), logprobs=reported([t])) for t in said]
+    deltas.append(Delta((END,), "stop", logprobs=reported([END])))
+    form = make(Head("id", 0, "tiny", False))
+
+    async def both() -> tuple[list[bytes], dict[str, Any]]:
+        streamed, complete = generation(deltas, Limits(100)), generation(deltas, Limits(100))
+        for one in (streamed, complete):
+            await one.start()
+        chunks = [frame async for frame in frames(streamed, form, False)]
+        return chunks, json.loads((await whole(complete, form)).model_dump_json())
+
+    chunks, answer = asyncio.run(both())
+    parts = [json.loads(c[6:])["choices"][0]["logprobs"] for c in chunks if c != DONE]
+    wanted = answer["choices"][0]["logprobs"]
+    for field in wanted:
+        if wanted[field] is not None:
+            assert sum((p[field] for p in parts if p), []) == wanted[field]
+    assert len(wanted["content" if make is ChatFormat else "tokens"]) == len(said)
