@@ -6,11 +6,12 @@ queue caps belong here too: the salt of the cache key is never taken from the bo
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.clock import Clock
 from models.load.text import TextModel
 from serve.chat import ChatPrompt
+from serve.engine.draws import derived_seed
 from serve.engine.sequence import Limits, Request, Sampling
 from serve.errors import RequestError, refuse
 from serve.kv.prefix import CacheKey
@@ -65,6 +66,29 @@ class Admission:
         self._in_vocabulary(prompt, "prompt")
         default = DEFAULT_COMPLETION_TOKENS
         return self._request("cmpl", body, prompt, "prompt", default, caller)
+
+    def choices(self, request: Request, count: int) -> list[Request]:
+        """`count` requests that differ in their seeds and share the pages of their prompt; the
+        first one is the request itself."""
+        if count == 1:
+            return [request]
+        name, sampling = request.request_id, request.sampling
+        return [
+            replace(
+                request,
+                request_id=f"{name}-{index}" if index else name,
+                group=name,
+                sampling=replace(sampling, seed=derived_seed(sampling.seed, index)),
+            )
+            for index in range(count)
+        ]
+
+    def echo(self, body: CompletionRequest) -> str:
+        """The prompt as text."""
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizer.decode(prompt, skip_special=False)
 
     def known(self, model: str) -> None:
         """RequestError 404 for any model but the one that is served."""

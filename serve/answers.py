@@ -6,7 +6,7 @@ A `Format` writes one endpoint's objects; stream.py feeds it pieces and knows no
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
@@ -145,15 +145,27 @@ def text_logprobs(tokens: Sequence[ShownToken]) -> TextLogprobs | None:
     )
 
 
+class Complete(NamedTuple):
+    """One choice of an answer that is not streamed."""
+
+    text: str
+    finish: FinishReason
+    tokens: tuple[ShownToken, ...] = ()
+
+
 class Format(Protocol):
     """How pieces are written for one endpoint."""
 
-    def opening(self) -> Answer | None:
-        """The chunk before any text, where the endpoint has one."""
+    def opening(self, index: int = 0) -> Answer | None:
+        """The chunk of a choice before its text, where there is one."""
         ...
 
     def chunk(
-        self, text: str, finish: FinishReason | None, tokens: Sequence[ShownToken] = ()
+        self,
+        text: str,
+        finish: FinishReason | None,
+        tokens: Sequence[ShownToken] = (),
+        index: int = 0,
     ) -> Answer:
         """A chunk of a stream; the last one with a choice has `finish`."""
         ...
@@ -162,9 +174,7 @@ class Format(Protocol):
         """The chunk with usage and no choices."""
         ...
 
-    def answer(
-        self, text: str, finish: FinishReason, usage: Usage, tokens: Sequence[ShownToken] = ()
-    ) -> Answer:
+    def answer(self, made: Sequence[Complete], usage: Usage) -> Answer:
         """The whole answer of a request that is not streamed."""
         ...
 
@@ -193,25 +203,36 @@ class ChatFormat:
 
     head: Head
 
-    def opening(self) -> Answer | None:
-        return self._chunk(DeltaChoice(delta={"role": "assistant", "content": ""}))
+    def opening(self, index: int = 0) -> Answer | None:
+        return self._chunk(DeltaChoice(index=index, delta={"role": "assistant", "content": ""}))
 
     def chunk(
-        self, text: str, finish: FinishReason | None, tokens: Sequence[ShownToken] = ()
+        self,
+        text: str,
+        finish: FinishReason | None,
+        tokens: Sequence[ShownToken] = (),
+        index: int = 0,
     ) -> Answer:
         delta: dict[Literal["role", "content"], str] = {"content": text} if text else {}
         logprobs = chat_logprobs(tokens)
-        return self._chunk(DeltaChoice(delta=delta, logprobs=logprobs, finish_reason=finish))
+        return self._chunk(
+            DeltaChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
+        )
 
     def usage(self, usage: Usage) -> Answer:
         return self.head.write("chat.completion.chunk", [], usage)
 
-    def answer(
-        self, text: str, finish: FinishReason, usage: Usage, tokens: Sequence[ShownToken] = ()
-    ) -> Answer:
-        message, logprobs = AnswerMessage(content=text), chat_logprobs(tokens)
-        choice = ChatChoice(message=message, logprobs=logprobs, finish_reason=finish)
-        return self.head.write("chat.completion", [choice], usage, whole=True)
+    def answer(self, made: Sequence[Complete], usage: Usage) -> Answer:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AnswerMessage(content=text),
+                logprobs=chat_logprobs(tokens),
+                finish_reason=finish,
+            )
+            for index, (text, finish, tokens) in enumerate(made)
+        ]
+        return self.head.write("chat.completion", choices, usage, whole=True)
 
     def _chunk(self, choice: DeltaChoice) -> Answer:
         return self.head.write("chat.completion.chunk", [choice])
@@ -219,24 +240,36 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class CompletionFormat:
-    """Objects of /v1/completions."""
+    """Objects of /v1/completions. echo: what each text begins with."""
 
     head: Head
+    echo: str = ""
 
-    def opening(self) -> Answer | None:
-        return None
+    def opening(self, index: int = 0) -> Answer | None:
+        return self.chunk(self.echo, None, (), index) if self.echo else None
 
     def chunk(
-        self, text: str, finish: FinishReason | None, tokens: Sequence[ShownToken] = ()
+        self,
+        text: str,
+        finish: FinishReason | None,
+        tokens: Sequence[ShownToken] = (),
+        index: int = 0,
     ) -> Answer:
-        choice = TextChoice(text=text, logprobs=text_logprobs(tokens), finish_reason=finish)
+        logprobs = text_logprobs(tokens)
+        choice = TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
         return self.head.write("text_completion", [choice])
 
     def usage(self, usage: Usage) -> Answer:
         return self.head.write("text_completion", [], usage)
 
-    def answer(
-        self, text: str, finish: FinishReason, usage: Usage, tokens: Sequence[ShownToken] = ()
-    ) -> Answer:
-        choice = TextChoice(text=text, logprobs=text_logprobs(tokens), finish_reason=finish)
-        return self.head.write("text_completion", [choice], usage, whole=True)
+    def answer(self, made: Sequence[Complete], usage: Usage) -> Answer:
+        choices = [
+            TextChoice(
+                index=index,
+                text=self.echo + text,
+                logprobs=text_logprobs(tokens),
+                finish_reason=finish,
+            )
+            for index, (text, finish, tokens) in enumerate(made)
+        ]
+        return self.head.write("text_completion", choices, usage, whole=True)

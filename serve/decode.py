@@ -9,8 +9,9 @@ path as for a replica that was killed. A plain class; actors.py wraps it.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.clock import Clock
 from serve.clients import Draining, ReplicaLost
@@ -42,6 +43,7 @@ class _Job:
     """A request that is here: whose it is, and the hand-off under way for it, if one is."""
 
     ingress_id: str
+    group: str = ""
     handoff: asyncio.Task[None] | None = None
 
 
@@ -105,7 +107,7 @@ class DecodeReplica:
         request_id = sequence.request_id
         if request_id in self._jobs:
             raise ValueError(f"request {request_id} is already here")
-        self._jobs[request_id] = _Job(ingress_id)
+        self._jobs[request_id] = _Job(ingress_id, sequence.request.group)
         try:
             await self._place(sequence)
         except BaseException:
@@ -183,19 +185,43 @@ class DecodeReplica:
 
     async def _place(self, sequence: Sequence) -> None:
         """Start a sequence: with a remote prefill where that pays, else right here."""
-        if not self.peers.any():
+        if sequence.request.group:
+            self._in_background(sequence, self._join(sequence, self._siblings(sequence)))
+        elif await self._remote_pays(sequence):
+            self._in_background(sequence, self._import(sequence))
+        elif sequence.request_id in self._jobs:  # not aborted meanwhile
             await self._prefill_here(sequence)
+
+    def _siblings(self, sequence: Sequence) -> list[_Job]:
+        """The jobs of the same group that were here before."""
+        mine, group = self._jobs[sequence.request_id], sequence.request.group
+        return [job for job in self._jobs.values() if job.group == group and job is not mine]
+
+    async def _join(self, sequence: Sequence, siblings: list[_Job]) -> None:
+        """Start one of several choices: the first like any request, the others here and after it,
+        so that they find its pages."""
+        if not siblings and await self._remote_pays(sequence):
+            await self._import(sequence)
             return
-        tokens = sequence.tokens(0, len(sequence))
-        key = sequence.request.cache_key
+        starting = [job.handoff for job in siblings if job.handoff and not job.handoff.done()]
+        if starting:
+            await asyncio.wait(starting[:1])
+        await self._prefill_here(sequence)
+
+    async def _remote_pays(self, sequence: Sequence) -> bool:
+        """Whether a prefill replica should compute the prompt."""
+        if not self.peers.any():
+            return False
+        tokens, key = sequence.tokens(0, len(sequence)), sequence.request.cache_key
         cached = await between_steps(self.loop, lambda e: e.scheduler.tree.peek(key, tokens))
+        return len(sequence) - cached >= self.min_remote_tokens
+
+    def _in_background(self, sequence: Sequence, work: Coroutine[Any, Any, None]) -> None:
         job = self._jobs.get(sequence.request_id)
         if job is None:  # aborted meanwhile
+            work.close()
             return
-        if len(sequence) - cached < self.min_remote_tokens:
-            await self._prefill_here(sequence)
-        else:
-            job.handoff = asyncio.create_task(self._import(sequence))
+        job.handoff = asyncio.create_task(self._guarded(sequence, work))
 
     async def _prefill_here(self, sequence: Sequence) -> None:
         self.local_prefills += 1
@@ -203,20 +229,25 @@ class DecodeReplica:
 
     async def _import(self, sequence: Sequence) -> None:
         """Have a prefill replica compute the prompt, copy its pages, and run the sequence."""
+        await self._reserve(sequence)
+        reply = await self.peers.prefill(sequence)
+        if reply is None or not await self._adopt(sequence, reply):
+            self.local_prefills += 1
+            await between_steps(self.loop, lambda e: e.give_up_reservation(sequence.request_id))
+
+    async def _guarded(self, sequence: Sequence, work: Coroutine[Any, Any, None]) -> None:
+        """Nobody awaits the task that starts a sequence: the request hears of what went wrong."""
         request_id = sequence.request_id
         try:
-            await self._reserve(sequence)
-            reply = await self.peers.prefill(sequence)
-            if reply is None or not await self._adopt(sequence, reply):
-                self.local_prefills += 1
-                await between_steps(self.loop, lambda e: e.give_up_reservation(request_id))
+            await work
         except ReplicaLost:
             pass  # our own engine: `_on_death` tells the ingress
         except Exception as error:
-            # Nobody awaits this task: the request hears of it, whatever it was.
             self.loop.call(lambda e: e.abort(request_id))
             self._route([failed(request_id, len(sequence.output), error)])
             raise
+        finally:
+            work.close()  # where the task was cancelled before it began
 
     async def _reserve(self, sequence: Sequence) -> None:
         """Wait until pages for the whole prompt are ours; first come, first served."""

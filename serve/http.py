@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from starlette.applications import Starlette
@@ -26,13 +26,14 @@ from cluster.clock import Clock, WallClock
 from models.load.text import TextModel
 from serve.admit import Admission, Caller
 from serve.answers import ChatFormat, CompletionFormat, Format, Head, Model, ModelList
+from serve.choices import Choices, frames, whole
 from serve.connection import ClientGone, EventStream, read_body, until_gone
 from serve.engine.sequence import Request
 from serve.errors import RequestError
 from serve.observe import EdgeMetrics, RequestMetrics
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest, parse
 from serve.service import Service
-from serve.stream import Generation, frames, whole
+from serve.stream import Generation
 
 log = logging.getLogger(__name__)
 LONG_BODY_BYTES = 32_768  # from here on, encoding would hold up other streams: done in a thread
@@ -129,7 +130,8 @@ class Edge:
         body = await read_body(http, self.settings.max_body_bytes)
         parsed = parse(CompletionRequest, body)
         request = await _encode(body, lambda: self.admission.completion(parsed, self._caller(http)))
-        form = CompletionFormat(self._head(parsed, request))
+        echo = self.admission.echo(parsed) if parsed.echo else ""
+        form = CompletionFormat(self._head(parsed, request), echo)
         return await self._generate(http, parsed, request, form)
 
     def _caller(self, http: HttpRequest) -> Caller:
@@ -144,20 +146,30 @@ class Edge:
         self, http: HttpRequest, parsed: GenerationRequest, request: Request, form: Format
     ) -> Response:
         """Start the request and answer it, as a stream or whole; it is closed whatever happens."""
-        limits = request.limits
-        metrics = RequestMetrics(self.metrics, len(request.prompt), limits.max_tokens)
-        deadline_s = self.settings.close_deadline_s
-        generation = Generation(self.service, request, self._tokenizer, metrics, deadline_s)
+        shown = parsed.n or 1
+        if parsed.choices > shown and request.logprobs is None:
+            request = replace(request, logprobs=0)  # the best are the likeliest
+        requests = self.admission.choices(request, parsed.choices)
+        choices = Choices([self._generation(one, len(requests)) for one in requests])
         headers = {"x-request-id": request.request_id}
         async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(generation.aclose)
-            await until_gone(http.receive, generation.start())
+            stack.push_async_callback(choices.aclose)
+            await until_gone(http.receive, choices.start())
             if parsed.stream:
                 stack.pop_all()  # the response closes the generation from here on
-                events = frames(generation, form, parsed.include_usage)
-                return EventStream(events, generation.aclose, headers)
-            answer = await until_gone(http.receive, whole(generation, form))
+                events = frames(choices, form, parsed.include_usage)
+                return EventStream(events, choices.aclose, headers)
+            answer = await until_gone(
+                http.receive, whole(choices, form, shown, parsed.reported_logprobs is not None)
+            )
         return Response(answer.model_dump_json(), 200, headers, "application/json")
+
+    def _generation(self, request: Request, choices: int) -> Generation:
+        metrics = RequestMetrics(
+            self.metrics, len(request.prompt), request.limits.max_tokens, choices
+        )
+        deadline_s = self.settings.close_deadline_s
+        return Generation(self.service, request, self._tokenizer, metrics, deadline_s)
 
     async def models(self, http: HttpRequest) -> Response:
         return JSONResponse(ModelList(data=[self._model()]).model_dump())

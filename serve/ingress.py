@@ -172,7 +172,8 @@ class Ingress:
         while True:
             ready = [e.replica_id for e in self.directory.ready("decode")]
             usable = [r for r in ready if r in self._links and r not in refused]
-            replica_id = least_loaded(usable, self._load_tokens)
+            near = self._siblings_at(record.sequence.request.group).intersection(usable)
+            replica_id = least_loaded(sorted(near) or usable, self._load_tokens)
             if replica_id is None:
                 await self._wait_for_change(end_s)
                 refused.clear()
@@ -181,6 +182,13 @@ class Ingress:
                 return await self._submit(record, replica_id)
             except (Draining, ReplicaLost, TimeoutError):
                 refused.add(replica_id)
+
+    def _siblings_at(self, group: str) -> set[str]:
+        """The replicas that work on requests of this group, whose pages a sibling can share."""
+        if not group:
+            return set()
+        records = self._records.values()
+        return {r.replica_id for r in records if r.replica_id and r.sequence.request.group == group}
 
     async def _submit(self, record: Record, replica_id: str) -> None:
         request_id = record.sequence.request_id

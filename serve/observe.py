@@ -130,7 +130,9 @@ class _Snapshot(Collector):
 class RequestMetrics:
     """The measurements of one request, from its admission to its close. Calls come in order."""
 
-    def __init__(self, metrics: EdgeMetrics, prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(
+        self, metrics: EdgeMetrics, prompt_tokens: int, max_tokens: int, choices: int = 1
+    ) -> None:
         self._metrics = metrics
         self._prompt_tokens = prompt_tokens
         self._tokens = 0
@@ -138,7 +140,7 @@ class RequestMetrics:
         self._first = True
         self._reason = "abort"
         metrics.max_tokens.observe(max_tokens)
-        metrics.n.observe(1)
+        metrics.n.observe(choices)
         metrics.open.inc()
 
     def delta(self, tokens: int) -> None:

@@ -24,14 +24,12 @@ from serve.chat import join_parts
 from serve.errors import explain, mistyped, unsupported
 
 MAX_STOPS = 16
+MAX_CHOICES = 32
 NOTHING: tuple[Any, ...] = (None,)
 EMPTY: tuple[Any, ...] = (None, [])
 
 # Parameter -> the values that ask for nothing beyond what this version does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "n": (None, 1),
-    "echo": (None, False),
     "suffix": (None, ""),
     "response_format": (None, {"type": "text"}),
     "tools": EMPTY,
@@ -175,8 +173,7 @@ class GenerationRequest(Wire):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1
     logit_bias: Annotated[dict[Name, Bias], Field(max_length=1024)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] | None = 0
-    # Accepted with a neutral value only.
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerationRequest":
@@ -193,6 +190,11 @@ class GenerationRequest(Wire):
     def reported_logprobs(self) -> int | None:
         """With how many of the most likely tokens to report each token; None for not at all."""
         raise AssertionError("each endpoint has its own fields for it")
+
+    @property
+    def choices(self) -> int:
+        """How many answers to make."""
+        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -253,10 +255,26 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # Accepted with a neutral value only.
-    best_of: Annotated[int, Field(ge=0, le=20)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = False
+    # Accepted with a neutral value only.
     suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _choices_agree(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise mistyped("should be at least 'n'", ".best_of")
+        if self.stream and self.choices > (self.n or 1):
+            text = "above 'n' is not accepted with 'stream': the best is known at the end only"
+            raise mistyped(text, ".best_of")
+        if self.echo and self.logprobs is not None:
+            text = "with 'logprobs' is not supported: the prompt's tokens are not scored"
+            raise mistyped(text, ".echo")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.best_of or self.n or 1
 
     @property
     def reported_logprobs(self) -> int | None:

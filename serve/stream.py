@@ -1,12 +1,11 @@
-"""From deltas to what a client reads: text pieces, finish reason, usage, SSE frames.
+"""From deltas to what a client reads: text pieces, finish reason, token counts.
 
 A streamed answer and a whole one are made of the same pieces by the same code, so their texts are
-equal. `Generation` owns one request at the service from the first delta to the close; http.py
+equal. `Generation` owns one request at the service from the first delta to the close; choices.py
 drives it and closes it, whatever happened.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from models.detokenize import Detokenizer
 from models.tokenizer import Tokenizer
-from serve.answers import Answer, CachedTokens, FinishReason, Format, Usage
+from serve.answers import FinishReason
 from serve.engine.sequence import Delta, Limits, Request, TokenLogprob
 from serve.engine.stops import StopMatcher
 from serve.errors import RequestError
@@ -23,7 +22,6 @@ from serve.service import Service
 from serve.spell import ShownToken, spell
 
 log = logging.getLogger(__name__)
-DONE = b"data: [DONE]\n\n"
 
 
 class Piece(NamedTuple):
@@ -118,7 +116,8 @@ class Generation:
         self._metrics = metrics
         self._close_deadline_s = close_deadline_s
         self._first: Piece | None = None
-        self._cached_tokens = 0
+        self.cached_tokens = 0
+        self._logprobs: list[float] = []
         self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -140,7 +139,8 @@ class Generation:
         try:
             delta = await anext(self._deltas)
             self._metrics.delta(len(delta.token_ids))
-            self._cached_tokens = delta.cached_tokens
+            self.cached_tokens = delta.cached_tokens
+            self._logprobs.extend(entry.logprob for entry in delta.logprobs)
             piece = self._transcript.take(delta)
         except Exception as error:  # the service may be remote, and fail with anything
             self._metrics.ended("error")
@@ -159,15 +159,15 @@ class Generation:
         log.error("request %s failed", self.request.request_id, exc_info=error)
         return RequestError(500, "server_error", None, text, "generation_failed")
 
-    def usage(self) -> Usage:
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens so far, which were asked to be reported."""
+        return sum(self._logprobs) / len(self._logprobs)
+
+    @property
+    def completion_tokens(self) -> int:
         """Tokens so far; final once the last piece is out."""
-        prompt, completion = len(self.request.prompt), self._transcript.tokens
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=CachedTokens(cached_tokens=self._cached_tokens),
-        )
+        return self._transcript.tokens
 
     async def aclose(self) -> None:
         """End the request at the service; its work stops and its pages become free."""
@@ -185,50 +185,6 @@ class Generation:
             log.exception("closing request %s failed", self.request.request_id)
 
 
-async def frames(
-    generation: Generation, form: Format, include_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    """The SSE events of a streamed answer; a failure on the way is an event, then the end."""
-    opening = form.opening()
-    if opening is not None:
-        yield _event(opening)
-    try:
-        async with contextlib.aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                for chunk in _chunks(form, piece):
-                    yield _event(chunk)
-    except RequestError as error:
-        yield failure_frame(error)
-        return
-    if include_usage:
-        yield _event(form.usage(generation.usage()))
-    yield DONE
-
-
-def _chunks(form: Format, piece: Piece) -> list[Answer]:
-    """Text first, then the finish reason in a chunk of its own, as OpenAI does."""
-    if not piece.text:
-        return [form.chunk("", piece.finish, piece.tokens)]
-    chunks = [form.chunk(piece.text, None, piece.tokens)]
-    return chunks if piece.finish is None else [*chunks, form.chunk("", piece.finish)]
-
-
-async def whole(generation: Generation, form: Format) -> Answer:
-    """The answer in one object, of the same pieces; RequestError when the request failed."""
-    texts: list[str] = []
-    tokens: list[ShownToken] = []
-    finish: FinishReason = "stop"
-    async for piece in generation.pieces():
-        texts.append(piece.text)
-        tokens.extend(piece.tokens)
-        finish = piece.finish or finish
-    return form.answer("".join(texts), finish, generation.usage(), tokens)
-
-
 def failure_frame(error: RequestError) -> bytes:
     """An error after the first byte: the status is gone out already, so it is an event."""
     return b"data: " + json.dumps(error.body(), ensure_ascii=False).encode() + b"\n\n"
-
-
-def _event(chunk: Answer) -> bytes:
-    return b"data: " + chunk.model_dump_json().encode() + b"\n\n"

@@ -10,6 +10,16 @@ import struct
 _SCALE = 2.0**-53
 
 
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of choice `index` of a request: the request's own for the first, 63 bits that
+    depend on both for the others."""
+    if index == 0:
+        return seed
+    message = struct.pack("<QQ", seed & 0xFFFF_FFFF_FFFF_FFFF, index)
+    digest = hashlib.blake2b(message, digest_size=8, person=b"sanderling-n").digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def uniform(seed: int, position: int, stream: int = 0) -> float:
     """A number in [0, 1) with 53 random bits for the token at `position` of a sequence.
 

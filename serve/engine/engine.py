@@ -190,6 +190,7 @@ class Engine:
             for produced, token in enumerate(sequence.output, start=1):
                 watcher.push(token, produced)
         self.sequences[sequence.request_id] = sequence
+        self.scheduler.siblings.join(sequence)
         self._arrivals += 1
         sequence.arrival = self._arrivals
 
@@ -241,6 +242,7 @@ class Engine:
         self.scheduler.remove(sequence)
         self.reserved.pop(request_id, None)
         self._stops.pop(request_id, None)
+        self.scheduler.siblings.leave(sequence)
         del self.sequences[request_id]
         if keep_pages:
             self.held[request_id] = sequence

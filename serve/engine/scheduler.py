@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from serve.engine.cost import StepCost
 from serve.engine.sequence import Sequence
+from serve.engine.siblings import Siblings
 from serve.kv.pool import PagePool
 from serve.kv.prefix import PrefixTree
 from serve.kv.table import PageTable
@@ -61,6 +62,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.siblings = Siblings()
         self.preemptions = 0
         self._short_of_pages = False  # the best waiting sequence found no room in the last step
 
@@ -83,7 +85,7 @@ class Scheduler:
         """Spend the budget on prompts, running and waiting ones, the best rank first."""
         blocked = False
         while budget >= 1:
-            waiting = min(self.waiting, key=self._rank, default=None) if not blocked else None
+            waiting = None if blocked else self._next_waiting()
             running = prefilling[0] if prefilling else None
             if waiting is None and running is None:
                 return
@@ -94,6 +96,10 @@ class Scheduler:
                     budget -= self._take_chunk(waiting, budget, slices)
                 continue
             budget -= self._take_chunk(prefilling.pop(0), budget, slices)
+
+    def _next_waiting(self) -> Sequence | None:
+        startable = (s for s in self.waiting if not self.siblings.must_wait(s))
+        return min(startable, key=self._rank, default=None)
 
     def _rank(self, sequence: Sequence) -> tuple[int, int]:
         """Lower goes first."""
@@ -120,7 +126,7 @@ class Scheduler:
         self._match(sequence)
         table = sequence.table
         assert table is not None
-        grown = self._grow(table, len(sequence))
+        grown = self._grow(table, sequence.computed_tokens, len(sequence))
         assert grown, "pages that fit were not to be had"
         return True
 
@@ -170,7 +176,7 @@ class Scheduler:
             return False
         table = sequence.table
         assert table is not None
-        while not self._grow(table, stop):
+        while not self._grow(table, sequence.computed_tokens, stop):
             victim = max(self.running, key=self._rank)
             self._preempt(victim, slices)
             if victim is sequence:
@@ -197,6 +203,9 @@ class Scheduler:
         # Pages that admitted prompts will still ask for are spoken for; else long prompts thrash.
         promised = sum(s.table.pages_missing(len(s)) for s in self.running if s.table is not None)
         wanted = promised + -(-len(sequence) // self.pool.page_tokens)
+        shared = self.siblings.shared_pages(sequence)
+        if shared:
+            return wanted - shared <= self.pool.free_pages + self.tree.evictable_pages
         if wanted <= self.pool.free_pages + self.tree.evictable_pages or not self.prefix_cache:
             return wanted <= self.pool.free_pages + self.tree.evictable_pages
         # Cached pages need no room, but those that only the tree owns stop being evictable.
@@ -207,7 +216,14 @@ class Scheduler:
         return fits
 
     def _match(self, sequence: Sequence) -> None:
-        """Start a page table from the longest cached prefix that leaves a token to compute."""
+        """Start a page table from a sibling's prompt or the longest cached prefix, either of which
+        leaves a token to compute."""
+        forked = self.siblings.fork(sequence)
+        if forked is not None:
+            sequence.table, sequence.computed_tokens = forked
+            if not sequence.output:
+                sequence.cached_tokens = sequence.computed_tokens
+            return
         if not self.prefix_cache:
             sequence.table = PageTable(self.pool)
             return
@@ -217,9 +233,15 @@ class Scheduler:
         if not sequence.output:
             sequence.cached_tokens = match.tokens
 
-    def _grow(self, table: PageTable, tokens: int) -> bool:
-        """Room for `tokens` in the table, evicting from the tree if need be; False when short."""
-        return self.tree.make_room(table.pages_missing(tokens)) and table.grow(tokens)
+    def _grow(self, table: PageTable, start: int, stop: int) -> bool:
+        """Slots that this table alone may write for positions [start, stop), evicting from the
+        tree if need be; False when short of pages."""
+        if not (self.tree.make_room(table.pages_missing(stop)) and table.grow(stop)):
+            return False
+        # A page that a sibling shares is copied; there is at most one that is not whole.
+        return table.ensure_writable(start, stop) or (
+            self.tree.make_room(1) and table.ensure_writable(start, stop)
+        )
 
     def _preempt(self, victim: Sequence, slices: list[Slice]) -> None:
         """Take a running sequence back to the queue, where its arrival keeps its place."""

@@ -52,7 +52,8 @@ class Request:
     """One prompt and its terms; `cache_key` names who may share its prefix.
 
     priority: lower goes first and takes the place of higher ones. logprobs: with how many of the
-    most likely tokens to report each token's log-probability; None reports nothing.
+    most likely tokens to report each token's log-probability; None reports nothing. group: what
+    requests of one and the same prompt have in common, whose pages they then share; "" for none.
     """
 
     request_id: str
@@ -63,6 +64,7 @@ class Request:
     priority: int = 0
     arrival_s: float = 0.0
     logprobs: int | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)

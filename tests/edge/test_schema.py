@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from serve.answers import (
     CachedTokens,
     ChatFormat,
+    Complete,
     CompletionFormat,
     Head,
     Model,
@@ -54,7 +55,7 @@ def written(*objects: BaseModel | None) -> list[dict[str, Any]]:
 
 def test_chat_answers_and_chunks():
     plain, metered = (ChatFormat(Head("id", 5, "m", asked)) for asked in (False, True))
-    check("CreateChatCompletionResponse", plain.answer("a", "stop", USAGE).model_dump())
+    check("CreateChatCompletionResponse", plain.answer([Complete("a", "stop")], USAGE).model_dump())
     for form in (plain, metered):
         for chunk in written(form.opening(), form.chunk("a", None), form.chunk("", "length")):
             check("CreateChatCompletionStreamResponse", chunk)
@@ -64,7 +65,7 @@ def test_chat_answers_and_chunks():
 
 def test_completion_answers():
     form = CompletionFormat(Head("id", 5, "m", False))
-    check("CreateCompletionResponse", form.answer("a", "stop", USAGE).model_dump())
+    check("CreateCompletionResponse", form.answer([Complete("a", "stop")], USAGE).model_dump())
 
 
 def test_models_and_errors():

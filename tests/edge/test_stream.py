@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from cluster.clock import WallClock
 from serve.answers import ChatFormat, CompletionFormat, Head
+from serve.choices import DONE, Choices, frames, whole
 from serve.engine.sequence import Delta, Limits, Request, Sampling, TokenLogprob
 from serve.errors import RequestError
 from serve.kv.prefix import CacheKey
 from serve.observe import EdgeMetrics, RequestMetrics
 from serve.spell import ShownToken
-from serve.stream import DONE, Generation, Transcript, frames, whole
+from serve.stream import Generation, Transcript
 from tests.edge.fakes import ScriptedService, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -114,7 +115,7 @@ def generation(
 
 
 async def streamed(script: list[Delta | Exception | float], limits: Limits) -> list[bytes]:
-    run = generation(script, limits)
+    run = Choices([generation(script, limits)])
     await run.start()
     form = ChatFormat(Head("id-1", 5, "m", True))
     events = [event async for event in frames(run, form, True)]
@@ -129,7 +130,7 @@ def test_streamed_text_equals_whole_text(ids, strings, ended, cuts):
     limits = Limits(100, stop=strings)
 
     async def both() -> None:
-        run = generation(deltas, limits)
+        run = Choices([generation(deltas, limits)])
         await run.start()
         answer = await whole(run, ChatFormat(Head("id-1", 5, "m", False)))
         await run.aclose()
@@ -240,7 +241,7 @@ def test_logprobs_streamed_are_those_of_the_whole(make):
     form = make(Head("id", 0, "tiny", False))
 
     async def both() -> tuple[list[bytes], dict[str, Any]]:
-        streamed, complete = generation(deltas, Limits(100)), generation(deltas, Limits(100))
+        streamed, complete = (Choices([generation(deltas, Limits(100))]) for _ in range(2))
         for one in (streamed, complete):
             await one.start()
         chunks = [frame async for frame in frames(streamed, form, False)]

@@ -34,12 +34,24 @@ def logits_of(tokens: Many[int]) -> torch.Tensor:
     return torch.from_numpy(generator.normal(size=VOCAB).astype(np.float32)) * 2
 
 
+class Memory:
+    """Token ids by slot, in pages that can be copied; -1 where nothing was written."""
+
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        self.rows = np.full((pages, page_tokens), -1, np.int64)
+        self.generation = np.zeros(pages, np.int64)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.rows[target] = self.rows[source]
+
+
 class MemoryRunner:
     """See above. `steps` keeps the slices of every step as (request id, start, stop)."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self.memory = np.full(pool.pages * pool.page_tokens, -1, np.int64)
+        assert isinstance(pool.storage, Memory)
+        self.memory = pool.storage.rows.reshape(-1)
         self.steps: list[list[tuple[str, int, int]]] = []
 
     def run(self, slices: list[Slice]) -> torch.Tensor:
@@ -80,7 +92,7 @@ def engine(
     cost: StepCost | None = None,
     prefix_cache: bool = True,
 ) -> Engine:
-    pool = PagePool(pages, page_tokens)
+    pool = PagePool(pages, page_tokens, Memory(pages, page_tokens))
     scheduler = Scheduler(
         pool,
         PrefixTree(pool),
@@ -127,7 +139,8 @@ def solo(request: Request) -> list[Delta]:
         early = len(output) < limits.min_tokens
         banned = (EOS, *limits.stop_token_ids) if early else ()
         tokens = [*request.prompt, *output]
-        [token] = sample(logits_of(tokens)[None], [Draw(request.sampling, len(tokens), banned)])
+        draw = Draw(request.sampling, len(tokens), banned, request.prompt, tuple(output))
+        [token] = sample(logits_of(tokens)[None], [draw])
         output.append(token)
         counted = len(output) >= limits.min_tokens
         text += letter(token) if counted and token != EOS else ""

@@ -37,7 +37,7 @@ def _refusals() -> tuple[Refusal, ...]:
         Refusal("missing field", chat, {"model": MODEL}, 400, ("messages",)),
         Refusal("wrong role", chat, {**good, "messages": [{"role": "x"}]}, 400, ("role", "user")),
         Refusal("unknown field", chat, {**good, "top_q": 1}, 400, ("top_q", "top_p")),
-        Refusal("unsupported value", chat, {**good, "n": 2}, 400, ("'n'", "1")),
+        Refusal("unsupported value", chat, {**good, "store": True}, 400, ("'store'", "false")),
         Refusal("over-long prompt", raw, long, 400, ("9000", "8192")),
         Refusal("over-long answer", raw, wide, 400, ("1000000", "8192")),
         Refusal("not JSON", chat, "{", 400, ("JSON",)),

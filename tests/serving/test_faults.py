@@ -6,7 +6,6 @@
 import asyncio
 import random
 import threading
-import time
 
 import pytest
 
@@ -25,22 +24,12 @@ from tests.serving.tiny import (
     serving,
     settings,
     settled,
+    slow,
     solo_tokens,
     until,
 )
 
 PROMPT = list(range(50))
-
-
-def slow(replica):
-    """Let every step of a replica's engine take a while, so that it can be met in the middle."""
-    compute = replica.loop.engine.runner.run
-
-    def slowly(slices):
-        time.sleep(0.02)
-        return compute(slices)
-
-    replica.loop.engine.runner.run = slowly
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "ray_object"])

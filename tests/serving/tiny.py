@@ -26,6 +26,7 @@ from models.tokenizer import Tokenizer
 from serve.build import Model
 from serve.decode import DecodeReplica
 from serve.engine.sampler import Draw, sample
+from serve.engine.scheduler import Slice
 from serve.engine.sequence import Delta, Limits, Request, Sampling
 from serve.kv.prefix import CacheKey
 from serve.local import LocalService
@@ -102,7 +103,8 @@ def solo_tokens(model: Model, request: Request) -> list[int]:
         tokens = [*request.prompt, *output]
         banned = eos if len(output) < limits.min_tokens else ()
         logits = logits_of(model.decoder, tokens)
-        output += sample(logits, [Draw(request.sampling, len(tokens), banned)])
+        draw = Draw(request.sampling, len(tokens), banned, request.prompt, tuple(output))
+        output += sample(logits, [draw])
         counted = model.text.tokenizer.decode(output[max(limits.min_tokens - 1, 0) :])
         early = len(output) < limits.min_tokens
         stopped = output[-1] in ends or any(stop in counted for stop in limits.stop)
@@ -128,7 +130,14 @@ def mixed_requests(count: int, seed: int, longest: int = 60) -> list[Request]:
     for number in range(count):
         tail = rng.choice([rng.randint(1, 6), rng.randint(7, longest - 30)])
         prompt = rng.choice([[], *heads]) + [rng.randrange(256) for _ in range(tail)]
-        sampling = Sampling(rng.choice([0.0, 1.0]), rng.choice([0, 40]), seed=rng.getrandbits(60))
+        sampling = Sampling(
+            rng.choice([0.0, 1.0]),
+            rng.choice([0, 40]),
+            seed=rng.getrandbits(60),
+            frequency_penalty=rng.choice([0.0, 0.5]),
+            repetition_penalty=rng.choice([1.0, 1.2]),
+            logit_bias=rng.choice([(), ((65, 2.0), (7, -100.0))]),
+        )
         max_tokens = rng.randint(1, 16)
         requests.append(
             request(
@@ -282,3 +291,14 @@ async def collect(service: LocalService, one: Request) -> list[int]:
     assert deltas[-1].finish in ("stop", "length"), deltas[-1]
     assert len({d.cached_tokens for d in deltas}) == 1, "cached_tokens changed under way"
     return [token for delta in deltas for token in delta.token_ids]
+
+
+def slow(replica: DecodeReplica | PrefillReplica) -> None:
+    """Let every step of a replica's engine take a while, so that it can be met in the middle."""
+    compute = replica.loop.engine.runner.run
+
+    def slowly(slices: list[Slice]) -> torch.Tensor:
+        time.sleep(0.02)
+        return compute(slices)
+
+    replica.loop.engine.runner.run = slowly  # type: ignore[method-assign]
