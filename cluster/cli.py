@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, Entry] = {
         "serve.commands:status", "Replicas, queues and KV pages of the running service."
     ),
     "bench": Entry("serve.commands:bench", "Measure the running service."),
+    "key": Entry("serve.key_command:key", "Make an API key for a tenant."),
     "doctor": Entry("cluster.doctor.command:doctor", "Check this machine and say what to do."),
 }
 

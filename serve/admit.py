@@ -1,8 +1,8 @@
 """From a well-formed request to one the engine can run: numbers checked, defaults filled in.
 
 Owns what depends on the model (its name, context length, vocabulary) and on chance (seeds, ids).
-Synchronous and free of I/O; http.py runs it in a thread when the text is long. Keys, tenants and
-queue caps belong here too: the salt of the cache key is never taken from the body.
+Synchronous and free of I/O; http.py runs it in a thread when the text is long. The salt of the
+cache key comes from the caller's API key (keys.py), never from the body.
 """
 
 import random
@@ -16,16 +16,18 @@ from serve.engine.sequence import Limits, Request, Sampling
 from serve.errors import RequestError, refuse
 from serve.kv.prefix import CacheKey
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest
+from serve.texts import DetokenizeRequest, TokenizeRequest
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. salt: keeps the prefix caches of tenants apart; one tenant for now."""
+    """Who asks. salt: the tenant, keeps the prefix caches of tenants apart; share: its weight."""
 
     salt: str = ""
     priority: int = 0
+    share: float = 1.0
 
 
 class Admission:
@@ -66,6 +68,24 @@ class Admission:
         self._in_vocabulary(prompt, "prompt")
         default = DEFAULT_COMPLETION_TOKENS
         return self._request("cmpl", body, prompt, "prompt", default, caller)
+
+    def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """The ids that a chat or a completion with this prompt would begin with."""
+        self.known(body.model)
+        if body.messages is not None:
+            return self._chat.ids([message.for_template() for message in body.messages])
+        prefix = self._tokenizer.prompt_prefix if body.add_special_tokens else ()
+        return [*prefix, *self._tokenizer.encode(body.prompt or "")]
+
+    def detokenize(self, body: DetokenizeRequest) -> str:
+        """The text of ids, control tokens spelled out."""
+        self.known(body.model)
+        self._in_vocabulary(tuple(body.tokens), "tokens")
+        return self._tokenizer.decode(body.tokens, skip_special=False)
+
+    def spellings(self, ids: list[int]) -> list[str]:
+        """Each id's own spelling in the vocabulary."""
+        return [self._tokenizer.token(token) or "" for token in ids]
 
     def choices(self, request: Request, count: int) -> list[Request]:
         """`count` requests that differ in their seeds and share the pages of their prompt; the
@@ -118,6 +138,7 @@ class Admission:
             priority=caller.priority + (body.priority or 0),
             arrival_s=self._clock.now_s(),
             logprobs=body.reported_logprobs,
+            share=caller.share,
         )
 
     def _room(self, prompt: tuple[int, ...], param: str) -> int:

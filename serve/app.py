@@ -12,9 +12,11 @@ from typing import Any
 from cluster.clock import WallClock
 from cluster.settings import Settings
 from serve.actors import RayDecodeClient, watch
+from serve.backlog import Backlog
 from serve.follow import follow
 from serve.http import EdgeSettings, build_app
 from serve.ingress import Ingress
+from serve.keys import KeyRing, load_keys
 
 MAX_ONGOING_REQUESTS = 1000
 DRAIN_S = 20.0  # how long open streams may go on when the ingress itself is told to stop
@@ -33,7 +35,7 @@ def context_tokens(settings: Settings) -> int:
 class IngressDeployment:
     """One ingress replica; Serve calls `__serve_build_asgi_app__` after the constructor."""
 
-    def __init__(self, settings_json: str) -> None:
+    def __init__(self, settings_json: str, keys_json: str) -> None:
         from cluster.raylocal.private import confine_replica
         from models.load import load_text
 
@@ -44,7 +46,12 @@ class IngressDeployment:
         clock = WallClock()
         name = f"ingress-{secrets.token_hex(4)}"
         patience_s = self.settings.controller.start_deadline_s
-        self.ingress = Ingress(name, RayDecodeClient, patience_s=patience_s, clock=clock)
+        limits = self.settings.admission
+        backlog = Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock)
+        self.ingress = Ingress(
+            name, RayDecodeClient, patience_s=patience_s, clock=clock, backlog=backlog
+        )
+        self.keys = KeyRing.from_json(keys_json)
         self._follower = asyncio.create_task(follow(watch, self.ingress.update, clock))
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -52,6 +59,7 @@ class IngressDeployment:
             model=model_name(self.settings),
             context_tokens=context_tokens(self.settings),
             max_body_bytes=self.settings.http.max_body_bytes,
+            keys=self.keys,
         )
         return build_app(self.ingress, self.text, edge)
 
@@ -68,4 +76,5 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=DRAIN_S,
         ray_actor_options={"num_cpus": 0},
     )(wrapped)
-    return deployment.bind(settings.model_dump_json())
+    # The keys travel, hashed: a file need not be where the ingress runs.
+    return deployment.bind(settings.model_dump_json(), load_keys(settings.http).to_json())

@@ -38,19 +38,21 @@ class Timing:
     cached_tokens: int
 
 
-def stream_chat(url: str, question: str, *, max_tokens: int, temperature: float) -> Iterator[str]:
+def stream_chat(
+    url: str, question: str, *, max_tokens: int, temperature: float, key: str | None = None
+) -> Iterator[str]:
     """The pieces of one streamed answer."""
     body = {"max_tokens": max_tokens, "temperature": temperature}
-    for event in _events(url, question, body):
+    for event in _events(url, question, body, key):
         for choice in event["choices"]:
             yield choice["delta"].get("content") or ""
 
 
-def run(url: str, load: Load) -> dict[str, Any]:
+def run(url: str, load: Load, key: str | None = None) -> dict[str, Any]:
     """Send the load; the report that `sanderling bench --json` prints (seconds, tokens)."""
     started_s = time.perf_counter()
     with ThreadPoolExecutor(load.concurrency) as pool:
-        timings = list(pool.map(lambda n: _time(url, n, load), range(load.requests)))
+        timings = list(pool.map(lambda n: _time(url, n, load, key), range(load.requests)))
     wall_s = time.perf_counter() - started_s
     gaps = [gap for timing in timings for gap in timing.gaps_s]
     return {
@@ -72,13 +74,13 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
 
 
-def _time(url: str, number: int, load: Load) -> Timing:
+def _time(url: str, number: int, load: Load, key: str | None) -> Timing:
     words = [WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(load.prompt_tokens)]
     body = {"max_tokens": load.max_tokens, "ignore_eos": True, "seed": number}
     sent_s = time.perf_counter()
     arrivals: list[float] = []
     usage: dict[str, Any] = {}
-    for event in _events(url, f"{number}: {' '.join(words)}", body):
+    for event in _events(url, f"{number}: {' '.join(words)}", body, key):
         if event["choices"] and event["choices"][0]["delta"].get("content"):
             arrivals.append(time.perf_counter())
         usage = event.get("usage") or usage
@@ -91,7 +93,9 @@ def _time(url: str, number: int, load: Load) -> Timing:
     )
 
 
-def _events(url: str, question: str, terms: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _events(
+    url: str, question: str, terms: dict[str, Any], key: str | None
+) -> Iterator[dict[str, Any]]:
     """The server-sent events of one chat completion. RuntimeError with the server's sentence."""
     body = {
         "messages": [{"role": "user", "content": question}],
@@ -99,8 +103,12 @@ def _events(url: str, question: str, terms: dict[str, Any]) -> Iterator[dict[str
         "stream_options": {"include_usage": True},
         **terms,
     }
-    with httpx.Client(timeout=TIMEOUT_S) as client:
-        model = client.get(f"{url}/v1/models").json()["data"][0]["id"]
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(timeout=TIMEOUT_S, headers=headers) as client:
+        models = client.get(f"{url}/v1/models")
+        if models.status_code != 200:
+            raise RuntimeError(f"{models.status_code}: {models.text}")
+        model = models.json()["data"][0]["id"]
         path = f"{url}/v1/chat/completions"
         with client.stream("POST", path, json={**body, "model": model}) as response:
             if response.status_code != 200:

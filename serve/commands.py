@@ -18,20 +18,23 @@ import httpx
 from rich.console import Console
 
 from cluster.options import Resolved, with_settings
-from cluster.raylocal.front import refuse_taken_port
+from cluster.raylocal.front import is_loopback, refuse_taken_port
 from cluster.settings import Settings
+from serve.keys import load_keys
 from serve.runfiles import RunFiles, own_python_path, tail
 from serve.view import bench_table, status_tables
 
 UP_S = 300.0
 DOWN_S = 60.0
 COUNT = click.IntRange(min=1)
+KEY = click.option("--key", envvar="OPENAI_API_KEY", help="API key to ask with ($OPENAI_API_KEY).")
 
 
 @click.command()
 @click.option("--ask", default=None, help="Also ask this and print the answer.")
+@KEY
 @with_settings("model", "host", "port", dry_run=True)
-def up(resolved: Resolved, ask: str | None) -> None:
+def up(resolved: Resolved, ask: str | None, key: str | None) -> None:
     """Start serving; returns when a token can be made."""
     settings, console = resolved.settings, Console()
     files = RunFiles(Path(settings.data_dir))
@@ -47,6 +50,9 @@ def up(resolved: Resolved, ask: str | None) -> None:
     from models.resolve import resolve as find_model
 
     find_model(settings.model)  # refused here, before anything is started
+    keys = load_keys(settings.http)
+    if keys.entries and ask and not key:
+        raise ValueError("--ask needs an API key here: give --key, or set OPENAI_API_KEY")
     started_s = time.monotonic()
     process = _start_host(files, settings)
     try:
@@ -55,8 +61,11 @@ def up(resolved: Resolved, ask: str | None) -> None:
         _stop(files)
         raise
     console.print(f"Serving {settings.model} at {url}/v1 after {_since(started_s)}", style="bold")
+    if not keys.entries and not is_loopback(settings.http.host):
+        text = "Anybody who reaches this address may use it: no API key is set"
+        console.print(f"{text} (http.api_key, http.api_keys_file).", style="yellow")
     if ask:
-        _answer(console, url, ask)
+        _answer(console, url, ask, key)
 
 
 @click.command()
@@ -86,6 +95,7 @@ def status(resolved: Resolved, as_json: bool) -> None:
 @click.option("--prompt-tokens", type=COUNT, default=64, show_default=True, help="Prompt length.")
 @click.option("--max-tokens", type=COUNT, default=32, show_default=True, help="Answer length.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@KEY
 @with_settings()
 def bench(
     resolved: Resolved,
@@ -94,6 +104,7 @@ def bench(
     prompt_tokens: int,
     max_tokens: int,
     as_json: bool,
+    key: str | None,
 ) -> None:
     """Measure the running service: closed loop, streamed chat completions."""
     from serve.bench import Load, run
@@ -101,7 +112,7 @@ def bench(
     files = RunFiles(Path(resolved.settings.data_dir))
     load = Load(requests, concurrency, prompt_tokens, max_tokens)
     try:
-        report = run(_url(files), load)
+        report = run(_url(files), load, key)
     except (httpx.HTTPError, RuntimeError) as error:
         raise click.ClickException(_unwell(files, str(error) or type(error).__name__)) from error
     if as_json:
@@ -222,14 +233,14 @@ def _unwell(files: RunFiles, reason: str) -> str:
     return f"the service does not answer as it should: {reason}\n(its log: {files.log})"
 
 
-def _answer(console: Console, url: str, question: str) -> None:
+def _answer(console: Console, url: str, question: str, key: str | None) -> None:
     """Ask the service as a client would and print the streamed answer."""
     from serve.bench import stream_chat
 
     started_s = time.monotonic()
     first_s: float | None = None
     console.print(f"> {question}", style="dim")
-    for text in stream_chat(url, question, max_tokens=64, temperature=0.0):
+    for text in stream_chat(url, question, max_tokens=64, temperature=0.0, key=key):
         first_s = first_s or time.monotonic() - started_s
         console.print(text, end="", markup=False, highlight=False)
     console.print(f"\n(first token after {first_s or 0:.2f} s)", style="dim")

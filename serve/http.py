@@ -30,10 +30,12 @@ from serve.choices import Choices, frames, whole
 from serve.connection import ClientGone, EventStream, read_body, until_gone
 from serve.engine.sequence import Request
 from serve.errors import RequestError
+from serve.keys import KeyRing
 from serve.observe import EdgeMetrics, RequestMetrics
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest, parse
 from serve.service import Service
 from serve.stream import Generation
+from serve.texts import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 
 log = logging.getLogger(__name__)
 LONG_BODY_BYTES = 32_768  # from here on, encoding would hold up other streams: done in a thread
@@ -44,7 +46,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class EdgeSettings:
     """What the edge is told. model: the name clients send; context_tokens: longest prompt plus
-    answer, None for the model's own; deadlines in seconds."""
+    answer, None for the model's own; deadlines in seconds; keys: who may ask under /v1."""
 
     model: str
     context_tokens: int | None = None
@@ -52,6 +54,7 @@ class EdgeSettings:
     probe_deadline_s: float = 10.0
     status_deadline_s: float = 2.0
     close_deadline_s: float = 10.0
+    keys: KeyRing = KeyRing()
 
 
 def build_app(
@@ -112,6 +115,8 @@ class Edge:
         return [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completion, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{model:path}", self.model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
@@ -121,22 +126,43 @@ class Edge:
         ]
 
     async def chat(self, http: HttpRequest) -> Response:
+        caller = self._caller(http)
         body = await read_body(http, self.settings.max_body_bytes)
         parsed = parse(ChatRequest, body)
-        request = await _encode(body, lambda: self.admission.chat(parsed, self._caller(http)))
+        request = await _encode(body, lambda: self.admission.chat(parsed, caller))
         return await self._generate(http, parsed, request, ChatFormat(self._head(parsed, request)))
 
     async def completion(self, http: HttpRequest) -> Response:
+        caller = self._caller(http)
         body = await read_body(http, self.settings.max_body_bytes)
         parsed = parse(CompletionRequest, body)
-        request = await _encode(body, lambda: self.admission.completion(parsed, self._caller(http)))
+        request = await _encode(body, lambda: self.admission.completion(parsed, caller))
         echo = self.admission.echo(parsed) if parsed.echo else ""
         form = CompletionFormat(self._head(parsed, request), echo)
         return await self._generate(http, parsed, request, form)
 
     def _caller(self, http: HttpRequest) -> Caller:
-        """One anonymous tenant; the place where a key becomes a caller."""
-        return Caller()
+        """Who asks; RequestError 401 where a key is wanted and none that is known was sent."""
+        return self.settings.keys.caller(http.headers.get("authorization"))
+
+    async def tokenize(self, http: HttpRequest) -> Response:
+        self._caller(http)
+        body = await read_body(http, self.settings.max_body_bytes)
+        parsed = parse(TokenizeRequest, body)
+        ids = await _encode(body, lambda: self.admission.tokenize(parsed))
+        spelled = self.admission.spellings(ids) if parsed.return_token_strs else None
+        length = self.admission.context_tokens
+        answer = TokenizeAnswer(
+            count=len(ids), max_model_len=length, tokens=ids, token_strs=spelled
+        )
+        return JSONResponse(answer.model_dump())
+
+    async def detokenize(self, http: HttpRequest) -> Response:
+        self._caller(http)
+        body = await read_body(http, self.settings.max_body_bytes)
+        parsed = parse(DetokenizeRequest, body)
+        text = await _encode(body, lambda: self.admission.detokenize(parsed))
+        return JSONResponse(DetokenizeAnswer(prompt=text).model_dump())
 
     def _head(self, parsed: GenerationRequest, request: Request) -> Head:
         created = int(time.time())
@@ -172,9 +198,11 @@ class Edge:
         return Generation(self.service, request, self._tokenizer, metrics, deadline_s)
 
     async def models(self, http: HttpRequest) -> Response:
+        self._caller(http)
         return JSONResponse(ModelList(data=[self._model()]).model_dump())
 
     async def model(self, http: HttpRequest) -> Response:
+        self._caller(http)
         self.admission.known(http.path_params["model"])
         return JSONResponse(self._model().model_dump())
 
@@ -241,8 +269,10 @@ class Edge:
         headers = dict(headers or {})
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(error.body(), error.status, headers)
 
 
-async def _encode(body: bytes, admit: Callable[[], Request]) -> Request:
+async def _encode(body: bytes, admit: Callable[[], T]) -> T:
     return admit() if len(body) < LONG_BODY_BYTES else await asyncio.to_thread(admit)

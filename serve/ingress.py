@@ -11,12 +11,14 @@ edge and the tests call it.
 import asyncio
 import contextlib
 import itertools
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster.clock import Clock
+from serve.backlog import Backlog
 from serve.clients import ConnectDecode, DecodeClient, Draining, ReplicaLost
 from serve.directory import Directory
 from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
@@ -63,13 +65,21 @@ class Ingress:
     """Owns the records of one ingress process; everything runs on one event loop."""
 
     def __init__(
-        self, ingress_id: str, connect: ConnectDecode, *, patience_s: float, clock: Clock
+        self,
+        ingress_id: str,
+        connect: ConnectDecode,
+        *,
+        patience_s: float,
+        clock: Clock,
+        backlog: Backlog | None = None,
     ) -> None:
+        """backlog: what may wait for its first token; without one, anything may."""
         self.ingress_id = ingress_id
         self.connect = connect
         self.patience_s = patience_s
         self.clock = clock
         self.directory = Directory()
+        self.backlog = backlog or Backlog(sys.maxsize, sys.maxsize, clock)
         self.resumed = 0
         self._records: dict[str, Record] = {}
         self._placed: dict[str, Record] = {}  # by call id
@@ -106,6 +116,17 @@ class Ingress:
         """The deltas of one request, whatever happens to replicas meanwhile (see Service)."""
         if request.request_id in self._records:
             raise refuse(f"Request id {request.request_id!r} is already in use.", "request_id")
+        turn = self.backlog.enter(request)
+        try:
+            deltas = self._deltas(replace(request, turn=turn))
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    self.backlog.started(request.request_id, delta.cached_tokens)
+                    yield delta
+        finally:
+            self.backlog.leave(request.request_id)
+
+    async def _deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         record = Record(Sequence(request))
         self._records[request.request_id] = record
         try:
@@ -126,7 +147,7 @@ class Ingress:
             return True
         try:
             async with asyncio.timeout(PROBE_S):
-                async with contextlib.aclosing(self.generate(self._probe_request())) as deltas:
+                async with contextlib.aclosing(self._deltas(self._probe_request())) as deltas:
                     return [delta.finish async for delta in deltas][-1] == "length"
         except (TimeoutError, RequestError):
             return False
@@ -137,6 +158,12 @@ class Ingress:
             "ingress_id": self.ingress_id,
             "requests": len(self._records),
             "resumed": self.resumed,
+            "queued": {
+                "requests": self.backlog.requests,
+                "tokens": self.backlog.tokens,
+                "refused": self.backlog.refused,
+                "prefill_tokens_per_s": self.backlog.prefill_tokens_per_s,
+            },
             "replicas": [asdict(entry) for entry in self.directory.entries],
             "metrics": summary(self.directory),
         }

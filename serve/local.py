@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from cluster.clock import Clock, WallClock
 from cluster.settings import Settings
 from serve import build
+from serve.backlog import Backlog
 from serve.clients import ReplicaLost
 from serve.controller import Controller, Patience
 from serve.decode import DecodeReplica
@@ -198,9 +199,10 @@ class LocalService:
             Patience(**settings.controller.model_dump()),
             clock,
         )
-        self.ingress = Ingress(
-            "ingress-1", self.launcher.connect_decode, patience_s=60, clock=clock
-        )
+        limits = settings.admission
+        backlog = Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock)
+        connect = self.launcher.connect_decode
+        self.ingress = Ingress("ingress-1", connect, patience_s=60, clock=clock, backlog=backlog)
         self.clock = clock
 
     async def __aenter__(self) -> "LocalService":

@@ -283,7 +283,7 @@ class CompletionRequest(GenerationRequest):
 
 KNOWN_FIELDS = {"messages": tuple(ChatMessage.model_fields)}
 KNOWN_FIELDS["stream_options"] = tuple(StreamOptions.model_fields)
-Parsed = TypeVar("Parsed", bound=GenerationRequest)
+Parsed = TypeVar("Parsed", bound=Wire)
 
 
 def parse(kind: type[Parsed], body: bytes) -> Parsed:

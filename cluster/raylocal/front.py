@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,15 @@ def front_environment(settings: Settings, folder: Path) -> dict[str, str]:
     if chosen_proxy(settings) == "python":
         return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     return haproxy.environment(folder)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only; False for names we cannot resolve."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ip_address(str(entry[4][0])).is_loopback for entry in found)
 
 
 def refuse_taken_port(settings: Settings) -> None:

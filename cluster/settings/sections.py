@@ -4,9 +4,11 @@ A description is written for the person who edits the file; `dump.py` prints it,
 quote the bounds. The full list of names is frozen by tests/house/test_knobs.py.
 """
 
+import hashlib
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 MIB = 1 << 20
@@ -29,6 +31,32 @@ class HttpSettings(Section):
     )
     max_body_bytes: int = Field(
         4 * MIB, ge=1024, le=256 * MIB, description="Longest request body read; more is a 413."
+    )
+    api_key: str = Field(
+        "",
+        max_length=512,
+        description="A key that every request must send; only its SHA-256 is kept. Empty: none.",
+    )
+    api_keys_file: str = Field(
+        "", description="TOML file of hashed keys by tenant (`sanderling key`). Empty: none."
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _hashed(cls, key: str) -> str:
+        if not key or re.fullmatch("sha256:[0-9a-f]{64}", key):
+            return key
+        return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+class AdmissionSettings(Section):
+    """How much work may wait before requests are refused with a 429."""
+
+    max_queued_tokens: int = Field(
+        65_536, ge=1, description="Most prompt tokens that wait for their first token."
+    )
+    max_queued_requests: int = Field(
+        512, ge=1, description="Most requests that wait for their first token."
     )
 
 
@@ -157,6 +185,7 @@ class Settings(Section):
         ".sanderling", min_length=1, description="Folder for logs and state, made when missing."
     )
     http: HttpSettings = HttpSettings()
+    admission: AdmissionSettings = AdmissionSettings()
     ray: RaySettings = RaySettings()
     engine: EngineSettings = EngineSettings()
     prefill: RoleSettings = Field(

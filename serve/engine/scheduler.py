@@ -6,9 +6,9 @@ sequences are in a step: adopted ones beyond that wait for a seat. Short of page
 gives up what only it owns, then the running sequence of the lowest rank is preempted: its pages go
 and it is computed again later (recompute-preemption). Called once a step by Engine.
 
-Rank is priority, then arrival. A sequence of a better priority takes seat and pages from running
-ones of a worse one. Waiting improves a sequence's priority by one every AGEING_STEPS steps, so
-nobody waits for ever behind a stream of better ones.
+Rank is priority, then the turn that the tenant has, then arrival. A sequence of a better priority
+takes seat and pages from running ones of a worse one. Waiting improves a sequence's priority by one
+every AGEING_STEPS steps, so nobody waits for ever behind a stream of better ones.
 """
 
 from dataclasses import dataclass
@@ -101,9 +101,9 @@ class Scheduler:
         startable = (s for s in self.waiting if not self.siblings.must_wait(s))
         return min(startable, key=self._rank, default=None)
 
-    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+    def _rank(self, sequence: Sequence) -> tuple[int, float, int]:
         """Lower goes first."""
-        return self._level(sequence), sequence.arrival
+        return self._level(sequence), sequence.request.turn, sequence.arrival
 
     def _level(self, sequence: Sequence) -> int:
         return sequence.request.priority - sequence.waited_steps // AGEING_STEPS

@@ -54,6 +54,7 @@ class Request:
     priority: lower goes first and takes the place of higher ones. logprobs: with how many of the
     most likely tokens to report each token's log-probability; None reports nothing. group: what
     requests of one and the same prompt have in common, whose pages they then share; "" for none.
+    share, turn: the tenant's weight, and the place among equal priorities that it earns (backlog).
     """
 
     request_id: str
@@ -65,6 +66,8 @@ class Request:
     arrival_s: float = 0.0
     logprobs: int | None = None
     group: str = ""
+    share: float = 1.0
+    turn: float = 0.0
 
 
 @dataclass(frozen=True)

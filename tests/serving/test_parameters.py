@@ -9,6 +9,7 @@ import torch
 
 from serve.engine.draws import derived_seed
 from serve.engine.sequence import Request, Sampling, TokenLogprob
+from serve.errors import RequestError
 from tests.serving.tiny import (
     collect,
     decode,
@@ -100,5 +101,76 @@ def test_choices_share_a_prompt_and_survive(model, prefill, killed):
                     for name in replicas(service, "decode")
                 )
                 assert computed == len(PROMPT) + len(choices) - 1
+
+    run(work())
+
+
+def test_no_prefix_is_shared_between_tenants(model):
+    mine = request("a", PROMPT, 4, ignore_eos=True)
+    theirs = replace(mine, cache_key=mine.cache_key._replace(salt="tenant:other"))
+
+    async def cached(service, one: Request) -> int:
+        async with aclosing(service.ingress.generate(one)) as deltas:
+            counts: list[int] = [delta.cached_tokens async for delta in deltas]
+            return counts[-1]
+
+    async def work():
+        async with serving(settings(prefill=1), model) as service:
+            assert await cached(service, mine) == 0
+            assert await cached(service, replace(mine, request_id="b")) > 0
+            hits = [decode(service, n).loop.engine.stats() for n in replicas(service, "decode")]
+            before = sum(s.prefix_hits_tokens for s in hits)
+            assert await cached(service, replace(theirs, request_id="c")) == 0
+            hits = [decode(service, n).loop.engine.stats() for n in replicas(service, "decode")]
+            assert sum(s.prefix_hits_tokens for s in hits) == before
+            assert await cached(service, replace(theirs, request_id="d")) > 0
+
+    run(work())
+
+
+def test_a_small_tenant_does_not_wait_behind_a_flood(model):
+    chosen = settings(prefill=0, budget_tokens=16, max_running=1)
+
+    async def work():
+        async with serving(chosen, model) as service:
+            slow(decode(service))
+            ended: list[str] = []
+
+            async def one(asked: Request) -> None:
+                await collect(service, asked)
+                ended.append(asked.request_id)
+
+            flood = [
+                replace(request(f"flood {n}", [n, *PROMPT], 3, ignore_eos=True), priority=0)
+                for n in range(12)
+            ]
+            tasks = [asyncio.create_task(one(asked)) for asked in flood]
+            await first_token(service, "flood 0")
+            small = request("small", [200, *PROMPT[:20]], 3, ignore_eos=True)
+            small = replace(small, cache_key=small.cache_key._replace(salt="tenant:small"))
+            await asyncio.create_task(one(small))
+            assert len(ended) <= 5, "it stood behind the flood"
+            await asyncio.gather(*tasks)
+
+    run(work())
+
+
+def test_over_the_cap_is_a_429_and_nothing_is_kept(model):
+    base = settings(prefill=0, max_running=1)
+    chosen = base.model_validate({**base.model_dump(), "admission": {"max_queued_tokens": 100}})
+
+    async def work():
+        async with serving(chosen, model) as service:
+            slow(decode(service))
+            asked = [request(f"r{n}", [n, *PROMPT], 8, ignore_eos=True) for n in range(8)]
+            answers = await asyncio.gather(
+                *(collect(service, one) for one in asked), return_exceptions=True
+            )
+            refused = [a for a in answers if isinstance(a, RequestError)]
+            assert {error.status for error in refused} == {429} and len(refused) < len(asked)
+            for one, answer in zip(asked, answers, strict=True):
+                assert isinstance(answer, RequestError) or answer == solo_tokens(model, one)
+            assert (service.ingress.backlog.tokens, service.ingress.backlog.requests) == (0, 0)
+            assert service.ingress.backlog.refused == len(refused)
 
     run(work())
