@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from serve.grammar.terms import Grammar
 from serve.kv.prefix import CacheKey
 from serve.kv.table import PageTable
 
@@ -54,6 +55,7 @@ class Request:
     priority: lower goes first and takes the place of higher ones. logprobs: with how many of the
     most likely tokens to report each token's log-probability; None reports nothing. group: what
     requests of one and the same prompt have in common, whose pages they then share; "" for none.
+    grammar: what the answer must look like; None for anything.
     """
 
     request_id: str
@@ -65,6 +67,7 @@ class Request:
     arrival_s: float = 0.0
     logprobs: int | None = None
     group: str = ""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
