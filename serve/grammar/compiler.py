@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from models.tokenizer import Tokenizer
 from serve.grammar.terms import Grammar
@@ -124,7 +124,10 @@ def _notation(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "ebnf":
-        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
+        try:
+            return llguidance.LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
+        except GbnfToLarkError as error:
+            raise ValueError(_line(str(error))) from None
     schema = {"type": "object"} if grammar.kind == "json_object" else json.loads(grammar.source)
     if isinstance(schema, dict) and "x-guidance" in schema:
         raise ValueError("'x-guidance' is not accepted; it would lift this server's bounds")
