@@ -103,7 +103,11 @@ def message(**fields: object) -> dict[str, object]:
         ({**CHAT, "logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
         ({**CHAT, "logit_bias": {"5": "1"}}, "logit_bias.5", "number"),
         ({**CHAT, "response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+        (
             {**CHAT, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "has",
+        ),
         ({**CHAT, "structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({**CHAT, "tools": [{"type": "function"}]}, "tools", "accepted: null or []"),
         ({**CHAT, "tool_choice": "required"}, "tool_choice", '"auto"'),
