@@ -36,8 +36,9 @@ def run(sequence: Sequence, steps: int | None = None) -> tuple[list[int], str | 
     running.add(sequence)
     finish = None
     while finish is None and steps != 0:
-        (output,) = running.step()
-        finish = output.delta.finish
+        for output in running.step():  # none while a resumed answer is read in chunks
+            finish = output.delta.finish
+            assert output.delta.error is None, output.delta.error
         steps = None if steps is None else steps - 1
     return sequence.output, finish
 
