@@ -14,6 +14,8 @@ from serve.chat import ChatPrompt
 from serve.engine.draws import derived_seed
 from serve.engine.sequence import Limits, Request, Sampling
 from serve.errors import RequestError, refuse
+from serve.grammar.compiler import Compiler
+from serve.grammar.terms import Grammar
 from serve.kv.prefix import CacheKey
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from serve.texts import DetokenizeRequest, TokenizeRequest
@@ -50,6 +52,7 @@ class Admission:
         self.context_tokens = context_tokens
         self._tokenizer = text.tokenizer
         self._chat = ChatPrompt(text.tokenizer, text.chat_template)
+        self._grammars = Compiler(text.tokenizer)
         self._chance = chance
         self._clock = clock
 
@@ -139,6 +142,7 @@ class Admission:
             arrival_s=self._clock.now_s(),
             logprobs=body.reported_logprobs,
             share=caller.share,
+            grammar=self._grammar(body),
         )
 
     def _room(self, prompt: tuple[int, ...], param: str) -> int:
@@ -195,6 +199,23 @@ class Admission:
             text = f"'min_tokens' is {min_tokens}, above the maximum of {max_tokens} tokens."
             raise refuse(text, "min_tokens", "invalid_value")
         return Limits(max_tokens, min_tokens, stop_token_ids, body.stop, bool(body.ignore_eos))
+
+    def _grammar(self, body: GenerationRequest) -> Grammar | None:
+        """What the answer must look like. A 400 when that doesn't compile, or when the request
+        also wants the answer to go on after its form is complete."""
+        grammar, param = body.grammar
+        if grammar is None:
+            return None
+        for name, given in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
+            if given:
+                text = f"'{name}' is not supported with '{param}', which says when an answer ends."
+                raise refuse(text, name, "unsupported_value")
+        try:
+            self._grammars.matcher(grammar)
+        except ValueError as error:
+            text = f"Invalid value for '{param}': the {grammar.kind} is not accepted: {error}"
+            raise refuse(text.removesuffix(".") + ".", param, "invalid_value") from error
+        return grammar
 
     def _in_vocabulary(self, ids: tuple[int, ...], param: str) -> None:
         size = self._tokenizer.vocab_size

@@ -17,6 +17,7 @@ from serve.engine.cost import StepCost
 from serve.engine.engine import Engine
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Scheduler
+from serve.grammar.compiler import Compiler
 from serve.kv.pool import PagePool
 from serve.kv.prefix import PrefixTree
 from serve.kv.storage import KVShape, KVStorage
@@ -96,6 +97,7 @@ def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engin
         runner,
         eos_token_ids=model.text.tokenizer.eos_token_ids,
         detokenizer=_detokenizer(model),
+        grammars=Compiler(model.text.tokenizer),
     )
     return made, storage
 

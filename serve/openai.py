@@ -22,6 +22,8 @@ from pydantic_core import from_json
 
 from serve.chat import join_parts
 from serve.errors import explain, mistyped, unsupported
+from serve.formats import ResponseFormat, StructuredOutputs
+from serve.grammar.terms import Grammar
 
 MAX_STOPS = 16
 MAX_CHOICES = 32
@@ -31,7 +33,6 @@ EMPTY: tuple[Any, ...] = (None, [])
 # Parameter -> the values that ask for nothing beyond what this version does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
     "tools": EMPTY,
     "functions": EMPTY,
     "tool_calls": EMPTY,
@@ -168,6 +169,7 @@ class GenerationRequest(Wire):
     )
     ignore_eos: bool | None = False
     user: Label | None = None
+    structured_outputs: StructuredOutputs | None = None
     frequency_penalty: Penalty | None = 0
     presence_penalty: Penalty | None = 0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1
@@ -197,6 +199,12 @@ class GenerationRequest(Wire):
         return self.n or 1
 
     @property
+    def grammar(self) -> tuple[Grammar | None, str]:
+        """The form that is asked for, if any, and the field that asks for it."""
+        asked = self.structured_outputs
+        return (asked.terms() if asked is not None else None), "structured_outputs"
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -204,6 +212,7 @@ class GenerationRequest(Wire):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Tokens | None = None
+    response_format: ResponseFormat | None = None
     # Hints without an effect here; any well-formed value is accepted.
     metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
@@ -212,7 +221,6 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Accepted with a neutral value only.
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
@@ -246,6 +254,22 @@ class ChatRequest(GenerationRequest):
     @property
     def reported_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "ChatRequest":
+        if super().grammar[0] is not None and self._formatted() is not None:
+            raise mistyped(
+                "is given and 'response_format' as well; send one", ".structured_outputs"
+            )
+        return self
+
+    def _formatted(self) -> Grammar | None:
+        return self.response_format.grammar() if self.response_format is not None else None
+
+    @property
+    def grammar(self) -> tuple[Grammar | None, str]:
+        formatted = self._formatted()
+        return (formatted, "response_format") if formatted is not None else super().grammar
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -283,6 +307,9 @@ class CompletionRequest(GenerationRequest):
 
 KNOWN_FIELDS = {"messages": tuple(ChatMessage.model_fields)}
 KNOWN_FIELDS["stream_options"] = tuple(StreamOptions.model_fields)
+KNOWN_FIELDS["response_format"] = tuple(ResponseFormat.model_fields)
+KNOWN_FIELDS["json_schema"] = ("name", "description", "schema", "strict")
+KNOWN_FIELDS["structured_outputs"] = ("json", "regex", "choice", "grammar", "json_object")
 Parsed = TypeVar("Parsed", bound=Wire)
 
 

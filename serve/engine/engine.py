@@ -17,6 +17,7 @@ from serve.engine.scheduler import Scheduler, Slice
 from serve.engine.sequence import Delta, Finish, Output, Sequence, TokenLogprob
 from serve.engine.stats import EngineStats
 from serve.engine.stops import StopMatcher
+from serve.grammar.compiler import Compiler, Matcher
 
 
 @dataclass
@@ -42,7 +43,9 @@ class Engine:
         *,
         eos_token_ids: tuple[int, ...],
         detokenizer: Callable[[], Detokenizer],
+        grammars: Compiler | None = None,
     ) -> None:
+        """grammars: None where requests have none; one that has is then refused."""
         self.scheduler = scheduler
         self.runner = runner
         self.eos_token_ids = eos_token_ids
@@ -50,7 +53,9 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self.reserved: dict[str, Sequence] = {}
         self.held: dict[str, Sequence] = {}
+        self.grammars = grammars
         self._stops: dict[str, _StopText] = {}
+        self._matchers: dict[str, Matcher] = {}
         self._arrivals = 0
         self.prompt_tokens = self.generated_tokens = self.steps = 0
         self.progressed = True  # False when the last step found sequences but no pages for them
@@ -166,6 +171,10 @@ class Engine:
         request = sequence.request
         if not request.prompt:
             raise ValueError("the prompt is empty; at least 1 token is needed to continue from")
+        if request.grammar is not None:
+            if self.grammars is None:
+                raise ValueError("the request has a grammar, and this engine was given no compiler")
+            self.grammars.matcher(request.grammar)
         left = request.limits.max_tokens - len(sequence.output)
         if left < 1:
             raise ValueError(f"max_tokens leaves {left} tokens to make; at least 1 is needed")
@@ -189,6 +198,10 @@ class Engine:
             # Resumed here: the held-back tails are a function of what came out so far.
             for produced, token in enumerate(sequence.output, start=1):
                 watcher.push(token, produced)
+        if sequence.request.grammar is not None:
+            assert self.grammars is not None
+            matcher = self.grammars.matcher(sequence.request.grammar, sequence.output)
+            self._matchers[sequence.request_id] = matcher
         self.sequences[sequence.request_id] = sequence
         self.scheduler.siblings.join(sequence)
         self._arrivals += 1
@@ -198,8 +211,12 @@ class Engine:
         limits = sequence.request.limits
         early = len(sequence.output) < limits.min_tokens
         banned = (*self.eos_token_ids, *limits.stop_token_ids) if early else ()
+        matcher = self._matchers.get(sequence.request_id)
+        allowed = matcher.allowed() if matcher is not None else None
         request = sequence.request
-        return Draw(request.sampling, len(sequence), banned, request.prompt, sequence.output)
+        return Draw(
+            request.sampling, len(sequence), banned, request.prompt, sequence.output, allowed
+        )
 
     def _computed(self, slices: list[Slice]) -> None:
         """Account for the K/V that the step wrote, and share finished prompts."""
@@ -213,6 +230,13 @@ class Engine:
     def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
         """Append a token, decide whether it ends the sequence, and say so."""
         index = len(sequence.output)
+        matcher = self._matchers.get(sequence.request_id)
+        if matcher is not None:
+            matcher.consume(token)
+            if matcher.failure is not None:
+                self._leave(sequence)
+                error = Delta((), "error", None, sequence.cached_tokens, matcher.failure)
+                return Output(sequence.request_id, index, error)
         sequence.output.append(token)
         self.generated_tokens += 1
         finish, stop = self._finish(sequence, token)
@@ -243,6 +267,7 @@ class Engine:
         self.reserved.pop(request_id, None)
         self._stops.pop(request_id, None)
         self.scheduler.siblings.leave(sequence)
+        self._matchers.pop(request_id, None)
         del self.sequences[request_id]
         if keep_pages:
             self.held[request_id] = sequence

@@ -9,6 +9,8 @@ change a token only when the draw falls within that noise of a boundary. Called 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,24 +22,43 @@ from serve.engine.sequence import Sampling
 @dataclass(frozen=True)
 class Draw:
     """What one row asks: its sampling terms, the position of the token to make, tokens it may not
-    be (end tokens before min_tokens), and the tokens so far, which penalties look at."""
+    be (end tokens before min_tokens), the tokens so far, which penalties look at, and the mask of
+    those that its grammar allows."""
 
     sampling: Sampling
     position: int
     banned: tuple[int, ...] = ()
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
+    allowed: npt.NDArray[np.bool_] | None = None
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """One token id per row of `logits` [R, vocab] float32; `draws` has R entries."""
     assert logits.shape[0] == len(draws), (logits.shape, len(draws))
-    logits = adjusted(logits, draws)
+    logits = adjusted(restricted(logits, draws), draws)
     greedy: list[int] = logits.argmax(dim=-1).tolist()
     return [
         token if draw.sampling.temperature == 0 else sample_row(logits[row], draw)
         for row, (token, draw) in enumerate(zip(greedy, draws, strict=True))
     ]
+
+
+def restricted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The same logits, minus infinity wherever a row's mask says no, or is too short to say. A row
+    that allows nothing is left as it is: its grammar has failed, and its token is not used."""
+    rows = [
+        row for row, draw in enumerate(draws) if draw.allowed is not None and draw.allowed.any()
+    ]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for row in rows:
+        mask = torch.zeros(logits.shape[1], dtype=torch.bool)
+        given = torch.from_numpy(draws[row].allowed)[: logits.shape[1]]
+        mask[: len(given)] = given
+        logits[row].masked_fill_(~mask, -torch.inf)
+    return logits
 
 
 def sample_row(logits: Tensor, draw: Draw) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from serve.grammar.terms import Grammar
 from serve.kv.prefix import CacheKey
 from serve.kv.table import PageTable
 
@@ -55,6 +56,7 @@ class Request:
     most likely tokens to report each token's log-probability; None reports nothing. group: what
     requests of one and the same prompt have in common, whose pages they then share; "" for none.
     share, turn: the tenant's weight, and the place among equal priorities that it earns (backlog).
+    grammar: what the answer must look like; None for anything.
     """
 
     request_id: str
@@ -68,6 +70,7 @@ class Request:
     group: str = ""
     share: float = 1.0
     turn: float = 0.0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
