@@ -15,6 +15,7 @@ from serve.actors import RayDecodeClient, watch
 from serve.follow import follow
 from serve.http import EdgeSettings, build_app
 from serve.ingress import Ingress
+from serve.prefixes import placed_prefixes
 
 MAX_ONGOING_REQUESTS = 1000
 DRAIN_S = 20.0  # how long open streams may go on when the ingress itself is told to stop
@@ -44,7 +45,13 @@ class IngressDeployment:
         clock = WallClock()
         name = f"ingress-{secrets.token_hex(4)}"
         patience_s = self.settings.controller.start_deadline_s
-        self.ingress = Ingress(name, RayDecodeClient, patience_s=patience_s, clock=clock)
+        self.ingress = Ingress(
+            name,
+            RayDecodeClient,
+            prefixes=placed_prefixes(self.settings),
+            patience_s=patience_s,
+            clock=clock,
+        )
         self._follower = asyncio.create_task(follow(watch, self.ingress.update, clock))
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -19,10 +19,12 @@ from typing import Any
 from cluster.clock import Clock
 from serve.clients import ConnectDecode, DecodeClient, Draining, ReplicaLost
 from serve.directory import Directory
+from serve.engine.cost import StepCost
 from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
 from serve.errors import RequestError, refuse
 from serve.kv.prefix import CacheKey
-from serve.route import least_loaded
+from serve.prefixes import PlacedPrefixes
+from serve.route import Choice, cheapest
 from serve.status import summary
 from serve.wire import Moved, unpack
 
@@ -31,6 +33,7 @@ ANSWER_S = 10.0  # a decode replica that answers no ping or submit for so long i
 MOST_FUTILE_MOVES = 5  # replicas in a row that end before a request has made a token of it
 PROBE_S = 5.0  # a probe that takes longer counts as failed
 FRESH_S = 2.0  # a token younger than this proves readiness without a probe
+ANSWER_TOKENS = 64  # what an open answer counts for in a queue, for nobody knows its length
 
 
 @dataclass
@@ -63,14 +66,22 @@ class Ingress:
     """Owns the records of one ingress process; everything runs on one event loop."""
 
     def __init__(
-        self, ingress_id: str, connect: ConnectDecode, *, patience_s: float, clock: Clock
+        self,
+        ingress_id: str,
+        connect: ConnectDecode,
+        *,
+        prefixes: PlacedPrefixes,
+        patience_s: float,
+        clock: Clock,
     ) -> None:
         self.ingress_id = ingress_id
         self.connect = connect
+        self.prefixes = prefixes
         self.patience_s = patience_s
         self.clock = clock
         self.directory = Directory()
         self.resumed = 0
+        self.routed = {"hit": 0, "miss": 0}  # placements with and without a known prefix
         self._records: dict[str, Record] = {}
         self._placed: dict[str, Record] = {}  # by call id
         self._links: dict[str, _Link] = {}
@@ -88,6 +99,7 @@ class Ingress:
         present = {e.replica_id for e in directory.entries if e.role == "decode"}
         for replica_id in set(self._links) - present:
             self._drop(replica_id)
+            self.prefixes.forget(replica_id)
         for entry in directory.ready("decode"):
             if entry.replica_id not in self._links:
                 self._link(entry.replica_id)
@@ -137,6 +149,7 @@ class Ingress:
             "ingress_id": self.ingress_id,
             "requests": len(self._records),
             "resumed": self.resumed,
+            "routed": dict(self.routed),
             "replicas": [asdict(entry) for entry in self.directory.entries],
             "metrics": summary(self.directory),
         }
@@ -169,32 +182,39 @@ class Ingress:
         """
         end_s = self.clock.now_s() + self.patience_s
         refused: set[str] = set()
+        sequence = record.sequence
+        tokens = sequence.request.prompt + tuple(sequence.output)
+        hashes = self.prefixes.hashes(sequence.request.cache_key, tokens)
         while True:
             ready = [e.replica_id for e in self.directory.ready("decode")]
             usable = [r for r in ready if r in self._links and r not in refused]
-            replica_id = least_loaded(usable, self._load_tokens)
-            if replica_id is None:
+            cached = {r: self.prefixes.cached_tokens(r, hashes) for r in usable}
+            choice = cheapest(usable, self._load_tokens, cached, len(tokens), StepCost())
+            if choice is None:
                 await self._wait_for_change(end_s)
                 refused.clear()
                 continue
             try:
-                return await self._submit(record, replica_id)
+                return await self._submit(record, choice, hashes)
             except (Draining, ReplicaLost, TimeoutError):
-                refused.add(replica_id)
+                refused.add(choice.replica_id)
 
-    async def _submit(self, record: Record, replica_id: str) -> None:
-        request_id = record.sequence.request_id
+    async def _submit(self, record: Record, choice: Choice, hashes: list[bytes]) -> None:
+        request_id, replica_id = record.sequence.request_id, choice.replica_id
         link, call_id = self._links[replica_id], f"{request_id}/{next(self._numbers)}"
         named = replace(record.sequence.request, request_id=call_id)
         # Set first: tokens may arrive before the answer to the call does.
         record.replica_id, record.call_id = replica_id, call_id
-        record.load_tokens = len(record.sequence)
+        answer_tokens = min(record.sequence.request.limits.max_tokens, ANSWER_TOKENS)
+        record.load_tokens = round(choice.prefill_cost) + answer_tokens
         self._load_tokens[replica_id] += record.load_tokens
         self._placed[call_id] = record
         try:
             async with asyncio.timeout(ANSWER_S):
                 payload = replace(record.sequence, request=named).to_bytes()
                 await link.client.submit(payload, link.name)
+            self.prefixes.note(replica_id, hashes)
+            self.routed["hit" if choice.cached_tokens else "miss"] += 1
         except (Draining, ReplicaLost):
             self._release(record)
             raise

@@ -22,6 +22,7 @@ from serve.directory import Directory
 from serve.follow import follow
 from serve.ingress import Ingress
 from serve.prefill import PrefillReplica
+from serve.prefixes import placed_prefixes
 from serve.state import ReplicaState, Role
 from serve.transport import PrefillReply
 
@@ -199,7 +200,11 @@ class LocalService:
             clock,
         )
         self.ingress = Ingress(
-            "ingress-1", self.launcher.connect_decode, patience_s=60, clock=clock
+            "ingress-1",
+            self.launcher.connect_decode,
+            prefixes=placed_prefixes(settings),
+            patience_s=60,
+            clock=clock,
         )
         self.clock = clock
 
