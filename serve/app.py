@@ -17,6 +17,7 @@ from serve.follow import follow
 from serve.http import EdgeSettings, build_app
 from serve.ingress import Ingress
 from serve.keys import KeyRing, load_keys
+from serve.prefixes import placed_prefixes
 
 MAX_ONGOING_REQUESTS = 1000
 DRAIN_S = 20.0  # how long open streams may go on when the ingress itself is told to stop
@@ -47,9 +48,13 @@ class IngressDeployment:
         name = f"ingress-{secrets.token_hex(4)}"
         patience_s = self.settings.controller.start_deadline_s
         limits = self.settings.admission
-        backlog = Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock)
         self.ingress = Ingress(
-            name, RayDecodeClient, patience_s=patience_s, clock=clock, backlog=backlog
+            name,
+            RayDecodeClient,
+            prefixes=placed_prefixes(self.settings),
+            backlog=Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock),
+            patience_s=patience_s,
+            clock=clock,
         )
         self.keys = KeyRing.from_json(keys_json)
         self._follower = asyncio.create_task(follow(watch, self.ingress.update, clock))

@@ -14,17 +14,20 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from cluster.clock import Clock
 from serve.backlog import Backlog
-from serve.clients import ConnectDecode, DecodeClient, Draining, ReplicaLost
+from serve.clients import ConnectDecode, Draining, ReplicaLost
 from serve.directory import Directory
+from serve.engine.cost import StepCost
 from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
 from serve.errors import RequestError, refuse
 from serve.kv.prefix import CacheKey
-from serve.route import least_loaded
+from serve.prefixes import PlacedPrefixes
+from serve.record import Link, Record
+from serve.route import Choice, cheapest
 from serve.status import summary
 from serve.wire import Moved, unpack
 
@@ -33,32 +36,7 @@ ANSWER_S = 10.0  # a decode replica that answers no ping or submit for so long i
 MOST_FUTILE_MOVES = 5  # replicas in a row that end before a request has made a token of it
 PROBE_S = 5.0  # a probe that takes longer counts as failed
 FRESH_S = 2.0  # a token younger than this proves readiness without a probe
-
-
-@dataclass
-class Record:
-    """A request under way: what was delivered, which replica has it, what waits to be read.
-
-    call_id: what that replica knows the request by. An event of None means: that replica is out of
-    it, go on elsewhere. futile_moves counts those since the last token.
-    """
-
-    sequence: Sequence
-    replica_id: str | None = None
-    call_id: str = ""
-    load_tokens: int = 0
-    futile_moves: int = 0
-    events: asyncio.Queue[Delta | None] = field(default_factory=asyncio.Queue)
-    finished: bool = False
-
-
-@dataclass(eq=False)
-class _Link:
-    """A connection to one decode replica; `name` is what the replica knows this ingress by."""
-
-    name: str
-    client: DecodeClient
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+ANSWER_TOKENS = 64  # what an open answer counts for in a queue, for nobody knows its length
 
 
 class Ingress:
@@ -69,6 +47,7 @@ class Ingress:
         ingress_id: str,
         connect: ConnectDecode,
         *,
+        prefixes: PlacedPrefixes,
         patience_s: float,
         clock: Clock,
         backlog: Backlog | None = None,
@@ -76,14 +55,16 @@ class Ingress:
         """backlog: what may wait for its first token; without one, anything may."""
         self.ingress_id = ingress_id
         self.connect = connect
+        self.prefixes = prefixes
         self.patience_s = patience_s
         self.clock = clock
         self.directory = Directory()
         self.backlog = backlog or Backlog(sys.maxsize, sys.maxsize, clock)
         self.resumed = 0
+        self.routed = {"hit": 0, "miss": 0}  # placements with and without a known prefix
         self._records: dict[str, Record] = {}
         self._placed: dict[str, Record] = {}  # by call id
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         self._load_tokens: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
@@ -98,6 +79,7 @@ class Ingress:
         present = {e.replica_id for e in directory.entries if e.role == "decode"}
         for replica_id in set(self._links) - present:
             self._drop(replica_id)
+            self.prefixes.forget(replica_id)
         for entry in directory.ready("decode"):
             if entry.replica_id not in self._links:
                 self._link(entry.replica_id)
@@ -164,6 +146,7 @@ class Ingress:
                 "refused": self.backlog.refused,
                 "prefill_tokens_per_s": self.backlog.prefill_tokens_per_s,
             },
+            "routed": dict(self.routed),
             "replicas": [asdict(entry) for entry in self.directory.entries],
             "metrics": summary(self.directory),
         }
@@ -196,19 +179,23 @@ class Ingress:
         """
         end_s = self.clock.now_s() + self.patience_s
         refused: set[str] = set()
+        sequence = record.sequence
+        tokens = sequence.request.prompt + tuple(sequence.output)
+        hashes = self.prefixes.hashes(sequence.request.cache_key, tokens)
         while True:
             ready = [e.replica_id for e in self.directory.ready("decode")]
             usable = [r for r in ready if r in self._links and r not in refused]
-            near = self._siblings_at(record.sequence.request.group).intersection(usable)
-            replica_id = least_loaded(sorted(near) or usable, self._load_tokens)
-            if replica_id is None:
+            near = sorted(self._siblings_at(record.sequence.request.group).intersection(usable))
+            cached = {r: self.prefixes.cached_tokens(r, hashes) for r in usable}
+            choice = cheapest(near or usable, self._load_tokens, cached, len(tokens), StepCost())
+            if choice is None:
                 await self._wait_for_change(end_s)
                 refused.clear()
                 continue
             try:
-                return await self._submit(record, replica_id)
+                return await self._submit(record, choice, hashes)
             except (Draining, ReplicaLost, TimeoutError):
-                refused.add(replica_id)
+                refused.add(choice.replica_id)
 
     def _siblings_at(self, group: str) -> set[str]:
         """The replicas that work on requests of this group, whose pages a sibling can share."""
@@ -217,19 +204,23 @@ class Ingress:
         records = self._records.values()
         return {r.replica_id for r in records if r.replica_id and r.sequence.request.group == group}
 
-    async def _submit(self, record: Record, replica_id: str) -> None:
-        request_id = record.sequence.request_id
+    async def _submit(self, record: Record, choice: Choice, hashes: list[bytes]) -> None:
+        request_id, replica_id = record.sequence.request_id, choice.replica_id
         link, call_id = self._links[replica_id], f"{request_id}/{next(self._numbers)}"
         named = replace(record.sequence.request, request_id=call_id)
         # Set first: tokens may arrive before the answer to the call does.
         record.replica_id, record.call_id = replica_id, call_id
-        record.load_tokens = len(record.sequence)
+        answer_tokens = min(record.sequence.request.limits.max_tokens, ANSWER_TOKENS)
+        record.load_tokens = round(choice.prefill_cost) + answer_tokens
         self._load_tokens[replica_id] += record.load_tokens
         self._placed[call_id] = record
         try:
             async with asyncio.timeout(ANSWER_S):
                 payload = replace(record.sequence, request=named).to_bytes()
                 await link.client.submit(payload, link.name)
+            self.prefixes.note(replica_id, hashes)
+            if hashes:  # a prompt of less than a page has no prefix to find
+                self.routed["hit" if choice.cached_tokens else "miss"] += 1
         except (Draining, ReplicaLost):
             self._release(record)
             raise
@@ -254,14 +245,14 @@ class Ingress:
 
     def _link(self, replica_id: str) -> None:
         name = f"{self.ingress_id}/{next(self._numbers)}"
-        link = self._links[replica_id] = _Link(name, self.connect(replica_id))
+        link = self._links[replica_id] = Link(name, self.connect(replica_id))
         for work in (self._read(link), self._keep_alive(link)):
             task = asyncio.create_task(work)
             link.tasks.append(task)
             # However one of them ends, nothing of this connection can be relied on any more.
             task.add_done_callback(lambda _: self._lost(replica_id, link))
 
-    def _lost(self, replica_id: str, link: _Link) -> None:
+    def _lost(self, replica_id: str, link: Link) -> None:
         """A connection has ended; the next directory makes another, if the replica still serves."""
         if self._links.get(replica_id) is link:
             self._drop(replica_id)
@@ -279,14 +270,14 @@ class Ingress:
                 record.events.put_nowait(None)
         self._changed.set()
 
-    async def _read(self, link: _Link) -> None:
+    async def _read(self, link: Link) -> None:
         """Take in a replica's messages until it is lost, or has given us up for silent."""
         with contextlib.suppress(ReplicaLost):
             async for message in link.client.tokens(link.name):
                 for item in unpack(message):
                     self._take_in(item)
 
-    async def _keep_alive(self, link: _Link) -> None:
+    async def _keep_alive(self, link: Link) -> None:
         """Let a replica know that somebody still reads what it makes, until it is lost."""
         with contextlib.suppress(ReplicaLost, TimeoutError):
             while True:

@@ -23,6 +23,7 @@ from serve.directory import Directory
 from serve.follow import follow
 from serve.ingress import Ingress
 from serve.prefill import PrefillReplica
+from serve.prefixes import placed_prefixes
 from serve.state import ReplicaState, Role
 from serve.transport import PrefillReply
 
@@ -200,9 +201,14 @@ class LocalService:
             clock,
         )
         limits = settings.admission
-        backlog = Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock)
-        connect = self.launcher.connect_decode
-        self.ingress = Ingress("ingress-1", connect, patience_s=60, clock=clock, backlog=backlog)
+        self.ingress = Ingress(
+            "ingress-1",
+            self.launcher.connect_decode,
+            prefixes=placed_prefixes(settings),
+            backlog=Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock),
+            patience_s=60,
+            clock=clock,
+        )
         self.clock = clock
 
     async def __aenter__(self) -> "LocalService":

@@ -11,6 +11,7 @@ from serve.directory import Directory, Entry
 from serve.engine.sequence import Delta, Output, Sequence
 from serve.errors import RequestError
 from serve.ingress import MOST_FUTILE_MOVES, Ingress
+from serve.prefixes import PlacedPrefixes
 from serve.wire import Moved, pack, unpack
 from tests.serving.tiny import request, run, until
 
@@ -67,7 +68,11 @@ class House:
         self.replicas = {name: ScriptedDecode() for name in names}
         self.clock = VirtualClock()
         self.ingress = Ingress(
-            "i", self.replicas.__getitem__, patience_s=patience_s, clock=self.clock
+            "i",
+            self.replicas.__getitem__,
+            prefixes=PlacedPrefixes(page_tokens=4, pages=64),
+            patience_s=patience_s,
+            clock=self.clock,
         )
         self.version = 0
         self.tell(*names)
