@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.clock import WallClock
 from cluster.settings import Settings
+from serve.access import configure
 from serve.actors import RayDecodeClient, watch
 from serve.backlog import Backlog
 from serve.follow import follow
@@ -43,6 +44,7 @@ class IngressDeployment:
         self.settings = Settings.model_validate_json(settings_json)
         if self.settings.ray.address == "local":
             confine_replica()
+        configure(self.settings.observe.log_format, self.settings.observe.log_level)
         self.text = load_text(self.settings.model)
         clock = WallClock()
         name = f"ingress-{secrets.token_hex(4)}"

@@ -49,6 +49,15 @@ class Backlog:
         spent_s = sum(took_s for took_s, _ in self._samples)
         return sum(tokens for _, tokens in self._samples) / spent_s if spent_s > 0 else None
 
+    def report(self) -> dict[str, float | None]:
+        """What waits, as plain JSON values."""
+        return {
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "refused": self.refused,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+        }
+
     def enter(self, request: Request) -> float:
         """Let a request wait, and return its turn; RequestError 429 when too much waits."""
         tenant, tokens = request.cache_key.salt, cost_tokens(request)

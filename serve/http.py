@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 from cluster.clock import Clock, WallClock
 from models.load.text import TextModel
+from serve.access import MEASURED, AccessLog
 from serve.admit import Admission, Caller
 from serve.answers import ChatFormat, CompletionFormat, Format, Head, Model, ModelList
 from serve.choices import Choices, frames, whole
@@ -33,6 +35,7 @@ from serve.errors import RequestError
 from serve.keys import KeyRing
 from serve.observe import EdgeMetrics, RequestMetrics
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest, parse
+from serve.page import page_route
 from serve.service import Service
 from serve.stream import Generation
 from serve.texts import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
@@ -81,6 +84,7 @@ def build_app(
     )
     app = Starlette(
         routes=edge.routes(),
+        middleware=[Middleware(AccessLog, clock=clock)],
         exception_handlers={
             RequestError: edge.on_request_error,
             HTTPException: edge.on_http_error,
@@ -113,6 +117,7 @@ class Edge:
 
     def routes(self) -> list[Route]:
         return [
+            Route("/", page_route(), methods=["GET"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completion, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
@@ -176,7 +181,9 @@ class Edge:
         if parsed.choices > shown and request.logprobs is None:
             request = replace(request, logprobs=0)  # the best are the likeliest
         requests = self.admission.choices(request, parsed.choices)
-        choices = Choices([self._generation(one, len(requests)) for one in requests])
+        measured = [self._measured(one, len(requests)) for one in requests]
+        http.scope[MEASURED] = measured
+        choices = Choices(list(map(self._generation, requests, measured)))
         headers = {"x-request-id": request.request_id}
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(choices.aclose)
@@ -190,10 +197,13 @@ class Edge:
             )
         return Response(answer.model_dump_json(), 200, headers, "application/json")
 
-    def _generation(self, request: Request, choices: int) -> Generation:
-        metrics = RequestMetrics(
-            self.metrics, len(request.prompt), request.limits.max_tokens, choices
+    def _measured(self, request: Request, choices: int) -> RequestMetrics:
+        limits, prompt_tokens = request.limits, len(request.prompt)
+        return RequestMetrics(
+            self.metrics, prompt_tokens, limits.max_tokens, choices, request.request_id
         )
+
+    def _generation(self, request: Request, metrics: RequestMetrics) -> Generation:
         deadline_s = self.settings.close_deadline_s
         return Generation(self.service, request, self._tokenizer, metrics, deadline_s)
 
@@ -265,7 +275,7 @@ class Edge:
         return self._error(RequestError(500, "server_error", None, text, "internal_error"))
 
     def _error(self, error: RequestError, headers: dict[str, str] | None = None) -> Response:
-        self.metrics.refused(error.status)
+        self.metrics.refused(error.status, error.code)
         headers = dict(headers or {})
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(error.retry_after_s))

@@ -24,11 +24,12 @@ from serve.directory import Directory
 from serve.engine.cost import StepCost
 from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
 from serve.errors import RequestError, refuse
+from serve.events import Events
 from serve.kv.prefix import CacheKey
 from serve.prefixes import PlacedPrefixes
 from serve.record import Link, Record
 from serve.route import Choice, cheapest
-from serve.status import summary
+from serve.status import Totals, gauges
 from serve.wire import Moved, unpack
 
 PING_S = 2.0  # well below decode.SILENT_INGRESS_S
@@ -62,6 +63,8 @@ class Ingress:
         self.backlog = backlog or Backlog(sys.maxsize, sys.maxsize, clock)
         self.resumed = 0
         self.routed = {"hit": 0, "miss": 0}  # placements with and without a known prefix
+        self.events = Events(clock)
+        self._totals = Totals()
         self._records: dict[str, Record] = {}
         self._placed: dict[str, Record] = {}  # by call id
         self._links: dict[str, Link] = {}
@@ -75,6 +78,8 @@ class Ingress:
 
     def update(self, directory: Directory) -> None:
         """Take in a newer directory: link to new decode replicas, give up those that are gone."""
+        self.events.compare(self.directory, directory)
+        self._totals.update(directory)
         self.directory = directory
         present = {e.replica_id for e in directory.entries if e.role == "decode"}
         for replica_id in set(self._links) - present:
@@ -140,15 +145,19 @@ class Ingress:
             "ingress_id": self.ingress_id,
             "requests": len(self._records),
             "resumed": self.resumed,
-            "queued": {
-                "requests": self.backlog.requests,
-                "tokens": self.backlog.tokens,
-                "refused": self.backlog.refused,
-                "prefill_tokens_per_s": self.backlog.prefill_tokens_per_s,
-            },
+            "queued": self.backlog.report(),
             "routed": dict(self.routed),
             "replicas": [asdict(entry) for entry in self.directory.entries],
-            "metrics": summary(self.directory),
+            "trouble": self.directory.trouble,
+            "events": self.events.listed(),
+            "metrics": {
+                **gauges(self.directory),
+                **self._totals.counters(),
+                "requests_resumed": float(self.resumed),
+                **self.events.counters(),
+                "placed_tokens": float(self._load_tokens.total()),
+                "queued_tokens": float(self.backlog.tokens),
+            },
         }
 
     def _probe_request(self) -> Request:
@@ -170,6 +179,7 @@ class Ingress:
             text = f"The request was given up: {record.futile_moves} replicas in a row ended on it."
             raise RequestError(500, "server_error", None, text, "unserviceable")
         self.resumed += 1
+        self.events.resumed(record.sequence.request_id)
         await self._place(record)
 
     async def _place(self, record: Record) -> None:

@@ -29,12 +29,20 @@ REQUEST_EDGES_S = (
 )
 
 
+Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
 @dataclass(frozen=True)
 class StatusMetric:
     """A number of the service's status: how it is exported and what it says."""
 
-    kind: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    kind: Kind
     text: str
+    prefix: str = "vllm:"
+
+
+def _own(kind: Kind, text: str) -> StatusMetric:
+    return StatusMetric(kind, text, "sanderling_")
 
 
 STATUS_METRICS = {
@@ -44,6 +52,28 @@ STATUS_METRICS = {
     "prefix_cache_queries": StatusMetric(CounterMetricFamily, "Tokens looked up in prefix caches."),
     "prefix_cache_hits": StatusMetric(CounterMetricFamily, "Tokens found in prefix caches."),
     "num_preemptions": StatusMetric(CounterMetricFamily, "Sequences preempted by engines."),
+    "requests_resumed": _own(CounterMetricFamily, "Times a request went on at another replica."),
+    "replicas_lost": _own(CounterMetricFamily, "Replicas that died, hung or failed."),
+    "replicas_drained": _own(CounterMetricFamily, "Replicas that were drained."),
+    "placed_tokens": _own(GaugeMetricFamily, "Tokens of the requests that replicas have."),
+    "queued_tokens": _own(GaugeMetricFamily, "Prompt tokens that wait for their first token."),
+    "leases": _own(GaugeMetricFamily, "Handed-off prompts whose receiver has not confirmed."),
+    "handoff_bytes": _own(CounterMetricFamily, "KV bytes received by decode replicas."),
+    "remote_prefills": _own(CounterMetricFamily, "Prompts computed by prefill replicas."),
+    "local_prefills": _own(CounterMetricFamily, "Prompts computed by decode replicas."),
+}
+
+# Per replica, from its engine's stats.
+REPLICA_METRICS: dict[str, tuple[Kind, str]] = {
+    "running": (GaugeMetricFamily, "Sequences in the running batch."),
+    "waiting": (GaugeMetricFamily, "Sequences that wait for a turn."),
+    "pages": (GaugeMetricFamily, "KV pages there are."),
+    "free_pages": (GaugeMetricFamily, "KV pages that hold nothing."),
+    "evictable_pages": (GaugeMetricFamily, "KV pages that only the prefix cache holds."),
+    "prefix_hits_tokens": (CounterMetricFamily, "Prompt tokens found in the prefix cache."),
+    "prompt_tokens": (CounterMetricFamily, "Prompt tokens computed."),
+    "generated_tokens": (CounterMetricFamily, "Tokens generated."),
+    "steps": (CounterMetricFamily, "Engine steps."),
 }
 
 
@@ -63,6 +93,8 @@ class EdgeMetrics:
         counts = count_edges(context_tokens)
         histogram, counter = self._histogram, self._counter
         self.ttft = histogram("time_to_first_token_seconds", TTFT_EDGES_S)
+        self.decode = histogram("request_decode_time_seconds", REQUEST_EDGES_S)
+        self.per_token = histogram("request_time_per_output_token_seconds", INTER_TOKEN_EDGES_S)
         self.inter_token = histogram("inter_token_latency_seconds", INTER_TOKEN_EDGES_S)
         self.latency = histogram("e2e_request_latency_seconds", REQUEST_EDGES_S)
         self.prompt_length = histogram("request_prompt_tokens", counts)
@@ -75,7 +107,7 @@ class EdgeMetrics:
         name = "vllm:request_success"
         self._finished = Counter(name, "Requests by end.", finished, registry=self.registry)
         name = "sanderling_requests_refused"
-        labels = ["model_name", "status"]
+        labels = ["model_name", "status", "code"]
         self._refused = Counter(name, "Error answers.", labels, registry=self.registry)
         name = "sanderling_requests_open"
         gauge = Gauge(name, "Requests at the service.", ["model_name"], registry=self.registry)
@@ -97,33 +129,46 @@ class EdgeMetrics:
         """Count the end of a request: stop, length, abort or error."""
         self._finished.labels(self._model_name, reason).inc()
 
-    def refused(self, status: int) -> None:
-        """Count an error answer."""
-        self._refused.labels(self._model_name, str(status)).inc()
+    def refused(self, status: int, code: str | None = None) -> None:
+        """Count an error answer, by OpenAI's code where it has one."""
+        self._refused.labels(self._model_name, str(status), code or "").inc()
 
     def exposition(self, status: Mapping[str, Any] | None) -> bytes:
         """The text of /metrics. status: the service's, None when it could not be had."""
         snapshot = CollectorRegistry()
-        numbers = {} if status is None else status.get("metrics", {})
-        snapshot.register(_Snapshot(self._model_name, numbers, status is not None))
+        snapshot.register(_Snapshot(self._model_name, status))
         return generate_latest(self.registry) + generate_latest(snapshot)
 
 
 class _Snapshot(Collector):
     """The service's own numbers at one moment."""
 
-    def __init__(self, model_name: str, numbers: Mapping[str, float], known: bool) -> None:
+    def __init__(self, model_name: str, status: Mapping[str, Any] | None) -> None:
         self._model_name = model_name
-        self._numbers = numbers
-        self._known = known
+        self._known = status is not None
+        self._numbers: Mapping[str, float] = (status or {}).get("metrics", {})
+        self._replicas: list[Mapping[str, Any]] = (status or {}).get("replicas", [])
 
     def collect(self) -> Iterator[Metric]:
         text = "1 when the service answered this scrape, 0 when its numbers are missing."
         yield GaugeMetricFamily("sanderling_service_status_up", text, float(self._known))
         for name, metric in STATUS_METRICS.items():
             if name in self._numbers:
-                family = metric.kind(f"vllm:{name}", metric.text, labels=["model_name"])
+                family = metric.kind(metric.prefix + name, metric.text, labels=["model_name"])
                 family.add_metric([self._model_name], float(self._numbers[name]))
+                yield family
+        yield from self._per_replica()
+
+    def _per_replica(self) -> Iterator[Metric]:
+        """A replica's counters begin at 0 with it; its name is never given again."""
+        heard = [entry for entry in self._replicas if entry["state"] is not None]
+        for name, (kind, text) in REPLICA_METRICS.items():
+            labels = ["model_name", "role", "replica"]
+            family = kind(f"sanderling_replica_{name}", text, labels=labels)
+            for entry in heard:
+                values = [self._model_name, entry["role"], entry["replica_id"]]
+                family.add_metric(values, float(entry["state"]["stats"][name]))
+            if heard:
                 yield family
 
 
@@ -131,14 +176,20 @@ class RequestMetrics:
     """The measurements of one request, from its admission to its close. Calls come in order."""
 
     def __init__(
-        self, metrics: EdgeMetrics, prompt_tokens: int, max_tokens: int, choices: int = 1
+        self,
+        metrics: EdgeMetrics,
+        prompt_tokens: int,
+        max_tokens: int,
+        choices: int = 1,
+        request_id: str = "",
     ) -> None:
         self._metrics = metrics
-        self._prompt_tokens = prompt_tokens
-        self._tokens = 0
+        self.prompt_tokens = prompt_tokens
+        self.request_id = request_id
+        self.tokens = 0
+        self.ttft_s: float | None = None
+        self.reason = "abort"
         self._started_s = self._last_s = metrics.clock.now_s()
-        self._first = True
-        self._reason = "abort"
         metrics.max_tokens.observe(max_tokens)
         metrics.n.observe(choices)
         metrics.open.inc()
@@ -146,24 +197,30 @@ class RequestMetrics:
     def delta(self, tokens: int) -> None:
         """A delta arrived: the first one, or another step of the decode."""
         now_s = self._metrics.clock.now_s()
-        if self._first:
-            self._metrics.ttft.observe(now_s - self._started_s)
-            self._metrics.prompt_tokens.inc(self._prompt_tokens)
+        if self.ttft_s is None:
+            self.ttft_s = now_s - self._started_s
+            self._metrics.ttft.observe(self.ttft_s)
+            self._metrics.prompt_tokens.inc(self.prompt_tokens)
         else:
             self._metrics.inter_token.observe(now_s - self._last_s)
-        self._first, self._last_s = False, now_s
-        self._tokens += tokens
+        self._last_s = now_s
+        self.tokens += tokens
         self._metrics.generation_tokens.inc(tokens)
 
     def ended(self, reason: str) -> None:
         """Why generation ended; without it the client left, and the reason is abort."""
-        self._reason = reason
+        self.reason = reason
 
     def closed(self) -> None:
         """The request is over. Call once."""
         now_s = self._metrics.clock.now_s()
         self._metrics.latency.observe(now_s - self._started_s)
-        self._metrics.prompt_length.observe(self._prompt_tokens)
-        self._metrics.answer_length.observe(self._tokens)
-        self._metrics.finished(self._reason)
+        if self.ttft_s is not None:
+            decode_s = self._last_s - self._started_s - self.ttft_s
+            self._metrics.decode.observe(decode_s)
+            if self.tokens > 1:
+                self._metrics.per_token.observe(decode_s / (self.tokens - 1))
+        self._metrics.prompt_length.observe(self.prompt_tokens)
+        self._metrics.answer_length.observe(self.tokens)
+        self._metrics.finished(self.reason)
         self._metrics.open.dec()

@@ -173,6 +173,17 @@ class ControllerSettings(Section):
     )
 
 
+class ObserveSettings(Section):
+    """What the ingress tells of its work, besides /metrics and /status."""
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How log lines are written; both hold the same fields."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least important log lines that are written."
+    )
+
+
 class Settings(Section):
     """Everything that can be set, with the defaults of one machine without a GPU."""
 
@@ -194,3 +205,4 @@ class Settings(Section):
     decode: DecodeSettings = DecodeSettings()
     handoff: HandoffSettings = HandoffSettings()
     controller: ControllerSettings = ControllerSettings()
+    observe: ObserveSettings = ObserveSettings()

@@ -171,7 +171,7 @@ def test_malformed_bodies(client):
 
 def test_paths_and_methods(client):
     refused(client.get("/v1/nothing"), 404, "unknown_url")
-    refused(client.get("/"), 404, "unknown_url")
+    refused(client.get("/page"), 404, "unknown_url")
     refused(client.post("/v1/chat/completions/", json=CHAT), 404, "unknown_url")
     response = client.get("/v1/chat/completions")
     refused(response, 405, "method_not_allowed")

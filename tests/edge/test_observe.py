@@ -83,9 +83,13 @@ def test_numbers_that_are_missing_are_not_invented():
 
 def test_two_apps_in_one_process_count_apart():
     first, second = (EdgeMetrics("m", 10, VirtualClock()) for _ in range(2))
-    first.refused(404)
-    assert samples(first.exposition({}))["sanderling_requests_refused_total", "404"] == 1
-    assert ("sanderling_requests_refused_total", "404") not in samples(second.exposition({}))
+    first.refused(404, "unknown_url")
+    assert (
+        samples(first.exposition({}))["sanderling_requests_refused_total", "unknown_url,404"] == 1
+    )
+    assert ("sanderling_requests_refused_total", "unknown_url,404") not in samples(
+        second.exposition({})
+    )
 
 
 def test_edges_for_counts():

@@ -15,7 +15,13 @@ from serve.local import LocalService
 README = Path(__file__).parents[2] / "serve" / "README.md"
 # Busy on their own account while requests come and go: watching, health, the one-process wiring.
 BACKGROUND = {"serve.local", "serve.controller", "serve.follow", "serve.state", "serve.status"}
-BACKGROUND |= {"serve.engine.stats", "serve.build", "serve.service", "serve.clients"}
+BACKGROUND |= {
+    "serve.events",
+    "serve.engine.stats",
+    "serve.build",
+    "serve.service",
+    "serve.clients",
+}
 # What an engine without work does, and the watchers' view of it.
 IDLE = {"_take_calls", "_patience_s", "_rest", "has_work", "check", "stats", "update", "_sweep"}
 IDLE |= {"ping", "_forget_silent", "directory", "find", "_keep_alive", "sweep", "clear", "_step"}
