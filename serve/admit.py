@@ -138,7 +138,7 @@ class Admission:
             sampling=self._sampling(body),
             limits=self._limits(body, max_tokens),
             cache_key=CacheKey(salt=caller.salt, adapter="", effort=""),
-            priority=caller.priority + (body.priority or 0),
+            priority=self._priority(body, caller),
             arrival_s=self._clock.now_s(),
             logprobs=body.reported_logprobs,
             share=caller.share,
@@ -167,6 +167,14 @@ class Admission:
                 param,
                 "context_length_exceeded",
             )
+
+    def _priority(self, body: GenerationRequest, caller: Caller) -> int:
+        """The key's and the request's together; a tenant can't be more urgent than its key says."""
+        asked = body.priority or 0
+        if asked < 0 and caller.salt:
+            text = f"'priority' is {asked}; with an API key, 0 (the key's own) to 100 are accepted."
+            raise refuse(text, "priority", "invalid_value")
+        return caller.priority + asked
 
     def _sampling(self, body: GenerationRequest) -> Sampling:
         seed = self._chance.getrandbits(63) if body.seed is None else body.seed

@@ -91,9 +91,10 @@ class Scheduler:
                 return
             if running is None or (waiting and self._rank(waiting) < self._rank(running)):
                 assert waiting is not None
-                blocked = not self._admit(waiting, slices)
-                if not blocked:
-                    budget -= self._take_chunk(waiting, budget, slices)
+                admitted = self._admit(waiting, slices)
+                taken = self._take_chunk(waiting, budget, slices) if admitted else 0.0
+                blocked = taken == 0.0  # the others rank below it, and must not take its room
+                budget -= taken
                 continue
             budget -= self._take_chunk(prefilling.pop(0), budget, slices)
 

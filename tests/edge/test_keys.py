@@ -85,6 +85,15 @@ def test_a_key_says_who_asks():
     assert (request.cache_key.salt, request.priority, request.share) == ("tenant:b", -2, 2.0)
 
 
+def test_a_tenant_cannot_make_itself_more_urgent():
+    body = {**COMPLETION, "priority": -1}
+    answer, service = ask(RING, "/v1/completions", body, "Bearer other")
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "priority"
+    assert not service.requests
+    [request] = ask(KeyRing(), "/v1/completions", body)[1].requests
+    assert request.priority == -1
+
+
 @pytest.mark.parametrize("field", ["cache_salt", "salt", "tenant", "share", "turn", "group"])
 def test_the_body_cannot_say_it(field):
     answer, service = ask(RING, "/v1/completions", {**COMPLETION, field: "b"}, f"Bearer {SECRET}")
