@@ -19,6 +19,7 @@ from serve.grammar.terms import Grammar
 from serve.kv.prefix import CacheKey
 from serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from serve.texts import DetokenizeRequest, TokenizeRequest
+from serve.tools import with_tools
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
@@ -59,7 +60,8 @@ class Admission:
     def chat(self, body: ChatRequest, caller: Caller) -> Request:
         """A chat completion; without a maximum it may fill the rest of the context."""
         self.known(body.model)
-        prompt = self._chat.ids([message.for_template() for message in body.messages])
+        messages = [message.for_template() for message in body.messages]
+        prompt = self._chat.ids(with_tools(messages, body.offered_tools))
         return self._request("chatcmpl", body, tuple(prompt), "messages", None, caller)
 
     def completion(self, body: CompletionRequest, caller: Caller) -> Request:

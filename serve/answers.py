@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from serve.calls import ToolCall
 from serve.spell import ShownToken, Spelled
 
 
@@ -50,25 +51,29 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+
+
+class AnswerMessageWithCalls(AnswerMessage):
+    tool_calls: list[dict[str, Any]]
 
 
 class ChatChoice(BaseModel):
     index: int = 0
-    message: AnswerMessage
+    message: AnswerMessageWithCalls | AnswerMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
 class DeltaChoice(BaseModel):
     index: int = 0
-    delta: dict[Literal["role", "content"], str]
+    delta: dict[str, Any]
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -145,12 +150,24 @@ def text_logprobs(tokens: Sequence[ShownToken]) -> TextLogprobs | None:
     )
 
 
+def _message(text: str, calls: Sequence[ToolCall]) -> AnswerMessage:
+    if not calls:
+        return AnswerMessage(content=text)
+    return AnswerMessageWithCalls(content=text or None, tool_calls=list(map(_call, calls)))
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
 class Complete(NamedTuple):
     """One choice of an answer that is not streamed."""
 
     text: str
     finish: FinishReason
     tokens: tuple[ShownToken, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Format(Protocol):
@@ -166,6 +183,7 @@ class Format(Protocol):
         finish: FinishReason | None,
         tokens: Sequence[ShownToken] = (),
         index: int = 0,
+        calls: Sequence[ToolCall] = (),
     ) -> Answer:
         """A chunk of a stream; the last one with a choice has `finish`."""
         ...
@@ -212,8 +230,11 @@ class ChatFormat:
         finish: FinishReason | None,
         tokens: Sequence[ShownToken] = (),
         index: int = 0,
+        calls: Sequence[ToolCall] = (),
     ) -> Answer:
-        delta: dict[Literal["role", "content"], str] = {"content": text} if text else {}
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": call.place, **_call(call)} for call in calls]
         logprobs = chat_logprobs(tokens)
         return self._chunk(
             DeltaChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
@@ -226,11 +247,11 @@ class ChatFormat:
         choices = [
             ChatChoice(
                 index=index,
-                message=AnswerMessage(content=text),
+                message=_message(text, calls),
                 logprobs=chat_logprobs(tokens),
                 finish_reason=finish,
             )
-            for index, (text, finish, tokens) in enumerate(made)
+            for index, (text, finish, tokens, calls) in enumerate(made)
         ]
         return self.head.write("chat.completion", choices, usage, whole=True)
 
@@ -254,6 +275,7 @@ class CompletionFormat:
         finish: FinishReason | None,
         tokens: Sequence[ShownToken] = (),
         index: int = 0,
+        calls: Sequence[ToolCall] = (),
     ) -> Answer:
         logprobs = text_logprobs(tokens)
         choice = TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
@@ -270,6 +292,6 @@ class CompletionFormat:
                 logprobs=text_logprobs(tokens),
                 finish_reason=finish,
             )
-            for index, (text, finish, tokens) in enumerate(made)
+            for index, (text, finish, tokens, _) in enumerate(made)
         ]
         return self.head.write("text_completion", choices, usage, whole=True)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
 from serve.answers import Answer, CachedTokens, Complete, FinishReason, Format, Usage
+from serve.calls import ToolCall
 from serve.errors import RequestError
 from serve.spell import ShownToken
 from serve.stream import Generation, Piece, failure_frame
@@ -120,9 +121,9 @@ async def frames(
 
 def _chunks(form: Format, index: int, piece: Piece) -> list[Answer]:
     """Text first, then the finish reason in a chunk of its own, as OpenAI does."""
-    if not piece.text:
+    if not piece.text and not piece.calls:
         return [form.chunk("", piece.finish, piece.tokens, index)]
-    chunks = [form.chunk(piece.text, None, piece.tokens, index)]
+    chunks = [form.chunk(piece.text, None, piece.tokens, index, piece.calls)]
     return chunks if piece.finish is None else [*chunks, form.chunk("", piece.finish, (), index)]
 
 
@@ -133,15 +134,20 @@ async def whole(choices: Choices, form: Format, shown: int = 1, report: bool = T
     count = len(choices.generations)
     texts: list[list[str]] = [[] for _ in range(count)]
     tokens: list[list[ShownToken]] = [[] for _ in range(count)]
+    calls: list[list[ToolCall]] = [[] for _ in range(count)]
     ends: list[FinishReason] = ["stop"] * count
     async for index, piece in choices.pieces():
         texts[index].append(piece.text)
         tokens[index].extend(piece.tokens if report else ())
+        calls[index].extend(piece.calls)
         ends[index] = piece.finish or ends[index]
     order = list(range(count))
     if shown < count:
         order.sort(key=lambda index: -choices.generations[index].mean_logprob)
-    made = [Complete("".join(texts[n]), ends[n], tuple(tokens[n])) for n in order[:shown]]
+    made = [
+        Complete("".join(texts[n]), ends[n], tuple(tokens[n]), tuple(calls[n]))
+        for n in order[:shown]
+    ]
     return form.answer(made, choices.usage())
 
 

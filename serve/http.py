@@ -28,6 +28,7 @@ from models.load.text import TextModel
 from serve.access import MEASURED, AccessLog
 from serve.admit import Admission, Caller
 from serve.answers import ChatFormat, CompletionFormat, Format, Head, Model, ModelList
+from serve.calls import CallReader
 from serve.choices import Choices, frames, whole
 from serve.connection import ClientGone, EventStream, read_body, until_gone
 from serve.engine.sequence import Request
@@ -183,7 +184,8 @@ class Edge:
         requests = self.admission.choices(request, parsed.choices)
         measured = [self._measured(one, len(requests)) for one in requests]
         http.scope[MEASURED] = measured
-        choices = Choices(list(map(self._generation, requests, measured)))
+        readers = [_reader(parsed, one) for one in requests]
+        choices = Choices(list(map(self._generation, requests, measured, readers)))
         headers = {"x-request-id": request.request_id}
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(choices.aclose)
@@ -203,9 +205,11 @@ class Edge:
             self.metrics, prompt_tokens, limits.max_tokens, choices, request.request_id
         )
 
-    def _generation(self, request: Request, metrics: RequestMetrics) -> Generation:
+    def _generation(
+        self, request: Request, metrics: RequestMetrics, reader: CallReader | None
+    ) -> Generation:
         deadline_s = self.settings.close_deadline_s
-        return Generation(self.service, request, self._tokenizer, metrics, deadline_s)
+        return Generation(self.service, request, self._tokenizer, metrics, deadline_s, reader)
 
     async def models(self, http: HttpRequest) -> Response:
         self._caller(http)
@@ -282,6 +286,15 @@ class Edge:
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(error.body(), error.status, headers)
+
+
+def _reader(parsed: GenerationRequest, request: Request) -> CallReader | None:
+    """What reads tool calls out of the answer, where the model was offered tools."""
+    if not isinstance(parsed, ChatRequest) or not parsed.offered_tools:
+        return None
+    names = {tool.function.name for tool in parsed.offered_tools}
+    most = 1 if parsed.parallel_tool_calls is False else None
+    return CallReader(names, most, request.request_id)
 
 
 async def _encode(body: bytes, admit: Callable[[], T]) -> T:

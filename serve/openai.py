@@ -24,6 +24,7 @@ from serve.chat import join_parts
 from serve.errors import explain, mistyped, unsupported
 from serve.formats import ResponseFormat, StructuredOutputs
 from serve.grammar.terms import Grammar
+from serve.tools import Called, NamedTool, Tool, ToolChoice, Tools, forced, written
 
 MAX_STOPS = 16
 MAX_CHOICES = 32
@@ -33,11 +34,8 @@ EMPTY: tuple[Any, ...] = (None, [])
 # Parameter -> the values that ask for nothing beyond what this version does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
-    "tools": EMPTY,
     "functions": EMPTY,
-    "tool_calls": EMPTY,
     "annotations": EMPTY,
-    "tool_choice": (None, "none", "auto"),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "reasoning_effort": (None, "none"),
@@ -129,13 +127,15 @@ class ChatMessage(Wire):
     tool_call_id: Name | None = None
     refusal: str | None = None
     audio: Any = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[Called] | None = None
     function_call: Any = None
     annotations: list[Any] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "ChatMessage":
-        if self.content is None:
+        if self.tool_calls and self.role != "assistant":
+            raise mistyped("only a message of role 'assistant' has these", ".tool_calls")
+        if self.content is None and not self.tool_calls:
             text = "a message needs content: a string or a list of text parts"
             raise mistyped(text, ".content")
         if (self.role == "tool") != (self.tool_call_id is not None):
@@ -147,7 +147,8 @@ class ChatMessage(Wire):
         role = "system" if self.role == "developer" else self.role
         optional = {"name": self.name, "tool_call_id": self.tool_call_id}
         fields = {key: value for key, value in optional.items() if value is not None}
-        return {"role": role, "content": self.content or "", **fields}
+        texts = [self.content or "", written(self.tool_calls or [])]
+        return {"role": role, "content": "\n".join(filter(None, texts)), **fields}
 
 
 class GenerationRequest(Wire):
@@ -213,16 +214,16 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Tokens | None = None
     response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = True
     # Hints without an effect here; any well-formed value is accepted.
     metadata: Metadata | None = None
-    parallel_tool_calls: bool | None = None
     prompt_cache_key: Label | None = None
     safety_identifier: Label | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     # Accepted with a neutral value only.
-    tools: list[Any] | None = None
-    tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -263,13 +264,37 @@ class ChatRequest(GenerationRequest):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tools_agree(self) -> "ChatRequest":
+        names = [tool.function.name for tool in self.tools or []]
+        if len(names) != len(set(names)):
+            raise mistyped("has two functions of one name", ".tools")
+        if isinstance(self.tool_choice, NamedTool):
+            if self.tool_choice.function.name not in names:
+                raise mistyped("names a function that is not in 'tools'", ".tool_choice")
+        elif self.tool_choice == "required" and not names:
+            raise mistyped("is 'required', and 'tools' has none", ".tool_choice")
+        if self.offered_tools and self.grammar[1] != "tool_choice" and self.grammar[0] is not None:
+            raise mistyped("can't be held beside 'tools'; send one", "." + self.grammar[1])
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model hears of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
     def _formatted(self) -> Grammar | None:
         return self.response_format.grammar() if self.response_format is not None else None
 
     @property
     def grammar(self) -> tuple[Grammar | None, str]:
         formatted = self._formatted()
-        return (formatted, "response_format") if formatted is not None else super().grammar
+        if formatted is not None:
+            return formatted, "response_format"
+        parallel = self.parallel_tool_calls is not False
+        call = forced(self.offered_tools, self.tool_choice, parallel)
+        asked = super().grammar
+        return (call, "tool_choice") if call is not None and asked[0] is None else asked
 
     @property
     def wanted_tokens(self) -> int | None:

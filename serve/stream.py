@@ -14,6 +14,7 @@ from typing import NamedTuple
 from models.detokenize import Detokenizer
 from models.tokenizer import Tokenizer
 from serve.answers import FinishReason
+from serve.calls import CallReader, Read, ToolCall
 from serve.engine.sequence import Delta, Limits, Request, TokenLogprob
 from serve.engine.stops import StopMatcher
 from serve.errors import RequestError
@@ -26,11 +27,12 @@ log = logging.getLogger(__name__)
 
 class Piece(NamedTuple):
     """Text that may be shown, and why generation ended, on the last piece. tokens: those that came
-    since the last piece, where log-probabilities were asked for."""
+    since the last piece, where log-probabilities were asked for. calls: of tools, complete."""
 
     text: str
     finish: FinishReason | None = None
     tokens: tuple[ShownToken, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Transcript:
@@ -40,7 +42,11 @@ class Transcript:
     that ended the answer (end of sequence, stop token) is never shown.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, limits: Limits, reader: CallReader | None = None
+    ) -> None:
+        """reader: reads tool calls out of the text, where there are tools."""
+        self._reader = reader
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(limits.stop)
         self._ends = {*tokenizer.eos_token_ids, *limits.stop_token_ids}
@@ -61,9 +67,19 @@ class Transcript:
         for token_id, entry in zip(shown, delta.logprobs, strict=False):  # none, or one for each
             self._spell(token_id, entry)
         if delta.finish is None and self._matcher.matched is None:
-            return Piece(text, None, self._take_spelled() if text else ())
-        finish: FinishReason = "length" if delta.finish == "length" else "stop"
-        return Piece(text + self._rest(), finish, self._take_spelled())
+            read = self._reader.push(text) if self._reader is not None else Read(text)
+            shown_any = bool(read.content or read.calls)
+            tokens = self._take_spelled() if shown_any else ()
+            return Piece(read.content, None, tokens, read.calls)
+        return self._end(text + self._rest(), "length" if delta.finish == "length" else "stop")
+
+    def _end(self, text: str, finish: FinishReason) -> Piece:
+        if self._reader is None:
+            return Piece(text, finish, self._take_spelled())
+        read, rest = self._reader.push(text), self._reader.flush()
+        if self._reader.count and finish == "stop":
+            finish = "tool_calls"
+        return Piece(read.content + rest.content, finish, self._take_spelled(), read.calls)
 
     def _spell(self, token_id: int, entry: TokenLogprob) -> None:
         spelled = spell(self._tokenizer, token_id, entry, self._offset)
@@ -109,9 +125,10 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: RequestMetrics,
         close_deadline_s: float,
+        reader: CallReader | None = None,
     ) -> None:
         self.request = request
-        self._transcript = Transcript(tokenizer, request.limits)
+        self._transcript = Transcript(tokenizer, request.limits, reader)
         self._deltas = service.generate(request)
         self._metrics = metrics
         self._close_deadline_s = close_deadline_s
@@ -129,7 +146,7 @@ class Generation:
         assert self._first is not None, "start() comes before pieces()"
         piece = self._first
         while True:
-            if piece.text or piece.finish is not None:
+            if piece.text or piece.calls or piece.finish is not None:
                 yield piece
             if piece.finish is not None:
                 return

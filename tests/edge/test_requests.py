@@ -12,6 +12,11 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+NAMED = {"type": "function", "function": {"name": "g"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 def refusal(kind: typing.Any, body: object) -> RequestError:
     with pytest.raises(RequestError) as caught:
         parse(kind, body if isinstance(body, bytes) else json.dumps(body).encode())
@@ -62,8 +67,13 @@ def message(**fields: object) -> dict[str, object]:
         ),
         (
             message(role="assistant", content="a", tool_calls=[{"id": "1"}]),
+            "messages[0].tool_calls[0].type",
+            "Missing",
+        ),
+        (
+            message(role="user", content="a", tool_calls=[CALL]),
             "messages[0].tool_calls",
-            "not supported",
+            "'assistant'",
         ),
         ({**CHAT, "stream": "true"}, "stream", "boolean"),
         ({**CHAT, "stream": 1}, "stream", "boolean"),
@@ -109,8 +119,15 @@ def message(**fields: object) -> dict[str, object]:
             "has",
         ),
         ({**CHAT, "structured_outputs": {}}, "structured_outputs", "exactly one"),
-        ({**CHAT, "tools": [{"type": "function"}]}, "tools", "accepted: null or []"),
-        ({**CHAT, "tool_choice": "required"}, "tool_choice", '"auto"'),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools[0].function", "Missing"),
+        ({**CHAT, "tools": [TOOL, TOOL]}, "tools", "two functions of one name"),
+        ({**CHAT, "tool_choice": "required"}, "tool_choice", "'tools' has none"),
+        ({**CHAT, "tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "not in 'tools'"),
+        (
+            {**CHAT, "tools": [TOOL], "response_format": {"type": "json_object"}},
+            "response_format",
+            "beside 'tools'",
+        ),
         ({**CHAT, "store": True}, "store", "accepted: null or false"),
         ({**CHAT, "modalities": ["text", "audio"]}, "modalities", '["text"]'),
     ],
