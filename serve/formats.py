@@ -18,6 +18,8 @@ Choice = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 
 
 class Part(BaseModel):
+    """A JSON object inside a request."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 

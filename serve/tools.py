@@ -10,17 +10,14 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
+from serve.formats import Part
 from serve.grammar.terms import Grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Function(Part):

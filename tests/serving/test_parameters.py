@@ -1,6 +1,7 @@
 """Log-probabilities and several choices through hand-offs and kills: the same as undisturbed."""
 
 import asyncio
+import json
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from serve.engine.draws import derived_seed
 from serve.engine.sequence import Request, Sampling, TokenLogprob
 from serve.errors import RequestError
+from serve.grammar.terms import Grammar
 from tests.serving.tiny import (
     collect,
     decode,
@@ -172,5 +174,42 @@ def test_over_the_cap_is_a_429_and_nothing_is_kept(model):
                 assert isinstance(answer, RequestError) or answer == solo_tokens(model, one)
             assert (service.ingress.backlog.tokens, service.ingress.backlog.requests) == (0, 0)
             assert service.ingress.backlog.refused == len(refused)
+
+    run(work())
+
+
+SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "ü"]}},
+    },
+    "minItems": 2,
+    "maxItems": 3,
+}
+
+
+@pytest.mark.parametrize("prefill", [0, 1], ids=["together", "apart"])
+def test_an_answer_keeps_its_form_when_its_replica_is_killed(model, prefill):
+    grammar = Grammar("json_schema", json.dumps(SCHEMA))
+    one = replace(request("g", PROMPT, 60, Sampling(1.0, seed=4)), grammar=grammar)
+
+    async def answer(kill: bool) -> list[int]:
+        async with serving(settings(prefill=prefill, decode=2), model) as service:
+            for name in replicas(service, "decode"):
+                slow(decode(service, name))
+            stream = asyncio.create_task(collect(service, one))
+            await first_token(service, "g")
+            if kill:
+                service.launcher.kill(str(service.ingress._records["g"].replica_id))
+            tokens = await stream
+            assert service.ingress.resumed == kill
+            return tokens
+
+    async def work():
+        undisturbed = await answer(kill=False)
+        assert await answer(kill=True) == undisturbed
+        text = model.text.tokenizer.decode(undisturbed)
+        assert text.startswith("[") and len(undisturbed) > 5
 
     run(work())
