@@ -76,6 +76,10 @@ class Decoder(nn.Module):
         finite everywhere (zeros before first use). In float32 a row's logits do not depend, in
         any bit, on the other rows or on how its sequence was cut into steps.
         """
+        return self.logits(self.states(batch, kv))
+
+    def states(self, batch: TokenBatch, kv: torch.Tensor) -> torch.Tensor:
+        """[R, hidden]: what the head reads at batch.logit_rows; see `forward` for the rest."""
         config = self.config
         assert kv.dtype == self.dtype, "the cache must have the dtype of the weights"
         assert kv.shape[0] == config.layers and kv.shape[4:] == (config.kv_heads, config.head_dim)
@@ -93,8 +97,10 @@ class Decoder(nn.Module):
         x = self.embed(batch.ids)
         for layer, kv_layer in zip(self.layers, kv.unbind(0), strict=True):
             x = layer(x, step, kv_layer)
-        return self._logits(x, batch.logit_rows)
+        states: torch.Tensor = self.norm(x.index_select(0, batch.logit_rows))
+        return states
 
-    def _logits(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """[R, vocab] float32 of states [R, hidden]."""
         weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x.index_select(0, rows)), weight).float()
+        return F.linear(states, weight).float()

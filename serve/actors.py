@@ -201,6 +201,9 @@ class ControllerActor:
     async def drain(self, replica_id: str, deadline_s: float) -> None:
         await self.controller.drain(replica_id, deadline_s)
 
+    async def close(self) -> None:
+        self.controller.close()
+
     async def stop(self) -> None:
         await self.controller.stop()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from cluster.clock import Clock
 from models.load.text import TextModel
 from serve.chat import ChatPrompt
+from serve.embeddings import EmbeddingRequest
 from serve.engine.draws import derived_seed
 from serve.engine.sequence import Limits, Request, Sampling
 from serve.errors import RequestError, refuse
@@ -55,6 +56,7 @@ class Admission:
         self._chat = ChatPrompt(text.tokenizer, text.chat_template)
         self._grammars = Compiler(text.tokenizer)
         self._chance = chance
+        self._hidden = text.config.hidden
         self._clock = clock
 
     def chat(self, body: ChatRequest, caller: Caller) -> Request:
@@ -67,10 +69,7 @@ class Admission:
     def completion(self, body: CompletionRequest, caller: Caller) -> Request:
         """A completion of raw text, in which control tokens are read as such, or of token ids."""
         self.known(body.model)
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            prompt = (*self._tokenizer.prompt_prefix, *self._tokenizer.encode(prompt))
-        self._in_vocabulary(prompt, "prompt")
+        prompt = self._prompt(body.prompt, "prompt")
         default = DEFAULT_COMPLETION_TOKENS
         return self._request("cmpl", body, prompt, "prompt", default, caller)
 
@@ -91,6 +90,42 @@ class Admission:
     def spellings(self, ids: list[int]) -> list[str]:
         """Each id's own spelling in the vocabulary."""
         return [self._tokenizer.token(token) or "" for token in ids]
+
+    def embeddings(self, body: EmbeddingRequest, caller: Caller) -> list[Request]:
+        """A request for each input. RequestError 400 for dimensions that the model has not."""
+        self.known(body.model)
+        if body.dimensions not in (None, self._hidden):
+            text = f"'dimensions' is {body.dimensions}; this model's embeddings have "
+            raise refuse(f"{text}{self._hidden}.", "dimensions", "invalid_value")
+        name = f"embd-{self._chance.getrandbits(96):024x}"
+        return [
+            self._embedding(f"{name}-{index}", one, f"input[{index}]", caller)
+            for index, one in enumerate(body.input)
+        ]
+
+    def _embedding(
+        self, name: str, text: str | tuple[int, ...], param: str, caller: Caller
+    ) -> Request:
+        prompt = self._prompt(text, param)
+        self._room(prompt, param)
+        return Request(
+            request_id=name,
+            prompt=prompt,
+            sampling=Sampling(temperature=0.0),
+            limits=Limits(1),
+            cache_key=CacheKey(salt=caller.salt, adapter="", effort=""),
+            priority=caller.priority,
+            arrival_s=self._clock.now_s(),
+            share=caller.share,
+            embed=True,
+        )
+
+    def _prompt(self, prompt: str | tuple[int, ...], param: str) -> tuple[int, ...]:
+        """Token ids of a raw prompt; RequestError 400 for one that is no token of this model."""
+        if isinstance(prompt, str):
+            prompt = (*self._tokenizer.prompt_prefix, *self._tokenizer.encode(prompt))
+        self._in_vocabulary(prompt, param)
+        return prompt
 
     def choices(self, request: Request, count: int) -> list[Request]:
         """`count` requests that differ in their seeds and share the pages of their prompt; the

@@ -21,7 +21,6 @@ from serve.keys import KeyRing, load_keys
 from serve.prefixes import placed_prefixes
 
 MAX_ONGOING_REQUESTS = 1000
-DRAIN_S = 20.0  # how long open streams may go on when the ingress itself is told to stop
 
 
 def model_name(settings: Settings) -> str:
@@ -80,7 +79,7 @@ def application(settings: Settings) -> Any:
         name="ingress",
         num_replicas=1,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=settings.http.drain_s,
         ray_actor_options={"num_cpus": 0},
     )(wrapped)
     # The keys travel, hashed: a file need not be where the ingress runs.

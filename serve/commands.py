@@ -25,7 +25,7 @@ from serve.runfiles import RunFiles, own_python_path, tail
 from serve.view import bench_table, status_tables
 
 UP_S = 300.0
-DOWN_S = 60.0
+DOWN_S = 60.0  # beyond http.drain_s
 COUNT = click.IntRange(min=1)
 KEY = click.option("--key", envvar="OPENAI_API_KEY", help="API key to ask with ($OPENAI_API_KEY).")
 
@@ -185,7 +185,7 @@ def _stop(files: RunFiles) -> str:
 
 
 def _wait_for_end(console: Console, files: RunFiles, pid: int) -> None:
-    deadline_s = time.monotonic() + DOWN_S
+    deadline_s = time.monotonic() + DOWN_S + files.read_settings().http.drain_s
     with console.status("stopping"):
         while files.host_pid() is not None and time.monotonic() < deadline_s:
             time.sleep(0.1)

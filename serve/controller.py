@@ -72,6 +72,7 @@ class Controller:
         self.clock = clock
         self.replaced = 0
         self.trouble: str | None = None
+        self.closing = False
         self._entries: dict[str, Entry] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -98,7 +99,8 @@ class Controller:
 
     def directory(self) -> Directory:
         """Who serves now."""
-        return Directory(self._version, tuple(self._entries.values()), self.trouble)
+        entries = tuple(self._entries.values())
+        return Directory(self._version, entries, self.trouble, self.closing)
 
     async def watch(self, version: int, timeout_s: float) -> Directory:
         """The directory as soon as it is newer than `version`, or as it is after `timeout_s`."""
@@ -109,6 +111,11 @@ class Controller:
                 async with asyncio.timeout(timeout_s):
                     await self._published.wait()
         return self.directory()
+
+    def close(self) -> None:
+        """Tell everybody that the service is being taken down; what is open may finish."""
+        self.closing = True
+        self._publish()
 
     async def scale(self, role: Role, replicas: int, deadline_s: float) -> None:
         """Want so many replicas of a role; those too many, newest first, are drained."""

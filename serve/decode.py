@@ -210,7 +210,7 @@ class DecodeReplica:
 
     async def _remote_pays(self, sequence: Sequence) -> bool:
         """Whether a prefill replica should compute the prompt."""
-        if not self.peers.any():
+        if sequence.request.embed or not self.peers.any():
             return False
         tokens, key = sequence.tokens(0, len(sequence)), sequence.request.cache_key
         cached = await between_steps(self.loop, lambda e: e.scheduler.tree.peek(key, tokens))

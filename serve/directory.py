@@ -25,12 +25,14 @@ class Entry:
 class Directory:
     """All replicas of a service at one version (versions only grow, also across restarts).
 
-    trouble: why the last replica that failed did, until one starts well.
+    trouble: why the last replica that failed did, until one starts well. closing: the service is
+    being taken down; what is open may finish, nothing new is taken.
     """
 
     version: int = 0
     entries: tuple[Entry, ...] = ()
     trouble: str | None = None
+    closing: bool = False
 
     def ready(self, role: Role) -> list[Entry]:
         """Replicas of a role that take new work."""

@@ -2,7 +2,7 @@
 
 `python -m serve.host DATA_DIR` reads the resolved settings from DATA_DIR/run/settings.json, brings
 up session, controller and HTTP front in that order, writes each step to DATA_DIR/run/progress, and
-takes everything down again on SIGTERM or SIGINT.
+takes everything down again on SIGTERM or SIGINT, when what is open has finished.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from cluster.raylocal.actors import Needs, start_named
 from cluster.raylocal.front import front_environment, start_front, stop_front
 from cluster.raylocal.session import RaySession
 from cluster.settings import Settings
+from serve.directory import Directory
 from serve.runfiles import RunFiles
 
+LOOK_S = 0.3
+QUIET_LOOKS = 4  # together longer than controller.period_s is by default
 STOP_S = 20.0  # for the controller to stop its replicas, before the session ends them anyway
 
 
@@ -54,6 +58,7 @@ def serve(settings: Settings, files: RunFiles, stop: threading.Event) -> None:
             front = start_front(application(settings), settings)
             files.say("serving", front.url)
             stop.wait()
+            drain(controller, settings.http.drain_s)
         finally:
             stop_front()
             end_controller(controller)
@@ -68,6 +73,27 @@ def start_controller(settings: Settings, run_id: str) -> Any:
     )
     actor.watch.remote(0, 0.0)  # the first call starts its loop; the answer is of no interest
     return actor
+
+
+def drain(controller: Any, deadline_s: float) -> None:
+    """Turn readiness off and wait until nothing is open any more, at most `deadline_s`."""
+    import ray
+
+    end_s = time.monotonic() + deadline_s
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(controller.close.remote(), timeout=STOP_S)
+        quiet = 0
+        # What replicas report is a look old: two quiet ones in a row, and none of them before it.
+        while quiet < QUIET_LOOKS and time.monotonic() < end_s:
+            time.sleep(LOOK_S)
+            directory = ray.get(controller.watch.remote(0, 0.0), timeout=STOP_S)
+            quiet = 0 if open_sequences(directory) else quiet + 1
+
+
+def open_sequences(directory: Directory) -> int:
+    """Requests that decode replicas have, by their last answers."""
+    stats = [e.state.stats for e in directory.entries if e.role == "decode" and e.state is not None]
+    return sum(s.running + s.waiting + s.reserved for s in stats)
 
 
 def end_controller(controller: Any) -> None:

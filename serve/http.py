@@ -31,6 +31,7 @@ from serve.answers import ChatFormat, CompletionFormat, Format, Head, Model, Mod
 from serve.calls import CallReader
 from serve.choices import Choices, frames, whole
 from serve.connection import ClientGone, EventStream, read_body, until_gone
+from serve.embeddings import EmbeddingRequest, answer, embed_all
 from serve.engine.sequence import Request
 from serve.errors import RequestError
 from serve.keys import KeyRing
@@ -121,6 +122,7 @@ class Edge:
             Route("/", page_route(), methods=["GET"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completion, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
@@ -150,6 +152,17 @@ class Edge:
     def _caller(self, http: HttpRequest) -> Caller:
         """Who asks; RequestError 401 where a key is wanted and none that is known was sent."""
         return self.settings.keys.caller(http.headers.get("authorization"))
+
+    async def embeddings(self, http: HttpRequest) -> Response:
+        caller = self._caller(http)
+        body = await read_body(http, self.settings.max_body_bytes)
+        parsed = parse(EmbeddingRequest, body)
+        requests = await _encode(body, lambda: self.admission.embeddings(parsed, caller))
+        measured = [self._measured(request, 1) for request in requests]
+        http.scope[MEASURED] = measured
+        made = embed_all(self.service, requests, measured)
+        vectors = await until_gone(http.receive, made)
+        return JSONResponse(answer(parsed, requests, vectors))
 
     async def tokenize(self, http: HttpRequest) -> Response:
         self._caller(http)

@@ -22,11 +22,11 @@ from serve.backlog import Backlog
 from serve.clients import ConnectDecode, Draining, ReplicaLost
 from serve.directory import Directory
 from serve.engine.cost import StepCost
-from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
+from serve.engine.sequence import Delta, Output, Request, Sequence
 from serve.errors import RequestError, refuse
 from serve.events import Events
-from serve.kv.prefix import CacheKey
 from serve.prefixes import PlacedPrefixes
+from serve.probe import probe_request
 from serve.record import Link, Record
 from serve.route import Choice, cheapest
 from serve.status import Totals, gauges
@@ -72,7 +72,6 @@ class Ingress:
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._last_token_s = float("-inf")
-        self._probes = 0
         self._numbers = itertools.count(1)
         self._stopped = False
 
@@ -101,6 +100,7 @@ class Ingress:
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, whatever happens to replicas meanwhile (see Service)."""
+        self._refuse_when_closing()
         if request.request_id in self._records:
             raise refuse(f"Request id {request.request_id!r} is already in use.", "request_id")
         turn = self.backlog.enter(request)
@@ -129,12 +129,15 @@ class Ingress:
             self._forget(record)
 
     async def probe(self) -> bool:
-        """True when a token came out just now, or can be made within PROBE_S."""
+        """True when a token came out just now, or can be made within PROBE_S, and not closing."""
+        if self.directory.closing:
+            return False
         if self.clock.now_s() - self._last_token_s < FRESH_S:
             return True
+        request = probe_request(f"{self.ingress_id}-probe-{next(self._numbers)}")
         try:
             async with asyncio.timeout(PROBE_S):
-                async with contextlib.aclosing(self._deltas(self._probe_request())) as deltas:
+                async with contextlib.aclosing(self._deltas(request)) as deltas:
                     return [delta.finish async for delta in deltas][-1] == "length"
         except (TimeoutError, RequestError):
             return False
@@ -160,15 +163,10 @@ class Ingress:
             },
         }
 
-    def _probe_request(self) -> Request:
-        self._probes += 1
-        return Request(
-            request_id=f"{self.ingress_id}-probe-{self._probes}",
-            prompt=(0,),
-            sampling=Sampling(temperature=0.0),
-            limits=Limits(max_tokens=1, ignore_eos=True),
-            cache_key=CacheKey("readiness", "", ""),
-        )
+    def _refuse_when_closing(self) -> None:
+        if self.directory.closing:
+            text = "The service is being taken down and takes no new requests."
+            raise RequestError(503, "server_error", None, text, "closing", retry_after_s=5.0)
 
     async def _move(self, record: Record) -> None:
         """Go on elsewhere. RequestError as in `_place`, or 500 when moving gets it nowhere."""

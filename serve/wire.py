@@ -38,17 +38,18 @@ def _row(item: Output | Moved) -> list[Any]:
         return [item.request_id]
     d = item.delta
     logprobs = [[entry.logprob, entry.top] for entry in d.logprobs]
-    terms = [d.finish, d.stop, d.cached_tokens, d.error, logprobs]
+    terms = [d.finish, d.stop, d.cached_tokens, d.error, logprobs, d.embedding]
     return [item.request_id, item.index, d.token_ids, *terms]
 
 
 def _item(row: list[Any]) -> Output | Moved:
     if len(row) == 1:
         return Moved(row[0])
-    request_id, index, ids, finish, stop, cached, error, reported = row
+    request_id, index, ids, finish, stop, cached, error, reported, embedding = row
     logprobs = tuple(
         TokenLogprob(logprob, tuple((token, value) for token, value in top))
         for logprob, top in reported
     )
-    delta = Delta(tuple(ids), cast(Finish | None, finish), stop, cached, error, logprobs)
+    end = cast(Finish | None, finish)
+    delta = Delta(tuple(ids), end, stop, cached, error, logprobs, tuple(embedding))
     return Output(request_id, index, delta)

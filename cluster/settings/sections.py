@@ -32,6 +32,9 @@ class HttpSettings(Section):
     max_body_bytes: int = Field(
         4 * MIB, ge=1024, le=256 * MIB, description="Longest request body read; more is a 413."
     )
+    drain_s: Seconds = Field(
+        20.0, description="How long open requests may go on when the service is taken down."
+    )
     api_key: str = Field(
         "",
         max_length=512,

@@ -9,7 +9,10 @@ leave in the step that ends them. A `hold` sequence makes one token and leaves; 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from models.detokenize import Detokenizer
+from serve.engine.embedding import unit
 from serve.engine.logprobs import report
 from serve.engine.runner import Runner
 from serve.engine.sampler import Draw, sample
@@ -66,14 +69,19 @@ class Engine:
         self.progressed = bool(slices)
         if not slices:
             return []
-        logits = self.runner.run(slices)
+        logits, states = self.runner.run(slices)
         sampling = [piece for piece in slices if piece.samples]
         tokens = sample(logits, [self._draw(piece.sequence) for piece in sampling])
         logprobs = report(logits, tokens, [p.sequence.request.logprobs for p in sampling])
         self._computed(slices)
         self.steps += 1
-        made = zip(sampling, tokens, logprobs, strict=True)
-        return [self._emit(piece.sequence, token, logprob) for piece, token, logprob in made]
+        made = zip(sampling, tokens, logprobs, states, strict=True)
+        return [
+            self._embed(piece.sequence, state)
+            if piece.sequence.request.embed
+            else self._emit(piece.sequence, token, logprob)
+            for piece, token, logprob, state in made
+        ]
 
     @property
     def has_work(self) -> bool:
@@ -246,6 +254,12 @@ class Engine:
             self.scheduler.remember(sequence)
             self._leave(sequence, keep_pages=sequence.hold)
         return Output(sequence.request_id, index, delta)
+
+    def _embed(self, sequence: Sequence, state: Tensor) -> Output:
+        """End a sequence that asked for its embedding and for no token."""
+        self._leave(sequence)
+        delta = Delta((), "stop", None, sequence.cached_tokens, embedding=unit(state))
+        return Output(sequence.request_id, 0, delta)
 
     def _finish(self, sequence: Sequence, token: int) -> tuple[Finish | None, str | None]:
         limits = sequence.request.limits

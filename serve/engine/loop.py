@@ -100,7 +100,9 @@ class EngineLoop:
 
     def _step(self) -> None:
         outputs = self.engine.step()
-        self.last_alive_s = self.clock.now_s()
+        # Without progress only pages that a hand-off will free are worth waiting for.
+        if self.engine.progressed or self.engine.reserved or self.engine.held:
+            self.last_alive_s = self.clock.now_s()
         if outputs:
             self._unchecked = True
             self.on_outputs(outputs)

@@ -4,7 +4,7 @@
 logits instead of a model.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,12 +17,19 @@ from serve.engine.scheduler import Slice
 from serve.kv.storage import KVStorage
 
 
+class Rows(NamedTuple):
+    """Of the R slices with `samples`: logits [R, vocab] float32, final states [R, hidden]."""
+
+    logits: Tensor
+    states: Tensor
+
+
 class Runner(Protocol):
     """Computes a step's slices."""
 
-    def run(self, slices: list[Slice]) -> Tensor:
-        """Logits [R, vocab] float32 of the R slices with `samples`, in order; K/V of every slice's
-        tokens written to its pages."""
+    def run(self, slices: list[Slice]) -> Rows:
+        """The rows of the slices with `samples`, in order; K/V of every slice's tokens written to
+        its pages."""
         ...
 
 
@@ -33,10 +40,10 @@ class ModelRunner:
         self.decoder = decoder
         self.storage = storage
 
-    def run(self, slices: list[Slice]) -> Tensor:
+    def run(self, slices: list[Slice]) -> Rows:
         with torch.inference_mode():
-            logits: Tensor = self.decoder(token_batch(slices), self.storage.tensor)
-        return logits
+            states = self.decoder.states(token_batch(slices), self.storage.tensor)
+            return Rows(self.decoder.logits(states), states)
 
     def warm_up(self) -> None:
         """Read all weights once, writing to a page that nobody has yet: mapped weights come from

@@ -56,7 +56,8 @@ class Request:
     most likely tokens to report each token's log-probability; None reports nothing. group: what
     requests of one and the same prompt have in common, whose pages they then share; "" for none.
     share, turn: the tenant's weight, and the place among equal priorities that it earns (backlog).
-    grammar: what the answer must look like; None for anything.
+    grammar: what the answer must look like; None for anything. embed: no token is wanted but the
+    embedding of the prompt, on the last delta.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class Request:
     share: float = 1.0
     turn: float = 0.0
     grammar: Grammar | None = None
+    embed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Delta:
     finish: None while it goes on. stop: the stop string that matched, if one did.
     cached_tokens: prompt tokens that came from a prefix cache (constant from the first delta on).
     error: a sentence, with finish "error" only. logprobs: one per token, where asked for.
+    embedding: of the prompt, where it was asked for; then there are no tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -98,6 +101,7 @@ class Delta:
     cached_tokens: int = 0
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

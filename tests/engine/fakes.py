@@ -15,6 +15,7 @@ import torch
 
 from serve.engine.cost import StepCost
 from serve.engine.engine import Engine
+from serve.engine.runner import Rows
 from serve.engine.sampler import Draw, sample
 from serve.engine.scheduler import Scheduler, Slice
 from serve.engine.sequence import Delta, Limits, Output, Request, Sampling, Sequence
@@ -54,7 +55,7 @@ class MemoryRunner:
         self.memory = pool.storage.rows.reshape(-1)
         self.steps: list[list[tuple[str, int, int]]] = []
 
-    def run(self, slices: list[Slice]) -> torch.Tensor:
+    def run(self, slices: list[Slice]) -> Rows:
         self.steps.append([(s.sequence.request_id, s.start, s.stop) for s in slices])
         rows = []
         for piece in slices:
@@ -66,7 +67,8 @@ class MemoryRunner:
             self.memory[slots] = piece.sequence.tokens(piece.start, piece.stop)
             if piece.samples:
                 rows.append(logits_of(self.memory[table.slots(0, piece.stop)].tolist()))
-        return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+        logits = torch.stack(rows) if rows else torch.empty(0, VOCAB)
+        return Rows(logits, logits)
 
 
 class Letters:

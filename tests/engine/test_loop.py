@@ -11,6 +11,7 @@ import pytest
 from cluster.clock import WallClock
 from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop, EngineStopped
+from serve.engine.sequence import Output
 from tests.engine.fakes import Collected, engine, sequence, solo_tokens
 
 LONG_S = 60.0  # for what happens at once unless something is broken
@@ -164,3 +165,31 @@ def test_a_leak_is_found_when_the_engine_rests(monkeypatch):
         running.loop.call(lambda e: e.scheduler.pool.allocate(1)).result(LONG_S)
         wait_for(lambda: running.loop.failure is not None)
     assert "AssertionError" in str(running.loop.failure)
+
+
+class Stuck:
+    """An engine that has work and never gets anywhere."""
+
+    has_work, progressed = True, False
+
+    def __init__(self, reserved: dict[str, object]) -> None:
+        self.reserved = reserved
+        self.held: dict[str, object] = {}
+        self.steps = 0
+
+    def step(self) -> list[Output]:
+        self.steps += 1
+        return []
+
+
+@pytest.mark.parametrize("reserved", [False, True], ids=["stuck", "waits-for-a-hand-off"])
+def test_steps_without_progress_are_no_sign_of_life(reserved):
+    engine = Stuck({"r": object()} if reserved else {})
+    clock = WallClock()
+    loop = EngineLoop(engine, on_outputs=print, on_death=lambda why: None, clock=clock)  # type: ignore[arg-type]
+    born_s = loop.last_alive_s
+    loop.start()
+    while engine.steps < 5:
+        time.sleep(0.01)
+    loop.stop()
+    assert (loop.last_alive_s > born_s) == reserved

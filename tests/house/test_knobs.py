@@ -4,7 +4,7 @@ from cluster.settings.catalog import KNOWN, accepts
 
 KNOBS = {
     "": "model data_dir",
-    "http": "host port proxy max_body_bytes api_key api_keys_file",
+    "http": "host port proxy max_body_bytes drain_s api_key api_keys_file",
     "admission": "max_queued_tokens max_queued_requests",
     "ray": "address auth object_store_bytes",
     "engine": "dtype page_tokens kv_tokens budget_tokens max_running prefix_cache",

@@ -5,6 +5,7 @@ The tests run in this order on the same processes; the last one takes the servic
 
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,17 @@ import pytest
 
 from cluster.raylocal.record import load_record
 from tests.cluster_ray.machine import living, outside_paths
-from tests.live.service import FRANCE, MODEL, LiveService, busy, idle, kill, service, wait_for
+from tests.live.service import (
+    FRANCE,
+    MODEL,
+    LiveService,
+    busy,
+    idle,
+    kill,
+    sanderling,
+    service,
+    wait_for,
+)
 
 pytestmark = pytest.mark.live
 
@@ -166,10 +177,42 @@ def test_controller_killed(live: LiveService):
     assert "".join(stream(live, 5))
 
 
-def test_down_leaves_nothing(live: LiveService, before: set[str]):
+def test_scaled_up_and_down_while_a_stream_goes_on(live: LiveService):
+    undisturbed = "".join(stream(live, 80))
+    pieces = stream(live, 80)
+    seen = [next(pieces)]
+    data = f"data_dir={live.data_dir}"
+    said = sanderling("scale", "decode=2", "prefill=0", "--set", data, timeout_s=120)
+    assert said.strip() == "decode: 2 ready, prefill: 0 ready"
+    assert len(live.states("decode")) == 2 and not live.states("prefill")
+    said = sanderling("scale", "decode=1", "--drain-s", "0", "--set", data, timeout_s=120)
+    assert "decode: 1 ready" in said
+    assert "".join([*seen, *pieces]) == undisturbed
+
+
+def test_hung_replica_is_replaced_and_its_stream_goes_on(live: LiveService):
+    undisturbed = "".join(stream(live, 60))
+    pid = live.pid("decode")
+    pieces = stream(live, 60)
+    seen = [next(pieces) for _ in range(8)]
+    os.kill(pid, signal.SIGSTOP)
+    assert "".join([*seen, *pieces]) == undisturbed
+    wait_for(lambda: not living([pid]), "end of the hung process", BACK_S)
+    wait_for(lambda: bool(live.states("decode")) and idle(live), "an idle replica", BACK_S)
+
+
+def test_down_lets_streams_finish_and_leaves_nothing(live: LiveService, before: set[str]):
+    undisturbed = "".join(stream(live, 60))
+    pieces = stream(live, 60)
+    seen = [next(pieces)]
+    rest: list[str] = []
+    reader = threading.Thread(target=lambda: rest.extend(pieces), daemon=True)
+    reader.start()
     pids = live.processes()
     assert len(pids) > 6
     assert "stopped" in live.down()
+    reader.join(10)
+    assert "".join([*seen, *rest]) == undisturbed
     assert living(pids) == []
     assert load_record(live.data_dir) is None
     assert outside_paths() - before == set()

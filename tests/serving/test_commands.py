@@ -11,8 +11,11 @@ from click.testing import CliRunner, Result
 
 from cluster.settings import Settings
 from serve import commands
+from serve.directory import Directory, Entry
 from serve.kv import shared
 from serve.runfiles import RunFiles
+from serve.scale_command import parse as parse_scale
+from serve.scale_command import settled
 
 LEAVE_A_SEGMENT = """
 import os, sys
@@ -94,3 +97,17 @@ def test_status_of_a_service_that_does_not_answer(tmp_path: Path):
         said = run(commands.status, "--set", f"data_dir={tmp_path}")
         assert said.exit_code == 1 and "does not answer as it should" in said.output
         process.kill()
+
+
+@pytest.mark.parametrize("word", ["decode", "decode=0", "decode=x", "train=1", "prefill=-1", "=2"])
+def test_scale_refuses_what_it_does_not_know(word):
+    with pytest.raises(ValueError, match="is not accepted; decode=N takes 1 to"):
+        parse_scale(word)
+
+
+def test_scale_knows_roles_and_when_it_is_done():
+    assert dict(map(parse_scale, ["decode=2", "prefill=0"])) == {"decode": 2, "prefill": 0}
+    entries = (Entry("decode-1", "decode", "ready"), Entry("decode-2", "decode", "starting"))
+    assert not settled(Directory(1, entries), {"decode": 2})
+    assert not settled(Directory(1, entries), {"decode": 1})
+    assert settled(Directory(1, entries[:1]), {"decode": 1, "prefill": 0})

@@ -25,6 +25,7 @@ from models.load.text import TextModel
 from models.tokenizer import Tokenizer
 from serve.build import Model
 from serve.decode import DecodeReplica
+from serve.engine.runner import Rows
 from serve.engine.sampler import Draw, sample
 from serve.engine.scheduler import Slice
 from serve.engine.sequence import Delta, Limits, Request, Sampling
@@ -297,7 +298,7 @@ def slow(replica: DecodeReplica | PrefillReplica) -> None:
     """Let every step of a replica's engine take a while, so that it can be met in the middle."""
     compute = replica.loop.engine.runner.run
 
-    def slowly(slices: list[Slice]) -> torch.Tensor:
+    def slowly(slices: list[Slice]) -> Rows:
         time.sleep(0.02)
         return compute(slices)
 
