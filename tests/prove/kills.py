@@ -63,7 +63,10 @@ def suite(live: LiveService, kills: int) -> Iterator[Row]:
         kind = KINDS[number % len(KINDS)]
         case = chance.choice(list(CASES))
         started_s = time.monotonic()
-        _trial(live, tally, number, kind, case, chance.randrange(1, 14))
+        try:
+            _trial(live, tally, number, kind, case, chance.randrange(1, 14))
+        except (AssertionError, KeyError, IndexError, httpx.HTTPError, RuntimeError) as error:
+            tally.lost.append(f"{number + 1} ({kind}, {case}): {error}")
         took_s = time.monotonic() - started_s
         print(f"   kill {number + 1}: {kind}, {case}, {took_s:.0f} s", flush=True)
     total = tally.kinds.total()
