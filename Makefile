@@ -39,7 +39,7 @@ check: install-test
 	@$(BIN)/mypy
 
 bench: install
-	@$(BIN)/sanderling bench $(BENCH)
+	@$(BIN)/sanderling bench serve $(BENCH)
 
 prove-serve: install-test
 	@$(BIN)/python -m tests.prove.serve

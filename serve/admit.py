@@ -94,7 +94,7 @@ class Admission:
     def embeddings(self, body: EmbeddingRequest, caller: Caller) -> list[Request]:
         """A request for each input. RequestError 400 for dimensions that the model has not."""
         self.known(body.model)
-        if body.dimensions not in (None, self._hidden):
+        if body.dimensions > self._hidden:
             text = f"'dimensions' is {body.dimensions}; this model's embeddings have "
             raise refuse(f"{text}{self._hidden}.", "dimensions", "invalid_value")
         name = f"embd-{self._chance.getrandbits(96):024x}"

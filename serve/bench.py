@@ -1,10 +1,12 @@
-"""A closed-loop load of streamed chat completions over HTTP, as any client would send it.
+"""A load of streamed completions over HTTP, as any client would send it: closed loop or arrivals.
 
-Used by `sanderling bench` and by the first question of `sanderling up`. Latencies are taken at the
-client: first token, gaps between tokens, end to end.
+Used by `sanderling bench serve` and by the first question of `sanderling up`. Latencies are taken
+at the client: first token, gaps between tokens, end to end. With arrivals they count from when a
+request was due, not from when a busy client came to send it (no coordinated omission).
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -14,7 +16,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from serve.arrivals import Arrival
+
 TIMEOUT_S = 300.0
+MOST_OPEN = 512  # threads; later arrivals wait, and the wait counts
 WORDS = ("sand", "tide", "wave", "shell", "gull", "dune", "salt", "wind", "kelp", "crab", "foam")
 
 
@@ -37,6 +42,21 @@ class Timing:
     completion_tokens: int
     cached_tokens: int
 
+    def within(self, slo: "Slo") -> bool:
+        """First token in time, and the gaps on average."""
+        mean_s = sum(self.gaps_s) / len(self.gaps_s) if self.gaps_s else 0.0
+        return self.first_s <= slo.first_s and mean_s <= slo.gap_s
+
+
+class Slo(NamedTuple):
+    """What a user is promised, in seconds: the first token, and the mean gap between tokens."""
+
+    first_s: float
+    gap_s: float
+
+
+NO_SLO = Slo(math.inf, math.inf)
+
 
 def stream_chat(
     url: str, question: str, *, max_tokens: int, temperature: float, key: str | None = None
@@ -48,21 +68,51 @@ def stream_chat(
             yield choice["delta"].get("content") or ""
 
 
-def run(url: str, load: Load, key: str | None = None) -> dict[str, Any]:
-    """Send the load; the report that `sanderling bench --json` prints (seconds, tokens)."""
+def run(url: str, load: Load, key: str | None = None, slo: Slo = NO_SLO) -> dict[str, Any]:
+    """Send the load in a closed loop; the report of `sanderling bench serve` (seconds, tokens)."""
     started_s = time.perf_counter()
     with ThreadPoolExecutor(load.concurrency) as pool:
         timings = list(pool.map(lambda n: _time(url, n, load, key), range(load.requests)))
     wall_s = time.perf_counter() - started_s
+    return {"load": load._asdict(), **report(timings, wall_s, slo)}
+
+
+def run_arrivals(
+    url: str, arrivals: list[Arrival], key: str | None = None, slo: Slo = NO_SLO
+) -> dict[str, Any]:
+    """Send each request when it is due, however busy the service is; the same report."""
+    started_s = time.perf_counter()
+
+    def one(number: int) -> Timing:
+        arrival = arrivals[number]
+        due_s = started_s + arrival.at_s
+        time.sleep(max(due_s - time.perf_counter(), 0.0))
+        load = Load(1, 1, arrival.prompt_tokens, arrival.max_tokens)
+        return _time(url, number, load, key, due_s)
+
+    with ThreadPoolExecutor(min(len(arrivals), MOST_OPEN)) as pool:
+        timings = list(pool.map(one, range(len(arrivals))))
+    wall_s = time.perf_counter() - started_s
+    load = {"requests": len(arrivals), "offered_per_s": len(arrivals) / arrivals[-1].at_s}
+    return {"load": load, **report(timings, wall_s, slo)}
+
+
+def report(timings: list[Timing], wall_s: float, slo: Slo) -> dict[str, Any]:
+    """Throughput, goodput and quantiles. Goodput: requests per second that kept the promise."""
     gaps = [gap for timing in timings for gap in timing.gaps_s]
+    good = sum(timing.within(slo) for timing in timings)
     return {
-        "load": load._asdict(),
         "wall_s": wall_s,
+        "requests_per_s": len(timings) / wall_s,
+        "goodput_per_s": good / wall_s,
+        "within_slo": good / len(timings),
+        "slo": {"first_s": slo.first_s, "gap_s": slo.gap_s} if slo != NO_SLO else None,
         "output_tokens_per_s": sum(t.completion_tokens for t in timings) / wall_s,
         "cached_tokens": sum(t.cached_tokens for t in timings),
         "time_to_first_token_s": quantiles([t.first_s for t in timings]),
         "inter_token_latency_s": quantiles(gaps),
         "e2e_latency_s": quantiles([t.total_s for t in timings]),
+        "requests": [[t.first_s, t.total_s, t.completion_tokens] for t in timings],
     }
 
 
@@ -74,10 +124,10 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
 
 
-def _time(url: str, number: int, load: Load, key: str | None) -> Timing:
+def _time(url: str, number: int, load: Load, key: str | None, due_s: float | None = None) -> Timing:
     words = [WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(load.prompt_tokens)]
     body = {"max_tokens": load.max_tokens, "ignore_eos": True, "seed": number}
-    sent_s = time.perf_counter()
+    sent_s = time.perf_counter() if due_s is None else due_s
     arrivals: list[float] = []
     usage: dict[str, Any] = {}
     for event in _events(url, f"{number}: {' '.join(words)}", body, key):

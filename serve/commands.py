@@ -1,4 +1,4 @@
-"""The commands `up`, `down`, `status` and `bench`: what a person at a terminal does with a service.
+"""The commands `up`, `down` and `status`: what a person at a terminal does with a service.
 
 `up` starts a background process (serve.host) and returns when the service has answered; the others
 talk to it over HTTP or by its files. Imported by the CLI when one of them is called.
@@ -22,11 +22,10 @@ from cluster.raylocal.front import is_loopback, refuse_taken_port
 from cluster.settings import Settings
 from serve.keys import load_keys
 from serve.runfiles import RunFiles, own_python_path, tail
-from serve.view import bench_table, status_tables
+from serve.view import status_tables
 
 UP_S = 300.0
 DOWN_S = 60.0  # beyond http.drain_s
-COUNT = click.IntRange(min=1)
 KEY = click.option("--key", envvar="OPENAI_API_KEY", help="API key to ask with ($OPENAI_API_KEY).")
 
 
@@ -87,38 +86,6 @@ def status(resolved: Resolved, as_json: bool) -> None:
         return
     for table in status_tables(answer, Path(resolved.settings.data_dir)):
         Console().print(table)
-
-
-@click.command()
-@click.option("--requests", type=COUNT, default=16, show_default=True, help="Requests in all.")
-@click.option("--concurrency", type=COUNT, default=4, show_default=True, help="Requests at once.")
-@click.option("--prompt-tokens", type=COUNT, default=64, show_default=True, help="Prompt length.")
-@click.option("--max-tokens", type=COUNT, default=32, show_default=True, help="Answer length.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@KEY
-@with_settings()
-def bench(
-    resolved: Resolved,
-    requests: int,
-    concurrency: int,
-    prompt_tokens: int,
-    max_tokens: int,
-    as_json: bool,
-    key: str | None,
-) -> None:
-    """Measure the running service: closed loop, streamed chat completions."""
-    from serve.bench import Load, run
-
-    files = RunFiles(Path(resolved.settings.data_dir))
-    load = Load(requests, concurrency, prompt_tokens, max_tokens)
-    try:
-        report = run(_url(files), load, key)
-    except (httpx.HTTPError, RuntimeError) as error:
-        raise click.ClickException(_unwell(files, str(error) or type(error).__name__)) from error
-    if as_json:
-        click.echo(json.dumps(report, indent=1))
-    else:
-        Console().print(bench_table(report))
 
 
 def _start_host(files: RunFiles, settings: Settings) -> "subprocess.Popen[bytes]":
@@ -209,7 +176,7 @@ def _sweep(files: RunFiles) -> str:
     return f"; ended {ended} processes and {len(segments)} shared segments left by a dead run"
 
 
-def _url(files: RunFiles) -> str:
+def service_url(files: RunFiles) -> str:
     """Where the running service listens. ValueError when none runs."""
     serving = next((step for step in files.steps() if step.name == "serving"), None)
     if files.host_pid() is None or serving is None:
@@ -222,14 +189,14 @@ def _url(files: RunFiles) -> str:
 def _get_status(files: RunFiles) -> dict[str, Any]:
     """GET /status. ClickException when the service does not say how it is."""
     try:
-        answer = httpx.get(f"{_url(files)}/status", timeout=10).raise_for_status()
+        answer = httpx.get(f"{service_url(files)}/status", timeout=10).raise_for_status()
     except httpx.HTTPError as error:
-        raise click.ClickException(_unwell(files, str(error) or type(error).__name__)) from error
+        raise click.ClickException(unwell(files, str(error) or type(error).__name__)) from error
     status: dict[str, Any] = answer.json()
     return status
 
 
-def _unwell(files: RunFiles, reason: str) -> str:
+def unwell(files: RunFiles, reason: str) -> str:
     return f"the service does not answer as it should: {reason}\n(its log: {files.log})"
 
 

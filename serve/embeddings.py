@@ -45,12 +45,12 @@ def _one(item: Any) -> str | tuple[int, ...]:
 
 
 class EmbeddingRequest(Wire):
-    """`dimensions` is accepted where it is what the model has."""
+    """dimensions: keep so many of the first, scaled to length 1 again; 0 (not sent) keeps all."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_inputs)]
-    encoding_format: Literal["float", "base64"] | None = "float"
-    dimensions: Tokens | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Tokens = 0
     user: Label | None = None
 
 
@@ -94,10 +94,19 @@ def answer(
     tokens = sum(len(request.prompt) for request in requests)
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector, parsed)}
-        for index, vector in enumerate(vectors)
+        for index, vector in enumerate(shortened(vectors, parsed.dimensions))
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": parsed.model, "usage": usage}
+
+
+def shortened(vectors: list[tuple[float, ...]], dimensions: int) -> list[tuple[float, ...]]:
+    """The first `dimensions` of each at length 1; 0 leaves them as they are."""
+    if not dimensions:
+        return vectors
+    cut = np.array([vector[:dimensions] for vector in vectors])
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    return [tuple(row) for row in (cut / np.maximum(lengths, 1e-12)).tolist()]
 
 
 def _written(vector: tuple[float, ...], parsed: EmbeddingRequest) -> str | tuple[float, ...]:

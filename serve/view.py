@@ -66,9 +66,13 @@ def memory_table(data_dir: Path) -> Table:
 def bench_table(report: dict[str, Any]) -> Table:
     """Latencies by quantile, with the throughput in the title."""
     load = report["load"]
+    how = f"{load['concurrency']} at once" if "concurrency" in load else "by arrivals"
+    good = ""
+    if report["slo"] is not None:
+        good = f", {report['within_slo']:.0%} within the promise ({report['goodput_per_s']:.2f}/s)"
     table = Table(
-        title=f"{load['requests']} requests, {load['concurrency']} at once: "
-        f"{report['output_tokens_per_s']:.1f} output tokens/s"
+        title=f"{load['requests']} requests, {how}: "
+        f"{report['output_tokens_per_s']:.1f} output tokens/s{good}"
     )
     table.add_column("seconds")
     for quantile in ("p50", "p90", "p99"):

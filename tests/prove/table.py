@@ -1,4 +1,4 @@
-"""How a proof is run: modules of checks, each row printed as it is measured, all of them at the end.
+"""How a proof is run: modules of checks, each row printed as it is measured, then all of them.
 
 `main` is behind `make prove-serve` and `make prove-service`. The exit status is 0 only when every
 row is ok.

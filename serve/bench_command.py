@@ -1,0 +1,104 @@
+"""The commands `bench serve` and `bench engine`: measure the running service, or the engine alone.
+
+Imported by the CLI when one of them is called.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+from rich.console import Console
+
+from cluster.options import Resolved, with_settings
+from serve.bench import Load, Slo, run, run_arrivals
+from serve.commands import KEY, service_url, unwell
+from serve.runfiles import RunFiles
+from serve.view import bench_table
+
+COUNT = click.IntRange(min=1)
+SECONDS = click.FloatRange(min=0, min_open=True)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group()
+def bench() -> None:
+    """Measure a load: `serve` over HTTP, `engine` in this process."""
+
+
+@bench.command("serve")
+@click.option("--requests", type=COUNT, default=16, show_default=True, help="Requests in all.")
+@click.option("--concurrency", type=COUNT, default=4, show_default=True, help="Requests at once.")
+@click.option("--prompt-tokens", type=COUNT, default=64, show_default=True, help="Prompt length.")
+@click.option("--max-tokens", type=COUNT, default=32, show_default=True, help="Answer length.")
+@click.option("--rate", type=SECONDS, help="Poisson arrivals per second instead of a closed loop.")
+@click.option("--trace", "trace_file", type=FILE, help="Arrivals and lengths from .csv or .jsonl.")
+@click.option("--speed", type=SECONDS, default=1.0, show_default=True, help="Of the trace.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the Poisson arrivals.")
+@click.option("--slo-first-s", type=SECONDS, default=None, help="Promised time to first token.")
+@click.option("--slo-gap-s", type=SECONDS, default=None, help="Promised mean gap of tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--plot", type=FILE, help="Also draw the latencies to this PNG.")
+@KEY
+@with_settings()
+def bench_serve(
+    resolved: Resolved, as_json: bool, plot: Path | None, key: str | None, **given: Any
+) -> None:
+    """Measure the running service: streamed completions, first token, gaps, goodput."""
+    files = RunFiles(Path(resolved.settings.data_dir))
+    if plot is not None:
+        from serve.plot import refuse_without_library
+
+        refuse_without_library()
+    try:
+        report = send(service_url(files), key, given)
+    except (httpx.HTTPError, RuntimeError) as error:
+        raise click.ClickException(unwell(files, str(error) or type(error).__name__)) from error
+    _show(report, as_json)
+    if plot is not None:
+        from serve.plot import draw
+
+        draw(report, plot)
+
+
+def send(url: str, key: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The load that the options describe. ValueError for options that exclude each other."""
+    from serve.arrivals import poisson, trace
+
+    rate, file = given["rate"], given["trace_file"]
+    endless = float("inf")
+    slo = Slo(given["slo_first_s"] or endless, given["slo_gap_s"] or endless)
+    lengths = given["prompt_tokens"], given["max_tokens"]
+    if rate is not None and file is not None:
+        raise ValueError("--rate and --trace both say when requests arrive; give one of them")
+    if file is not None:
+        return run_arrivals(url, trace(file, given["requests"], given["speed"]), key, slo)
+    if rate is not None:
+        return run_arrivals(
+            url, poisson(given["requests"], rate, *lengths, given["seed"]), key, slo
+        )
+    return run(url, Load(given["requests"], given["concurrency"], *lengths), key, slo)
+
+
+@bench.command("engine")
+@click.option("--streams", type=COUNT, default=4, show_default=True, help="Sequences at once.")
+@click.option("--prompt-tokens", type=COUNT, default=64, show_default=True, help="Prompt length.")
+@click.option("--max-tokens", type=COUNT, default=32, show_default=True, help="Answer length.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@with_settings("model")
+def bench_engine(
+    resolved: Resolved, streams: int, prompt_tokens: int, max_tokens: int, as_json: bool
+) -> None:
+    """Measure one engine in this process: no HTTP, no Ray, no hand-off."""
+    from serve.bench_engine import run_engine
+
+    load = Load(streams, streams, prompt_tokens, max_tokens)
+    _show(run_engine(resolved.settings, load), as_json)
+
+
+def _show(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        Console().print(bench_table(report))
