@@ -103,12 +103,14 @@ def schemathesis() -> Iterator[Row]:
 
 
 def narrowed(spec: dict[str, Any], model: str) -> dict[str, Any]:
-    """The description with `model` of every request fixed to one name."""
+    """The description with `model` of every request fixed to one name, and without `suffix`, which
+    is refused on purpose."""
 
     def walk(node: Any) -> None:
         if isinstance(node, dict):
             if "model" in node.get("properties", {}):
                 node["properties"]["model"] = {"type": "string", "enum": [model]}
+                node["properties"].pop("suffix", None)
             for child in node.values():
                 walk(child)
         elif isinstance(node, list):

@@ -1,16 +1,19 @@
 """The bench: arrivals, traces, goodput by hand, and a server of known delays as its oracle."""
 
 import json
+import random
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from serve.arrivals import Arrival
-from serve.bench import Load, Slo, Timing, report, run, run_arrivals
+from serve.arrivals import Arrival, poisson, trace
+from serve.bench import Load, Slo, Timing, quantiles, report, run, run_arrivals
 from serve.plot import draw
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -83,6 +86,57 @@ def test_goodput_by_hand():
         Timing(0.9, (0.1,), 1.0, 2, 0),
         Timing(0.2, (), 0.2, 1, 0),
     ]
+    made = report(timings, 2.0, Slo(0.5, 0.15))
+    assert (made["within_slo"], made["goodput_per_s"]) == (0.5, 1.0)
+    assert (made["requests_per_s"], made["output_tokens_per_s"]) == (2.0, 4.5)
+
+
+def test_quantiles_are_numpys():
+    values = [random.Random(n).expovariate(1) for n in range(57)]
+    wanted = dict(zip(("p50", "p90", "p99"), np.percentile(values, [50, 90, 99]), strict=True))
+    assert quantiles(values) == pytest.approx(wanted)
+
+
+def test_poisson_gaps_are_exponential_and_seeded():
+    made = poisson(20_000, 4.0, 10, 5, seed=3)
+    assert made == poisson(20_000, 4.0, 10, 5, seed=3) != poisson(20_000, 4.0, 10, 5, seed=4)
+    gaps = [b.at_s - a.at_s for a, b in zip(made, made[1:], strict=False)]
+    assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.03)
+    assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.03)
+    assert sum(gap > 0.25 for gap in gaps) / len(gaps) == pytest.approx(np.exp(-1), rel=0.03)
+
+
+def test_traces_of_both_kinds(tmp_path: Path):
+    azure = tmp_path / "a.csv"
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:05.9799600,31,0\n"
+    )
+    first, second = trace(azure, 9, speed=4)
+    assert first == Arrival(0, 4808, 10) and second[1:] == (31, 1)
+    assert second.at_s == pytest.approx(0.5)
+    mooncake = tmp_path / "m.jsonl"
+    mooncake.write_text('{"timestamp": 3000, "input_length": 7, "output_length": 2}\n' * 3)
+    assert trace(mooncake, 2) == [Arrival(0, 7, 2)] * 2
+    for name, text in (("x.txt", ""), ("b.csv", "TIMESTAMP\n"), ("c.jsonl", "{}\n")):
+        wrong = tmp_path / name
+        wrong.write_text(text)
+        with pytest.raises(ValueError, match=name):
+            trace(wrong, 3)
+
+
+@pytest.mark.data
+def test_the_real_traces_are_read():
+    files = [*DATA.glob("azure-llm/*.csv"), *DATA.glob("mooncake/*.jsonl")]
+    if not files:
+        pytest.skip("no ../shared/data/azure-llm and mooncake here")
+    for file in files:
+        made = trace(file, 500)
+        assert len(made) > 100 and made[0].at_s == 0
+        assert all(a.at_s <= b.at_s for a, b in zip(made, made[1:], strict=False))
+
+
+def test_the_picture_is_a_png(tmp_path: Path):
     timings = [Timing(0.1, (0.1,), 0.2, 2, 0), Timing(0.3, (0.1,), 0.4, 2, 0)]
     made = report(timings, 1.0, Slo(0.2, 1))
     draw(made, tmp_path / "p.png")
