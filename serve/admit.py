@@ -215,10 +215,12 @@ class Admission:
 
     def _sampling(self, body: GenerationRequest) -> Sampling:
         seed = self._chance.getrandbits(63) if body.seed is None else body.seed
+        top_p = 1.0 if body.top_p is None else float(body.top_p)
+        top_k = max(body.top_k or 0, 0)  # -1 is vLLM's way to say off
         return Sampling(
             temperature=1.0 if body.temperature is None else float(body.temperature),
-            top_k=max(body.top_k or 0, 0),  # -1 is vLLM's way to say off
-            top_p=1.0 if body.top_p is None else float(body.top_p),
+            top_k=top_k if top_p else 1,  # the smallest nucleus is the likeliest token alone
+            top_p=top_p or 1.0,
             min_p=float(body.min_p or 0.0),
             seed=seed,
             presence_penalty=float(body.presence_penalty or 0.0),

@@ -27,7 +27,7 @@ from serve.grammar.terms import Grammar
 from serve.tools import Called, NamedTool, Tool, ToolChoice, Tools, forced, written
 
 MAX_STOPS = 16
-MAX_CHOICES = 32
+MAX_CHOICES = 128  # as OpenAI's
 NOTHING: tuple[Any, ...] = (None,)
 EMPTY: tuple[Any, ...] = (None, [])
 
@@ -160,7 +160,7 @@ class GenerationRequest(Wire):
     max_tokens: Tokens | None = None
     min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = 0
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None

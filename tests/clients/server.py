@@ -7,6 +7,7 @@ answers are the real ones; only the tokens are made up, so that thousands of req
 import asyncio
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -43,7 +44,9 @@ class Words:
 
 def main(port: int) -> None:
     """Serve until killed."""
-    app = build_app(Words(), tiny_text_model(), EdgeSettings(MODEL))
+    text = tiny_text_model()
+    roomy = replace(text, config=replace(text.config, context_tokens=8192))
+    app = build_app(Words(), roomy, EdgeSettings(MODEL))
     uvicorn.run(app, port=port, log_level="error")
 
 

@@ -25,12 +25,25 @@ SPEC = ROOT.parent / "shared" / "data" / "openai" / "openapi-core.json"
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sanderling-oracles"
 STREAMS = 64
 # base64 is an answer that the description does not know, though OpenAI gives it; an answer of no
-# tokens, the best of none and a completion of nothing are refused with a sentence.
+# tokens, the best of none, and a completion or embedding of nothing are refused with a sentence.
 NARROWED = {
     "encoding_format": {"type": "string", "enum": ["float"]},
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": 100},
     "best_of": {"type": "integer", "minimum": 1, "maximum": 4},
     "prompt": {"type": "string", "minLength": 1, "maxLength": 40},
+    "user": {"type": ["string", "null"]},  # null is "not given", as it is elsewhere
+    "input": {
+        "anyOf": [
+            {"type": "string", "minLength": 1, "maxLength": 40},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+            {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0, "maximum": 99},
+                "minItems": 1,
+                "maxItems": 64,
+            },
+        ]
+    },
 }
 # The description documents only 200 and 429, and no event stream for completions.
 EXCLUDED = {
@@ -131,6 +144,8 @@ def narrowed(spec: dict[str, Any], model: str) -> dict[str, Any]:
     for name, schema in spec["components"]["schemas"].items():
         if name.endswith("Request"):
             walk(schema)
+    # Only beside `stream`, which the description of completions cannot say and OpenAI holds to.
+    del spec["components"]["schemas"]["CreateCompletionRequest"]["properties"]["stream_options"]
     return spec
 
 
