@@ -51,7 +51,7 @@ class EmbeddingRequest(Wire):
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_inputs)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Tokens = 0
-    user: Label = ""
+    user: Label | None = None
 
 
 async def embed_all(

@@ -103,7 +103,7 @@ def message(**fields: object) -> dict[str, object]:
         ({**CHAT, "stop": ["a", 1]}, "stop", "list of strings"),
         ({**CHAT, "stop_token_ids": [1, "a"]}, "stop_token_ids[1]", "integer"),
         ({**CHAT, "n": 0}, "n", "greater than or equal to 1"),
-        ({**CHAT, "n": 129}, "n", "less than or equal to 32"),
+        ({**CHAT, "n": 129}, "n", "less than or equal to 128"),
         ({**CHAT, "logprobs": 1}, "logprobs", "boolean"),
         ({**CHAT, "top_logprobs": 2}, "top_logprobs", "'logprobs' is true"),
         ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "equal to 20"),

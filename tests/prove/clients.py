@@ -29,7 +29,7 @@ STREAMS = 64
 NARROWED = {
     "encoding_format": {"type": "string", "enum": ["float"]},
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": 100},
-    "best_of": {"type": "integer", "minimum": 1, "maximum": 4},
+    "stop": {"anyOf": [{"type": "string", "minLength": 1}, {"type": "null"}]},  # up to 16 here
     "prompt": {"type": "string", "minLength": 1, "maxLength": 40},
     "user": {"type": ["string", "null"]},  # null is "not given", as it is elsewhere
     "input": {
@@ -144,8 +144,9 @@ def narrowed(spec: dict[str, Any], model: str) -> dict[str, Any]:
     for name, schema in spec["components"]["schemas"].items():
         if name.endswith("Request"):
             walk(schema)
-    # Only beside `stream`, which the description of completions cannot say and OpenAI holds to.
-    del spec["components"]["schemas"]["CreateCompletionRequest"]["properties"]["stream_options"]
+    # What depends on another field (stream, n), which the description cannot say.
+    for field in ("stream_options", "best_of"):
+        del spec["components"]["schemas"]["CreateCompletionRequest"]["properties"][field]
     return spec
 
 
