@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import BaseModel
 
 from serve.calls import ToolCall
+from serve.echo import Echo
 from serve.spell import ShownToken, Spelled
 
 
@@ -46,8 +47,8 @@ class TextLogprobs(BaseModel):
     """Parallel lists, one entry per token; text_offset in characters."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
     text_offset: list[int]
 
 
@@ -137,17 +138,24 @@ def _chat_token(spelled: Spelled) -> dict[str, Any]:
     return {"token": spelled.text, "logprob": spelled.logprob, "bytes": list(spelled.raw)}
 
 
-def text_logprobs(tokens: Sequence[ShownToken]) -> TextLogprobs | None:
-    """The tokens in the shape of completions; None for none."""
+def text_logprobs(tokens: Sequence[ShownToken], before: int = 0) -> TextLogprobs | None:
+    """The tokens in the shape of completions; None for none. before: characters of the text that
+    come before all of them."""
     if not tokens:
         return None
     return TextLogprobs(
         tokens=[shown.token.text for shown in tokens],
         token_logprobs=[shown.token.logprob for shown in tokens],
-        # Two halves of characters may read alike: the likelier one comes last, and stays.
-        top_logprobs=[{o.text: o.logprob for o in reversed(shown.top)} for shown in tokens],
-        text_offset=[shown.offset for shown in tokens],
+        top_logprobs=[_top(shown) for shown in tokens],
+        text_offset=[before + shown.offset for shown in tokens],
     )
+
+
+def _top(shown: ShownToken) -> dict[str, float | None] | None:
+    if shown.token.logprob is None:
+        return None
+    # Two halves of characters may read alike: the likelier one comes last, and stays.
+    return {other.text: other.logprob for other in reversed(shown.top)}
 
 
 def _message(text: str, calls: Sequence[ToolCall]) -> AnswerMessage:
@@ -264,10 +272,12 @@ class CompletionFormat:
     """Objects of /v1/completions. echo: what each text begins with."""
 
     head: Head
-    echo: str = ""
+    echo: Echo = Echo()
 
     def opening(self, index: int = 0) -> Answer | None:
-        return self.chunk(self.echo, None, (), index) if self.echo else None
+        if not self.echo.text:
+            return None
+        return self._chunk(self.echo.text, None, text_logprobs(self.echo.tokens), index)
 
     def chunk(
         self,
@@ -277,9 +287,7 @@ class CompletionFormat:
         index: int = 0,
         calls: Sequence[ToolCall] = (),
     ) -> Answer:
-        logprobs = text_logprobs(tokens)
-        choice = TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
-        return self.head.write("text_completion", [choice])
+        return self._chunk(text, finish, text_logprobs(tokens, len(self.echo.text)), index)
 
     def usage(self, usage: Usage) -> Answer:
         return self.head.write("text_completion", [], usage)
@@ -288,10 +296,25 @@ class CompletionFormat:
         choices = [
             TextChoice(
                 index=index,
-                text=self.echo + text,
-                logprobs=text_logprobs(tokens),
+                text=self.echo.text + text,
+                logprobs=self._whole_logprobs(tokens),
                 finish_reason=finish,
             )
             for index, (text, finish, tokens, _) in enumerate(made)
         ]
         return self.head.write("text_completion", choices, usage, whole=True)
+
+    def _whole_logprobs(self, tokens: Sequence[ShownToken]) -> TextLogprobs | None:
+        before = len(self.echo.text)
+        moved = [shown._replace(offset=before + shown.offset) for shown in tokens]
+        return text_logprobs([*self.echo.tokens, *moved])
+
+    def _chunk(
+        self,
+        text: str,
+        finish: FinishReason | None,
+        logprobs: TextLogprobs | None,
+        index: int,
+    ) -> Answer:
+        choice = TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
+        return self.head.write("text_completion", [choice])

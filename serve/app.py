@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.clock import WallClock
 from cluster.settings import Settings
-from serve.access import configure
+from serve.access import Traces, configure
 from serve.actors import RayDecodeClient, watch
 from serve.backlog import Backlog
 from serve.follow import follow
@@ -31,6 +31,15 @@ def model_name(settings: Settings) -> str:
 def context_tokens(settings: Settings) -> int:
     """The longest prompt and answer together that every replica's pages can hold."""
     return settings.engine.kv_tokens
+
+
+def traces(settings: Settings) -> Traces | None:
+    """What sends traces to observe.otlp_endpoint; None, and nothing imported, where it is empty."""
+    if not settings.observe.otlp_endpoint:
+        return None
+    from serve.trace import Tracer
+
+    return Tracer(settings.observe.otlp_endpoint, model_name(settings))
 
 
 class IngressDeployment:
@@ -67,7 +76,7 @@ class IngressDeployment:
             max_body_bytes=self.settings.http.max_body_bytes,
             keys=self.keys,
         )
-        return build_app(self.ingress, self.text, edge)
+        return build_app(self.ingress, self.text, edge, traces=traces(self.settings))
 
 
 def application(settings: Settings) -> Any:

@@ -124,6 +124,13 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
 
 
+def stream_times(url: str, question: str, terms: dict[str, Any]) -> Iterator[float]:
+    """When each piece of one streamed answer arrived (time.perf_counter)."""
+    for event in _events(url, question, terms, None):
+        if event["choices"] and event["choices"][0]["delta"].get("content"):
+            yield time.perf_counter()
+
+
 def _time(url: str, number: int, load: Load, key: str | None, due_s: float | None = None) -> Timing:
     words = [WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(load.prompt_tokens)]
     body = {"max_tokens": load.max_tokens, "ignore_eos": True, "seed": number}

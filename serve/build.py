@@ -22,6 +22,7 @@ from serve.kv.pool import PagePool
 from serve.kv.prefix import PrefixTree
 from serve.kv.storage import KVShape, KVStorage
 from serve.peers import PrefillPeers
+from serve.prefixes import placed_prefixes
 from serve.transport import open_transport
 
 if TYPE_CHECKING:
@@ -127,7 +128,11 @@ def decode_replica(
         made,
         storage,
         open_transport(settings.handoff.transport),
-        PrefillPeers(connect, deadline_s=settings.handoff.deadline_s),
+        PrefillPeers(
+            connect,
+            prefixes=placed_prefixes(settings),
+            deadline_s=settings.handoff.deadline_s,
+        ),
         min_remote_tokens=settings.handoff.min_tokens,
         clock=clock,
     )

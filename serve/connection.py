@@ -6,6 +6,7 @@ Called by http.py.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -15,7 +16,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.errors import RequestError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+STALLED_S = 60.0  # a stream that takes nothing for so long is nobody's any more
 
 
 class ClientGone(Exception):
@@ -78,13 +81,17 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         close: Callable[[], Awaitable[None]],
         headers: dict[str, str],
+        stalled_s: float = STALLED_S,
     ) -> None:
+        """stalled_s: a client that takes nothing for so long is let go. Until then its events wait
+        here and the tokens behind them at the ingress, never more than it asked for."""
         # no-cache and no buffering: proxies would otherwise hold events back
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
         super().__init__(None, 200, headers, self.media_type)
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._stalled_s = stalled_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -98,5 +105,16 @@ class EventStream(Response):
         await send(start)
         async with contextlib.aclosing(self._events) as events:
             async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await self._give(
+                    {"type": "http.response.body", "body": event, "more_body": True}, send
+                )
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _give(self, message: Message, send: Send) -> None:
+        """Send, which waits while the client's side of the connection is full."""
+        try:
+            async with asyncio.timeout(self._stalled_s):
+                await send(message)
+        except TimeoutError:
+            log.info("a client took nothing for %g s and was let go", self._stalled_s)
+            raise ClientGone from None

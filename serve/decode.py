@@ -210,7 +210,8 @@ class DecodeReplica:
 
     async def _remote_pays(self, sequence: Sequence) -> bool:
         """Whether a prefill replica should compute the prompt."""
-        if sequence.request.embed or not self.peers.any():
+        wants_token = not sequence.request.embed and sequence.request.score is None
+        if not wants_token or not self.peers.any():
             return False
         tokens, key = sequence.tokens(0, len(sequence)), sequence.request.cache_key
         cached = await between_steps(self.loop, lambda e: e.scheduler.tree.peek(key, tokens))

@@ -25,12 +25,13 @@ from starlette.routing import Route
 
 from cluster.clock import Clock, WallClock
 from models.load.text import TextModel
-from serve.access import MEASURED, AccessLog
+from serve.access import MEASURED, AccessLog, Traces
 from serve.admit import Admission, Caller
 from serve.answers import ChatFormat, CompletionFormat, Format, Head, Model, ModelList
 from serve.calls import CallReader
 from serve.choices import Choices, frames, whole
-from serve.connection import ClientGone, EventStream, read_body, until_gone
+from serve.connection import STALLED_S, ClientGone, EventStream, read_body, until_gone
+from serve.echo import Echo, scored
 from serve.embeddings import EmbeddingRequest, answer, embed_all
 from serve.engine.sequence import Request
 from serve.errors import RequestError
@@ -59,6 +60,7 @@ class EdgeSettings:
     probe_deadline_s: float = 10.0
     status_deadline_s: float = 2.0
     close_deadline_s: float = 10.0
+    stalled_s: float = STALLED_S
     keys: KeyRing = KeyRing()
 
 
@@ -69,6 +71,7 @@ def build_app(
     *,
     chance: random.Random | None = None,
     clock: Clock | None = None,
+    traces: Traces | None = None,
 ) -> Starlette:
     """The app. chance (seeds, ids) and clock (latencies) default to the system's."""
     own = text_model.config.context_tokens
@@ -81,12 +84,14 @@ def build_app(
         chance=chance or random.SystemRandom(),
         clock=clock,
     )
+    if traces is not None:
+        service = traces.watch(service)
     edge = Edge(
         service, text_model, settings, admission, EdgeMetrics(settings.model, context_tokens, clock)
     )
     app = Starlette(
         routes=edge.routes(),
-        middleware=[Middleware(AccessLog, clock=clock)],
+        middleware=[Middleware(AccessLog, clock=clock, traces=traces)],
         exception_handlers={
             RequestError: edge.on_request_error,
             HTTPException: edge.on_http_error,
@@ -94,6 +99,7 @@ def build_app(
             ClientGone: edge.on_client_gone,
             Exception: edge.on_fault,
         },
+        lifespan=None if traces is None else traces.lifespan,
     )
     app.router.redirect_slashes = False  # a wrong path is a 404, not a redirect
     return app
@@ -145,9 +151,16 @@ class Edge:
         body = await read_body(http, self.settings.max_body_bytes)
         parsed = parse(CompletionRequest, body)
         request = await _encode(body, lambda: self.admission.completion(parsed, caller))
-        echo = self.admission.echo(parsed) if parsed.echo else ""
+        echo = await self._echo(http, parsed, request) if parsed.echo else Echo()
         form = CompletionFormat(self._head(parsed, request), echo)
         return await self._generate(http, parsed, request, form)
+
+    async def _echo(self, http: HttpRequest, parsed: CompletionRequest, request: Request) -> Echo:
+        """The prompt again, scored where log-probabilities are reported."""
+        text = self.admission.echo(parsed)
+        if request.logprobs is None:
+            return Echo(text)
+        return await until_gone(http.receive, scored(self.service, request, self._tokenizer, text))
 
     def _caller(self, http: HttpRequest) -> Caller:
         """Who asks; RequestError 401 where a key is wanted and none that is known was sent."""
@@ -196,6 +209,8 @@ class Edge:
             request = replace(request, logprobs=0)  # the best are the likeliest
         requests = self.admission.choices(request, parsed.choices)
         measured = [self._measured(one, len(requests)) for one in requests]
+        for other in measured[1:]:
+            other.prompt_counted = True  # the choices have one prompt
         http.scope[MEASURED] = measured
         readers = [_reader(parsed, one) for one in requests]
         choices = Choices(list(map(self._generation, requests, measured, readers)))
@@ -206,7 +221,7 @@ class Edge:
             if parsed.stream:
                 stack.pop_all()  # the response closes the generation from here on
                 events = frames(choices, form, parsed.include_usage)
-                return EventStream(events, choices.aclose, headers)
+                return EventStream(events, choices.aclose, headers, self.settings.stalled_s)
             answer = await until_gone(
                 http.receive, whole(choices, form, shown, parsed.reported_logprobs is not None)
             )

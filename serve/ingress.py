@@ -25,7 +25,7 @@ from serve.engine.cost import StepCost
 from serve.engine.sequence import Delta, Output, Request, Sequence
 from serve.errors import RequestError, refuse
 from serve.events import Events
-from serve.prefixes import PlacedPrefixes
+from serve.prefixes import Guesses, PlacedPrefixes
 from serve.probe import probe_request
 from serve.record import Link, Record
 from serve.route import Choice, cheapest
@@ -62,7 +62,7 @@ class Ingress:
         self.directory = Directory()
         self.backlog = backlog or Backlog(sys.maxsize, sys.maxsize, clock)
         self.resumed = 0
-        self.routed = {"hit": 0, "miss": 0}  # placements with and without a known prefix
+        self.guesses = Guesses()
         self.events = Events(clock)
         self._totals = Totals()
         self._records: dict[str, Record] = {}
@@ -149,7 +149,7 @@ class Ingress:
             "requests": len(self._records),
             "resumed": self.resumed,
             "queued": self.backlog.report(),
-            "routed": dict(self.routed),
+            "routed": asdict(self.guesses),
             "replicas": [asdict(entry) for entry in self.directory.entries],
             "trouble": self.directory.trouble,
             "events": self.events.listed(),
@@ -160,6 +160,8 @@ class Ingress:
                 **self.events.counters(),
                 "placed_tokens": float(self._load_tokens.total()),
                 "queued_tokens": float(self.backlog.tokens),
+                "prefix_expected_tokens": float(self.guesses.expected_tokens),
+                "prefix_found_tokens": float(self.guesses.found_tokens),
             },
         }
 
@@ -218,6 +220,7 @@ class Ingress:
         named = replace(record.sequence.request, request_id=call_id)
         # Set first: tokens may arrive before the answer to the call does.
         record.replica_id, record.call_id = replica_id, call_id
+        record.expected_tokens = None if record.sequence.output else choice.cached_tokens
         answer_tokens = min(record.sequence.request.limits.max_tokens, ANSWER_TOKENS)
         record.load_tokens = round(choice.prefill_cost) + answer_tokens
         self._load_tokens[replica_id] += record.load_tokens
@@ -228,7 +231,7 @@ class Ingress:
                 await link.client.submit(payload, link.name)
             self.prefixes.note(replica_id, hashes)
             if hashes:  # a prompt of less than a page has no prefix to find
-                self.routed["hit" if choice.cached_tokens else "miss"] += 1
+                self.guesses.placed(choice.cached_tokens)
         except (Draining, ReplicaLost):
             self._release(record)
             raise
@@ -310,6 +313,9 @@ class Ingress:
         output.extend(fresh)
         record.futile_moves = 0
         record.sequence.cached_tokens = item.delta.cached_tokens
+        if record.expected_tokens is not None:
+            self.guesses.found(record.expected_tokens, item.delta.cached_tokens)
+            record.expected_tokens = None
         logprobs = item.delta.logprobs[known:]
         record.events.put_nowait(replace(item.delta, token_ids=tuple(fresh), logprobs=logprobs))
         self._last_token_s = self.clock.now_s()

@@ -57,6 +57,12 @@ STATUS_METRICS = {
     "replicas_drained": _own(CounterMetricFamily, "Replicas that were drained."),
     "placed_tokens": _own(GaugeMetricFamily, "Tokens of the requests that replicas have."),
     "queued_tokens": _own(GaugeMetricFamily, "Prompt tokens that wait for their first token."),
+    "prefix_expected_tokens": _own(
+        CounterMetricFamily, "Prompt tokens that routes were chosen for, believed cached there."
+    ),
+    "prefix_found_tokens": _own(
+        CounterMetricFamily, "Prompt tokens of routed requests that a prefix cache really had."
+    ),
     "leases": _own(GaugeMetricFamily, "Handed-off prompts whose receiver has not confirmed."),
     "handoff_bytes": _own(CounterMetricFamily, "KV bytes received by decode replicas."),
     "remote_prefills": _own(CounterMetricFamily, "Prompts computed by prefill replicas."),
@@ -189,10 +195,21 @@ class RequestMetrics:
         self.tokens = 0
         self.ttft_s: float | None = None
         self.reason = "abort"
+        self.prompt_counted = False  # by another choice of the same prompt
         self._started_s = self._last_s = metrics.clock.now_s()
         metrics.max_tokens.observe(max_tokens)
         metrics.n.observe(choices)
         metrics.open.inc()
+
+    @property
+    def started_s(self) -> float:
+        """When it was admitted, by the metrics' clock."""
+        return self._started_s
+
+    @property
+    def last_s(self) -> float:
+        """When its last delta arrived; before the first one, when it was admitted."""
+        return self._last_s
 
     def delta(self, tokens: int) -> None:
         """A delta arrived: the first one, or another step of the decode."""
@@ -200,7 +217,7 @@ class RequestMetrics:
         if self.ttft_s is None:
             self.ttft_s = now_s - self._started_s
             self._metrics.ttft.observe(self.ttft_s)
-            self._metrics.prompt_tokens.inc(self.prompt_tokens)
+            self._metrics.prompt_tokens.inc(0 if self.prompt_counted else self.prompt_tokens)
         else:
             self._metrics.inter_token.observe(now_s - self._last_s)
         self._last_s = now_s

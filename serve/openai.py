@@ -303,7 +303,7 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = False
     # Accepted with a neutral value only.
@@ -316,9 +316,6 @@ class CompletionRequest(GenerationRequest):
         if self.stream and self.choices > (self.n or 1):
             text = "above 'n' is not accepted with 'stream': the best is known at the end only"
             raise mistyped(text, ".best_of")
-        if self.echo and self.logprobs is not None:
-            text = "with 'logprobs' is not supported: the prompt's tokens are not scored"
-            raise mistyped(text, ".echo")
         return self
 
     @property

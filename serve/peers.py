@@ -12,16 +12,22 @@ from typing import Any
 
 from serve.clients import ConnectPrefill, PrefillClient, ReplicaLost
 from serve.directory import Directory
+from serve.engine.cost import StepCost
 from serve.engine.sequence import Sequence
-from serve.route import least_loaded
+from serve.prefixes import PlacedPrefixes
+from serve.route import cheapest
 from serve.transport import HandoffLost, PrefillReply
 
 
 class PrefillPeers:
     """Follows the directory; one client per ready prefill replica."""
 
-    def __init__(self, connect: ConnectPrefill, *, deadline_s: float) -> None:
+    def __init__(
+        self, connect: ConnectPrefill, *, prefixes: PlacedPrefixes, deadline_s: float
+    ) -> None:
+        """prefixes: what this decode replica had computed where; other callers' it cannot know."""
         self.connect = connect
+        self.prefixes = prefixes
         self.deadline_s = deadline_s
         self._clients: dict[str, PrefillClient] = {}
         self._load_tokens: Counter[str] = Counter()
@@ -33,6 +39,7 @@ class PrefillPeers:
         ready = {entry.replica_id for entry in directory.ready("prefill")}
         for replica_id in set(self._clients) - ready:
             del self._clients[replica_id]
+            self.prefixes.forget(replica_id)
         for replica_id in ready - set(self._clients):
             self._clients[replica_id] = self.connect(replica_id)
 
@@ -43,24 +50,30 @@ class PrefillPeers:
     async def prefill(self, sequence: Sequence) -> PrefillReply | None:
         """The prompt's KV from `sequence.computed_tokens` on, on offer by some replica.
 
-        None when no replica could do it; the caller then computes the prompt itself. Whoever gets
-        a reply acknowledges its lease in the end.
+        The replica is the one that would be done first: what it computed for us before, it has
+        cached. None when no replica could do it; the caller then computes the prompt itself.
+        Whoever gets a reply acknowledges its lease in the end.
         """
-        skip = sequence.computed_tokens
+        tokens = sequence.tokens(0, len(sequence))
+        hashes = self.prefixes.hashes(sequence.request.cache_key, tokens)
         tried: set[str] = set()
         while True:
             candidates = [r for r in self._clients if r not in tried]
-            replica_id = least_loaded(candidates, self._load_tokens)
-            if replica_id is None:
+            cached = {r: self.prefixes.cached_tokens(r, hashes) for r in candidates}
+            choice = cheapest(candidates, self._load_tokens, cached, len(tokens), StepCost())
+            if choice is None:
                 return None
+            replica_id, load_tokens = choice.replica_id, round(choice.prefill_cost)
             tried.add(replica_id)
-            self._load_tokens[replica_id] += len(sequence) - skip
+            self._load_tokens[replica_id] += load_tokens
             try:
-                return await self._ask(replica_id, sequence, skip)
+                reply = await self._ask(replica_id, sequence, sequence.computed_tokens)
+                self.prefixes.note(replica_id, hashes)
+                return reply
             except (ReplicaLost, HandoffLost, TimeoutError, ValueError):
                 continue  # gone, too slow or too small: the next one, or nobody
             finally:
-                self._load_tokens[replica_id] -= len(sequence) - skip
+                self._load_tokens[replica_id] -= load_tokens
                 if not self._load_tokens[replica_id]:
                     del self._load_tokens[replica_id]
 

@@ -3,12 +3,14 @@
 A hash stands for a whole page and for all before it, under one cache key, so tenants never see each
 other's prefixes. It is a guess about the replica's cache and may be wrong either way; that costs
 time, never a token. A replica is remembered for as many pages as it can hold, least recently
-placed first to go. Called by the ingress. No torch.
+placed first to go. Called by the ingress of decode replicas, and by a decode replica of prefill
+replicas. No torch.
 """
 
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from cluster.settings import Settings
@@ -28,6 +30,27 @@ def page_hashes(key: CacheKey, tokens: Sequence[int], page_tokens: int) -> list[
         chain = blake2b(here, key=chain, digest_size=HASH_BYTES).digest()
         hashes.append(chain)
     return hashes
+
+
+@dataclass
+class Guesses:
+    """Placements with a known prefix and without, and over all requests whose first token came:
+    prompt tokens that were believed cached at the replica chosen, and that a cache there had."""
+
+    hit: int = 0
+    miss: int = 0
+    expected_tokens: int = 0
+    found_tokens: int = 0
+
+    def placed(self, cached_tokens: int) -> None:
+        """A request was placed where so much of it was believed cached."""
+        self.hit += cached_tokens > 0
+        self.miss += cached_tokens == 0
+
+    def found(self, expected_tokens: int, cached_tokens: int) -> None:
+        """Its first token came, and said what had been cached."""
+        self.expected_tokens += expected_tokens
+        self.found_tokens += cached_tokens
 
 
 class PlacedPrefixes:

@@ -12,13 +12,15 @@ class Record:
     """A request under way: what was delivered, which replica has it, what waits to be read.
 
     call_id: what that replica knows the request by. An event of None means: that replica is out of
-    it, go on elsewhere. futile_moves counts those since the last token.
+    it, go on elsewhere. futile_moves counts those since the last token. expected_tokens: of the
+    prompt, that this replica was thought to have cached; None once it is known what it had.
     """
 
     sequence: Sequence
     replica_id: str | None = None
     call_id: str = ""
     load_tokens: int = 0
+    expected_tokens: int | None = None
     futile_moves: int = 0
     events: asyncio.Queue[Delta | None] = field(default_factory=asyncio.Queue)
     finished: bool = False

@@ -18,11 +18,6 @@ class Choice(NamedTuple):
     prefill_cost: float
 
 
-def least_loaded(replica_ids: Sequence[str], load_tokens: Mapping[str, int]) -> str | None:
-    """The replica with the fewest tokens outstanding, by name among equals; None without any."""
-    return min(replica_ids, key=lambda r: (load_tokens.get(r, 0), r), default=None)
-
-
 def cheapest(
     replica_ids: Sequence[str],
     load_tokens: Mapping[str, int],

@@ -37,19 +37,23 @@ def _row(item: Output | Moved) -> list[Any]:
     if isinstance(item, Moved):
         return [item.request_id]
     d = item.delta
-    logprobs = [[entry.logprob, entry.top] for entry in d.logprobs]
-    terms = [d.finish, d.stop, d.cached_tokens, d.error, logprobs, d.embedding]
+    reported = [[[entry.logprob, entry.top] for entry in each] for each in (d.logprobs, d.scores)]
+    terms = [d.finish, d.stop, d.cached_tokens, d.error, *reported, d.embedding]
     return [item.request_id, item.index, d.token_ids, *terms]
 
 
 def _item(row: list[Any]) -> Output | Moved:
     if len(row) == 1:
         return Moved(row[0])
-    request_id, index, ids, finish, stop, cached, error, reported, embedding = row
-    logprobs = tuple(
-        TokenLogprob(logprob, tuple((token, value) for token, value in top))
-        for logprob, top in reported
-    )
+    request_id, index, ids, finish, stop, cached, error, reported, scored, embedding = row
+    logprobs, scores = _logprobs(reported), _logprobs(scored)
     end = cast(Finish | None, finish)
-    delta = Delta(tuple(ids), end, stop, cached, error, logprobs, tuple(embedding))
+    delta = Delta(tuple(ids), end, stop, cached, error, logprobs, tuple(embedding), scores)
     return Output(request_id, index, delta)
+
+
+def _logprobs(rows: list[Any]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(logprob, tuple((token, value) for token, value in top))
+        for logprob, top in rows
+    )

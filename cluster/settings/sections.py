@@ -7,6 +7,7 @@ quote the bounds. The full list of names is frozen by tests/house/test_knobs.py.
 import hashlib
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -185,6 +186,31 @@ class ObserveSettings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least important log lines that are written."
     )
+    otlp_endpoint: str = Field(
+        "",
+        description="OTLP/HTTP endpoint that traces are sent to, e.g. http://collector:4318. "
+        "Empty: none.",
+    )
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "ObserveSettings":
+        if self.otlp_endpoint and not _is_http_url(self.otlp_endpoint):
+            raise ValueError(
+                f"observe.otlp_endpoint = {self.otlp_endpoint!r} is no URL that traces can be sent "
+                "to; http://host:port or https://host:port is accepted, and nothing for no traces"
+            )
+        return self
+
+
+def _is_http_url(text: str) -> bool:
+    """With a host, a port that exists if it names one, and nothing behind the path."""
+    try:
+        url = urlsplit(text)
+        in_range = url.port is None or url.port > 0
+    except ValueError:
+        return False
+    plain = text.isprintable() and " " not in text and not url.query and not url.fragment
+    return url.scheme in ("http", "https") and bool(url.hostname) and in_range and plain
 
 
 class Settings(Section):

@@ -17,6 +17,7 @@ from serve.engine.logprobs import report
 from serve.engine.runner import Runner
 from serve.engine.sampler import Draw, sample
 from serve.engine.scheduler import Scheduler, Slice
+from serve.engine.scores import Scores
 from serve.engine.sequence import Delta, Finish, Output, Sequence, TokenLogprob
 from serve.engine.stats import EngineStats
 from serve.engine.stops import StopMatcher
@@ -59,6 +60,7 @@ class Engine:
         self.grammars = grammars
         self._stops: dict[str, _StopText] = {}
         self._matchers: dict[str, Matcher] = {}
+        self.scores = Scores()
         self._arrivals = 0
         self.prompt_tokens = self.generated_tokens = self.steps = 0
         self.progressed = True  # False when the last step found sequences but no pages for them
@@ -69,7 +71,7 @@ class Engine:
         self.progressed = bool(slices)
         if not slices:
             return []
-        logits, states = self.runner.run(slices)
+        logits, states = self.scores.take(slices, self.runner.run(slices))
         sampling = [piece for piece in slices if piece.samples]
         tokens = sample(logits, [self._draw(piece.sequence) for piece in sampling])
         logprobs = report(logits, tokens, [p.sequence.request.logprobs for p in sampling])
@@ -77,8 +79,8 @@ class Engine:
         self.steps += 1
         made = zip(sampling, tokens, logprobs, states, strict=True)
         return [
-            self._embed(piece.sequence, state)
-            if piece.sequence.request.embed
+            self._end_of_prompt(piece.sequence, state)
+            if piece.sequence.request.embed or piece.sequence.request.score is not None
             else self._emit(piece.sequence, token, logprob)
             for piece, token, logprob, state in made
         ]
@@ -255,10 +257,13 @@ class Engine:
             self._leave(sequence, keep_pages=sequence.hold)
         return Output(sequence.request_id, index, delta)
 
-    def _embed(self, sequence: Sequence, state: Tensor) -> Output:
-        """End a sequence that asked for its embedding and for no token."""
+    def _end_of_prompt(self, sequence: Sequence, state: Tensor) -> Output:
+        """End a sequence that asked for its embedding or its scores, and for no token."""
+        scores = self.scores.pop(sequence.request_id)
         self._leave(sequence)
-        delta = Delta((), "stop", None, sequence.cached_tokens, embedding=unit(state))
+        embedding = unit(state) if sequence.request.embed else ()
+        cached = sequence.cached_tokens
+        delta = Delta((), "stop", None, cached, embedding=embedding, scores=scores)
         return Output(sequence.request_id, 0, delta)
 
     def _finish(self, sequence: Sequence, token: int) -> tuple[Finish | None, str | None]:
@@ -282,6 +287,7 @@ class Engine:
         self._stops.pop(request_id, None)
         self.scheduler.siblings.leave(sequence)
         self._matchers.pop(request_id, None)
+        self.scores.pop(request_id)
         del self.sequences[request_id]
         if keep_pages:
             self.held[request_id] = sequence

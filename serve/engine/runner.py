@@ -18,7 +18,8 @@ from serve.kv.storage import KVStorage
 
 
 class Rows(NamedTuple):
-    """Of the R slices with `samples`: logits [R, vocab] float32, final states [R, hidden]."""
+    """Of the last `rows` tokens of each slice, R in all: logits [R, vocab] float32, final states
+    [R, hidden]."""
 
     logits: Tensor
     states: Tensor
@@ -28,7 +29,7 @@ class Runner(Protocol):
     """Computes a step's slices."""
 
     def run(self, slices: list[Slice]) -> Rows:
-        """The rows of the slices with `samples`, in order; K/V of every slice's tokens written to
+        """The rows that the slices want, in order; K/V of every slice's tokens written to
         its pages."""
         ...
 
@@ -67,7 +68,8 @@ def token_batch(slices: list[Slice]) -> TokenBatch:
         positions += range(piece.start, piece.stop)
         slots.append(table.slots(piece.start, piece.stop))
         starts.append(len(ids))
-    rows = [stop - 1 for piece, stop in zip(slices, starts[1:], strict=True) if piece.samples]
+    ends = zip(slices, starts[1:], strict=True)
+    rows = [row for piece, stop in ends for row in range(stop - piece.rows, stop)]
     return TokenBatch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),

@@ -34,6 +34,13 @@ class Slice:
         """Whether the slice reaches the sequence's end, so that a new token follows."""
         return self.stop == len(self.sequence)
 
+    @property
+    def rows(self) -> int:
+        """Of how many of its last tokens the logits are wanted."""
+        if self.sequence.request.score is not None:
+            return self.stop - self.start
+        return int(self.samples)
+
 
 AGEING_STEPS = 128  # some seconds on a busy machine: a level is a head start, not a wall
 
@@ -207,7 +214,9 @@ class Scheduler:
         shared = self.siblings.shared_pages(sequence)
         if shared:
             return wanted - shared <= self.pool.free_pages + self.tree.evictable_pages
-        if wanted <= self.pool.free_pages + self.tree.evictable_pages or not self.prefix_cache:
+        if wanted <= self.pool.free_pages + self.tree.evictable_pages or not self._may_match(
+            sequence
+        ):
             return wanted <= self.pool.free_pages + self.tree.evictable_pages
         # Cached pages need no room, but those that only the tree owns stop being evictable.
         tokens = sequence.tokens(0, len(sequence))
@@ -225,7 +234,7 @@ class Scheduler:
             if not sequence.output:
                 sequence.cached_tokens = sequence.computed_tokens
             return
-        if not self.prefix_cache:
+        if not self._may_match(sequence):
             sequence.table = PageTable(self.pool)
             return
         match = self.tree.match(sequence.request.cache_key, sequence.tokens(0, len(sequence)))
@@ -233,6 +242,10 @@ class Scheduler:
         sequence.computed_tokens = match.tokens
         if not sequence.output:
             sequence.cached_tokens = match.tokens
+
+    def _may_match(self, sequence: Sequence) -> bool:
+        """Cached pages hold no logits: a prompt that is to be scored is computed whole."""
+        return self.prefix_cache and sequence.request.score is None
 
     def _grow(self, table: PageTable, start: int, stop: int) -> bool:
         """Slots that this table alone may write for positions [start, stop), evicting from the

@@ -57,7 +57,8 @@ class Request:
     requests of one and the same prompt have in common, whose pages they then share; "" for none.
     share, turn: the tenant's weight, and the place among equal priorities that it earns (backlog).
     grammar: what the answer must look like; None for anything. embed: no token is wanted but the
-    embedding of the prompt, on the last delta.
+    embedding of the prompt, on the last delta. score: no token is wanted but how likely the
+    prompt's own tokens are, with so many of the likeliest in each place; None for an answer.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class Request:
     turn: float = 0.0
     grammar: Grammar | None = None
     embed: bool = False
+    score: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Delta:
     finish: None while it goes on. stop: the stop string that matched, if one did.
     cached_tokens: prompt tokens that came from a prefix cache (constant from the first delta on).
     error: a sentence, with finish "error" only. logprobs: one per token, where asked for.
-    embedding: of the prompt, where it was asked for; then there are no tokens.
+    embedding: of the prompt, where it was asked for; then there are no tokens. scores: of the
+    prompt's tokens but the first, which nothing comes before; likewise.
     """
 
     token_ids: tuple[int, ...]
@@ -102,6 +105,7 @@ class Delta:
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
+    scores: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

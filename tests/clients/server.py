@@ -27,6 +27,10 @@ class Words:
         if request.embed:
             yield Delta((), "stop", embedding=(1.0, 0.0))
             return
+        if request.score is not None:
+            entry = TokenLogprob(-0.5, tuple((other, -1.0) for other in range(request.score)))
+            yield Delta((), "stop", scores=(entry,) * (len(request.prompt) - 1))
+            return
         count = min(request.limits.max_tokens, len(WORDS))
         for place, token in enumerate(WORDS[:count], start=1):
             finish = None if place < count else "length" if count < len(WORDS) else "stop"
@@ -45,7 +49,7 @@ class Words:
 def main(port: int) -> None:
     """Serve until killed."""
     text = tiny_text_model()
-    roomy = replace(text, config=replace(text.config, context_tokens=8192))
+    roomy = replace(text, config=replace(text.config, context_tokens=1 << 24))
     app = build_app(Words(), roomy, EdgeSettings(MODEL))
     uvicorn.run(app, port=port, log_level="error")
 

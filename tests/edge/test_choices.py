@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -137,3 +139,72 @@ def test_echo_comes_before_the_text_streamed_or_whole():
     lines = ask(ScriptedService(spoken("llo")), echo=True, stream=True).text.split("\n\n")
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello"
+
+
+class Scoring(ScriptedService):
+    """Also scores a prompt, as the engine does: every place but the first."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        if request.score is None:
+            async for delta in super().generate(request):
+                yield delta
+            return
+        self.requests.append(request)
+        top = tuple((97 + n, -1.0 - n) for n in range(request.score))
+        count = len(request.prompt) - 1
+        yield Delta((), "stop", scores=tuple(TokenLogprob(-0.5 - n, top) for n in range(count)))
+
+
+def with_logprobs(text: str) -> list[Step]:
+    return [replace(delta, logprobs=(TokenLogprob(-0.25),)) for delta in spoken(text)]
+
+
+def test_echo_with_logprobs_reports_the_prompt_s_tokens_and_then_the_answer_s():
+    service = Scoring(with_logprobs("llo"))
+    answer = ask(service, echo=True, logprobs=2, prompt=[104, 105, 106]).json()
+    [choice] = answer["choices"]
+    assert choice["text"] == "hijllo"
+    reported = choice["logprobs"]
+    assert reported["tokens"] == list("hijllo")
+    assert reported["token_logprobs"] == [None, -0.5, -1.5, -0.25, -0.25, -0.25]
+    assert reported["top_logprobs"][:2] == [None, {"b": -2.0, "a": -1.0}]
+    assert reported["text_offset"] == list(range(6))
+    assert [one.score for one in service.requests] == [2, None]
+    assert answer["usage"]["prompt_tokens"] == 3
+
+
+def test_streamed_echo_reports_the_same_logprobs():
+    fields: dict[str, object] = {"echo": True, "logprobs": 1, "prompt": [104, 105, 106], "n": 2}
+    whole = ask(Scoring(with_logprobs("llo")), **fields).json()["choices"]
+    lines = ask(Scoring(with_logprobs("llo")), stream=True, **fields).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    for index, choice in enumerate(whole):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert "".join(piece["text"] for piece in mine) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [v for p in mine if p["logprobs"] for v in p["logprobs"][name]] == values
+
+
+def test_a_prompt_that_cannot_be_scored_is_an_error_of_the_request():
+    class Failing(ScriptedService):
+        async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+            yield Delta((), "error", error="The request failed on its replica: no pages.")
+
+    answer = ask(Failing(), echo=True, logprobs=0)
+    assert answer.status_code == 500
+    assert "no pages" in answer.json()["error"]["message"]
+
+
+def test_the_choices_of_a_prompt_count_it_once():
+    app = build_app(ScriptedService(spoken("ab")), tiny_text_model(), EdgeSettings(MODEL))
+
+    async def work() -> str:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+            body = {"model": MODEL, "prompt": "hex", "n": 3}
+            await client.post("/v1/completions", json=body)
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(work())
+    assert 'vllm:prompt_tokens_total{model_name="tiny"} 2.0' in text  # "he" and "x"
+    assert 'vllm:generation_tokens_total{model_name="tiny"} 9.0' in text

@@ -154,7 +154,7 @@ def test_chat_refusals(body, param, words):
         ({"prompt": [1.5]}, "prompt", "list of token ids"),
         ({"logprobs": True}, "logprobs", "integer"),
         ({"logprobs": -1}, "logprobs", "greater than or equal to 0"),
-        ({"echo": True, "logprobs": 1}, "echo", "'logprobs' is not supported"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"n": 3, "best_of": 2}, "best_of", "at least 'n'"),
         ({"best_of": 2, "stream": True}, "best_of", "'stream'"),
         ({"suffix": "z"}, "suffix", "not supported"),

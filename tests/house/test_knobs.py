@@ -12,7 +12,7 @@ KNOBS = {
     "decode": "replicas cpus memory_bytes labels threads",
     "handoff": "transport min_tokens lease_s deadline_s",
     "controller": "period_s ping_deadline_s start_deadline_s",
-    "observe": "log_format log_level",
+    "observe": "log_format log_level otlp_endpoint",
 }
 
 

@@ -24,6 +24,7 @@ def rows() -> Iterator[Row]:
     settings = Settings()
     model, oracle = build.load(settings), reference(resolve(settings.model))
     yield logprobs(settings, model, oracle)
+    yield scores(settings, model, oracle)
     yield embeddings(settings, model, oracle)
 
 
@@ -58,6 +59,24 @@ def logprobs(settings: Settings, model: build.Model, oracle: Any) -> Row:
             largest = max(largest, *(abs(float(row[t]) - value) for t, value in reported))
             count += len(reported)
     name = f"{count} log-probabilities against transformers fp32"
+    return Row(name, f"<= {TOLERANCE:g}", f"{largest:.1e}", count > 0 and largest <= TOLERANCE)
+
+
+def scores(settings: Settings, model: build.Model, oracle: Any) -> Row:
+    """Of the prompts' own tokens, as `echo` with `logprobs` reports them, twice: the second time
+    the prompts are cached."""
+    asked = [_asked(n % PROMPTS, 1, score=5) for n in range(2 * PROMPTS)]
+    asked = [Sequence(replace(one.request, request_id=f"{n}")) for n, one in enumerate(asked)]
+    outputs = {output.request_id: output.delta.scores for output in _run(settings, model, asked)}
+    largest, count = 0.0, 0
+    for one in asked:
+        prompt = one.request.prompt
+        wanted = reference_logits(oracle, prompt[:1], prompt[1:]).double().log_softmax(1)
+        for row, token, entry in zip(wanted, prompt[1:], outputs[one.request_id], strict=True):
+            reported = [(token, entry.logprob), *entry.top]
+            largest = max(largest, *(abs(float(row[t]) - value) for t, value in reported))
+            count += len(reported)
+    name = f"{count} log-probabilities of prompts against transformers fp32"
     return Row(name, f"<= {TOLERANCE:g}", f"{largest:.1e}", count > 0 and largest <= TOLERANCE)
 
 

@@ -18,6 +18,7 @@ from serve.engine.sequence import Output, Sequence
 from serve.kv.storage import KVShape, KVStorage
 from serve.peers import PrefillPeers
 from serve.prefill import PrefillReplica
+from serve.prefixes import PlacedPrefixes
 from serve.transport import HandoffLost, open_transport
 from serve.transport.copy import copy_pages
 from serve.wire import Moved, unpack
@@ -330,7 +331,7 @@ class Peer:
 def test_every_prefill_replica_is_tried_once_and_told_when_it_is_given_up(outcome):
     async def work():
         made = {"p1": Peer(outcome), "p2": Peer(outcome)}
-        peers = PrefillPeers(made.__getitem__, deadline_s=0.05)
+        peers = PrefillPeers(made.__getitem__, prefixes=PlacedPrefixes(4, 100), deadline_s=0.05)
         directory = Directory(1, tuple(Entry(name, "prefill", "ready") for name in made))
         peers.update(directory)
         assert await peers.prefill(Sequence(request("a", [1, 2], 3))) is None

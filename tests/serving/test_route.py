@@ -8,7 +8,7 @@ import pytest
 from serve.engine.cost import StepCost
 from serve.kv.prefix import CacheKey
 from serve.prefixes import PlacedPrefixes
-from serve.route import cheapest, least_loaded
+from serve.route import cheapest
 
 KEY = CacheKey("tenant", "", "")
 NAMES = ["a", "b", "c", "d"]
@@ -49,6 +49,10 @@ def test_memory_is_bounded_and_a_replica_that_is_gone_forgotten():
     assert index.cached_tokens("a", new) == 0
 
 
+def least_loaded(load: dict[str, int]) -> str:
+    return min(NAMES, key=lambda name: (load.get(name, 0), name))
+
+
 def chosen(load: dict[str, int], cached: dict[str, int], prompt_tokens: int) -> str:
     choice = cheapest(NAMES, load, cached, prompt_tokens, StepCost())
     assert choice is not None
@@ -81,7 +85,7 @@ def play(seed: int, by_prefix: bool) -> Played:
         load = {r: sum(cost for other, cost in turns[-8:] if other == r) for r in NAMES}
         hashes = index.hashes(KEY, talk)
         cached = {r: index.cached_tokens(r, hashes) for r in NAMES}
-        replica = chosen(load, cached, len(talk)) if by_prefix else least_loaded(NAMES, load)
+        replica = chosen(load, cached, len(talk)) if by_prefix else least_loaded(load)
         assert replica is not None
         turns.append((replica, len(talk) - cached[replica] + 64))
         hits, asked = hits + cached[replica], asked + len(talk)
