@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -33,10 +34,14 @@ DOWN_S = 120.0
 
 @dataclass(frozen=True)
 class LiveService:
-    """One running service: where it listens (`url` without /v1) and where its data is."""
+    """One running service: where it listens (`url` without /v1) and where its data is.
+
+    environment: variables by which somebody else's Ray lets a visitor in; our own needs none.
+    """
 
     url: str
     data_dir: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def client(self, timeout_s: float = 300.0) -> openai.OpenAI:
         """OpenAI's client, without retries that would hide failures."""
@@ -64,8 +69,9 @@ class LiveService:
     def pids(self) -> dict[str, int]:
         """Process ids by actor name: "controller", "replica/decode-2", ...; takes 2 s."""
         command = [sys.executable, "-m", "tests.live.actors", str(self.data_dir)]
+        environment = {**clean_environment(), **self.environment}
         done = subprocess.run(
-            command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=60
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, f"no actor table: {done.stderr[-2000:]}"
         found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -84,7 +90,8 @@ class LiveService:
 
     def down(self) -> str:
         """`sanderling down`; what it said. Idempotent."""
-        return sanderling("down", "--set", f"data_dir={self.data_dir}", timeout_s=DOWN_S)
+        flags = ("--set", f"data_dir={self.data_dir}")
+        return sanderling("down", *flags, timeout_s=DOWN_S, environment=self.environment)
 
 
 def busy(states: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -121,12 +128,14 @@ def kill(pid: int) -> None:
     wait_for(lambda: not living([pid]), f"end of process {pid}", 10)
 
 
-def sanderling(*arguments: str, timeout_s: float) -> str:
+def sanderling(
+    *arguments: str, timeout_s: float, environment: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Run the command as a person would; its output. RuntimeError with the output if it fails."""
     done = subprocess.run(
         [sys.executable, "-c", "from cluster.cli import main; main()", *arguments],
         cwd=ROOT,
-        env=_environment(),
+        env={**clean_environment(), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -139,10 +148,15 @@ def sanderling(*arguments: str, timeout_s: float) -> str:
 
 
 @contextlib.contextmanager
-def service(*settings: str, data_dir: Path | None = None) -> Iterator[LiveService]:
+def service(
+    *settings: str,
+    data_dir: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[LiveService]:
     """A service with `settings` ("decode.replicas=2", ...) on a free port; ended whatever happens.
 
-    data_dir: where its files go; None is a temporary folder that ends with it.
+    data_dir: where its files go; None is a temporary folder that ends with it. environment: see
+    LiveService.
     """
     with contextlib.ExitStack() as stack:
         if data_dir is None:
@@ -150,15 +164,15 @@ def service(*settings: str, data_dir: Path | None = None) -> Iterator[LiveServic
             data_dir = Path(folder)
         port = free_port()
         given = [f"data_dir={data_dir}", *settings]
-        live = LiveService(f"http://127.0.0.1:{port}", data_dir)
+        live = LiveService(f"http://127.0.0.1:{port}", data_dir, environment)
         stack.callback(live.down)
         flags = [word for setting in given for word in ("--set", setting)]
-        sanderling("up", "--port", str(port), *flags, timeout_s=UP_S)
+        sanderling("up", "--port", str(port), *flags, timeout_s=UP_S, environment=environment)
         yield live
 
 
-def _environment() -> dict[str, str]:
-    """Without what would make it another's Ray, or other settings than those given."""
+def clean_environment() -> dict[str, str]:
+    """Ours, without what would make it another's Ray, or other settings than those given."""
     foreign = ("RAY", "SANDERLING")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +21,7 @@ import httpx
 import psutil
 
 from serve import bench
+from tests.cluster_ray.machine import living
 from tests.live.service import LiveService, busy, idle, kill, sanderling, service, wait_for
 from tests.prove.answers import CASES, Answer, ask, body, same
 from tests.prove.row import Row
@@ -99,7 +100,7 @@ def suite(live: LiveService, kills: int) -> Iterator[Row]:
 
 def _trial(live: LiveService, tally: Tally, number: int, kind: str, case: str, at: int) -> None:
     """One kill during one answer, then the same answer undisturbed."""
-    wait_for(lambda: _restored(live), "two replicas of each role, idle", RESTORED_S)
+    wait_for(lambda: restored(live), "two replicas of each role, idle", RESTORED_S)
     tail = " ".join(f"Wave {n} brings {(n * 7 + number) % 31} shells." for n in range(40))
     question = f"Letter {number}. {tail} Which city lies at this sea? Tell me about its weather."
     sent = body(case, 1000 + number, question)
@@ -116,7 +117,7 @@ def _trial(live: LiveService, tally: Tally, number: int, kind: str, case: str, a
             return
         disturbed = _retried(live, sent, tally)
     tally.in_time += any(hit)
-    tally.back_s.append(wait_for(lambda: _free(live), "pages and leases", RESTORED_S))
+    tally.back_s.append(wait_for(lambda: free(live), "pages and leases", RESTORED_S))
     if not same(disturbed, ask(live, sent)):
         tally.different.append(what)
 
@@ -178,7 +179,7 @@ def _kill_prefill(live: LiveService, pids: dict[str, int], hit: list[bool]) -> N
 
 def _retried(live: LiveService, sent: dict[str, object], tally: Tally) -> Answer:
     """What a client does whose connection broke: ask again as soon as somebody is ready."""
-    wait_for(lambda: _ready(live), "another ingress", RESTORED_S)
+    wait_for(lambda: ready(live), "another ingress", RESTORED_S)
     answer = ask(live, sent)
     whole = {**sent, "stream": False, "max_tokens": 1, "n": 1}
     usage = httpx.post(f"{live.url}/v1/chat/completions", json=whole, timeout=60).json()["usage"]
@@ -188,42 +189,55 @@ def _retried(live: LiveService, sent: dict[str, object], tally: Tally) -> Answer
 
 def ingress_pid(live: LiveService) -> int:
     """The process of the ingress, which Serve names."""
-    [found] = [
-        pid
-        for pid in live.processes()
-        if any("ServeReplica" in word for word in psutil.Process(pid).cmdline())
-    ]
+    [found] = actor_pids(live.processes(), "ServeReplica")
     return found
 
 
-def _ready(live: LiveService) -> bool:
+def actor_pids(pids: Iterable[int], word: str) -> list[int]:
+    """Those of some processes whose actor, by the title that Ray gives them, has a word in it."""
+    return [pid for pid in pids if word in title(pid) and living([pid])]
+
+
+def title(pid: int) -> str:
+    """The first word of a process's command line: "ray::DecodeActor"; empty when it is gone."""
+    try:
+        return "".join(psutil.Process(pid).cmdline()[:1])
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
+
+
+def ready(live: LiveService) -> bool:
+    """Whether a token can be made, as far as a client can see."""
     try:
         return live.get("/ready").status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def _restored(live: LiveService) -> bool:
+def full_strength(live: LiveService) -> bool:
+    """Whether two replicas of each role are ready."""
     try:
-        states = live.states()
-        roles = sorted(name.partition("-")[0] for name in states)
-        return roles == ["decode", "decode", "prefill", "prefill"] and not any(
-            busy(states).values()
-        )
+        roles = sorted(name.partition("-")[0] for name in live.states())
     except httpx.HTTPError:
         return False
+    return roles == ["decode", "decode", "prefill", "prefill"]
 
 
-def _free(live: LiveService) -> bool:
+def free(live: LiveService) -> bool:
+    """Whether pages and leases are back, on all replicas that are ready."""
     try:
         return idle(live)
     except httpx.HTTPError:
         return False
 
 
+def restored(live: LiveService) -> bool:
+    return full_strength(live) and free(live)
+
+
 def abort_storm(live: LiveService) -> Row:
     """Throughput of a small closed loop before and after requests that were all cancelled."""
-    wait_for(lambda: _restored(live), "two replicas of each role, idle", RESTORED_S)
+    wait_for(lambda: restored(live), "two replicas of each role, idle", RESTORED_S)
     load = bench.Load(requests=12, concurrency=4, prompt_tokens=40, max_tokens=24)
     bench.run(live.url, load)
     before = [bench.run(live.url, load)["output_tokens_per_s"] for _ in range(ROUNDS)]

@@ -1,5 +1,10 @@
-"""Proof rows of what HTTP, ingress and actors cost: tokens per second over HTTP against the same
-engine in this process, in turns within one run, medians of the ratios."""
+"""Proof rows of what HTTP, ingress, hand-off and actors cost: tokens per second over HTTP against
+the same engine in this process, in turns within one run, medians of the ratios.
+
+Once as `sanderling up` deploys by default (a prefill and a decode replica share the cores), and
+once with every core in one decode replica, where each wake-up of another process takes a core from
+the computation.
+"""
 
 import asyncio
 import json
@@ -12,6 +17,7 @@ import torch
 
 from cluster.settings import Settings
 from serve import build
+from serve.actors import compute_threads
 from serve.engine.engine import Engine
 from tests.live.service import MODEL, LiveService, service
 from tests.prove.engine import sequence
@@ -24,18 +30,22 @@ TOKENS = {1: 96, 16: 48}
 
 
 def rows() -> Iterator[Row]:
-    """Every row of this module, as it is measured. Both sides compute with every core."""
-    settings = Settings.model_validate({"prefill": {"replicas": 0}})
+    """Every row of this module, as it is measured. Both sides compute with as many threads."""
+    settings = Settings()
     model = build.load(settings)
     engine, storage = build.engine(settings, model, None)
-    threads = torch.get_num_threads()
-    with service("prefill.replicas=0", f"decode.threads={threads}") as live:
-        for streams, target in TARGETS.items():
-            yield _row(live, engine, streams, target)
+    every = torch.get_num_threads()
+    alone = ("prefill.replicas=0", f"decode.threads={every}")
+    for flags, threads in (((), compute_threads(settings, settings.decode)), (alone, every)):
+        torch.set_num_threads(threads)
+        with service(*flags) as live:
+            for streams, target in TARGETS.items():
+                yield _row(live, engine, streams, target, threads)
+    torch.set_num_threads(every)
     storage.close()
 
 
-def _row(live: LiveService, engine: Engine, streams: int, target: float) -> Row:
+def _row(live: LiveService, engine: Engine, streams: int, target: float, threads: int) -> Row:
     first = 100 * streams  # no prompt twice: nothing is found in the cache
     _over_http(live, streams, first)
     _in_process(engine, streams, first)
@@ -46,7 +56,7 @@ def _row(live: LiveService, engine: Engine, streams: int, target: float) -> Row:
     ratio = statistics.median(http / alone for http, alone in pairs)
     http, alone = (statistics.median(side) for side in zip(*pairs, strict=True))
     measured = f"{ratio:.2f} ({http:.1f} and {alone:.1f} tokens/s)"
-    name = f"tokens/s over HTTP against the engine, {streams} streams"
+    name = f"tokens/s over HTTP against the engine, {streams} streams, {threads} threads"
     return Row(name, f">= {target:g}", measured, ratio >= target)
 
 
