@@ -139,6 +139,9 @@ def test_it_fits_a_phone_and_every_control_has_a_name(tmp_path: Path, scheme: st
         page.click("summary")
         widest = page.evaluate("document.documentElement.scrollWidth")
         assert widest <= 375, "it scrolls sideways"
+        table = "document.querySelector('.scroll')"
+        cut = page.evaluate(f"{table}.scrollWidth - {table}.clientWidth")
+        assert cut <= 0, f"the table of replicas loses {cut} px on the right"
         nameless = page.evaluate(
             "[...document.querySelectorAll('input, textarea, button')].filter(e => "
             "!(e.labels?.length || e.ariaLabel || e.textContent.trim())).map(e => e.id)"

@@ -1,6 +1,6 @@
 """The servers of the peers table: each is started with two compute threads and ended with its
-whole process group, whatever happens. All have the built-in model's weights, each in the format it
-serves best without another quantisation. Called by tests/peers/measures.py.
+whole process group, whatever happens. All have the built-in model's weights, none quantised anew:
+the .gguf file itself, or what it says in a float format. Called by tests/peers/measures.py.
 """
 
 import contextlib
@@ -66,16 +66,8 @@ def vllm() -> Iterator[Endpoint]:
     programs, weights = environments.vllm(), environments.exported("bfloat16")
     # Its command `vllm` asks for the version of a distribution that is called otherwise.
     command = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += [
-        "--model",
-        str(weights),
-        "--served-model-name",
-        MODEL,
-        "--max-model-len",
-        "4096",
-        "--dtype",
-        "bfloat16",
-    ]
+    command += ["--model", str(weights), "--served-model-name", MODEL]
+    command += ["--max-model-len", "4096", "--dtype", "bfloat16"]
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:THREADS])
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB

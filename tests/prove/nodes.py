@@ -88,6 +88,8 @@ def _round(
     try:
         disturbed = _disturbed(live, sent, at, act, blow, tally)
         tally.answered_s.append(time.monotonic() - blow.at_s)
+        if blow.held["ingress"]:  # nobody can be asked before
+            wait_for(lambda: ready(live), "another ingress", RESTORED_S)
         tally.back_s.append(wait_for(lambda: free(live), "pages and leases", RESTORED_S))
         if not same(disturbed, ask(live, sent)):
             tally.different.append(f"{number + 1} ({case})")
