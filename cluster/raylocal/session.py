@@ -194,6 +194,8 @@ def _own_environment(private: str, token_file: str, auth: str) -> dict[str, str 
         "RAY_AUTH_MODE": auth,
         "RAY_AUTH_TOKEN": None,  # it would win over the path
         "RAY_AUTH_TOKEN_PATH": token_file or None,
+        # Its control store would keep a record of every actor call: some MB for each busy minute.
+        "RAY_task_events_report_interval_ms": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 

@@ -7,6 +7,7 @@ boundary; its name fixes the layout. Old files are never deleted here; the folde
 """
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -39,9 +40,18 @@ def load_through(
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             _write(file, decode())
+            _trim()
         except OSError as error:
             raise ValueError(f"{cache_dir} cannot hold decoded weights: {error}.") from None
     return _map(file, config, dtype)
+
+
+def _trim() -> None:
+    """Give the decoded copy's memory back: glibc keeps what a thread of a process freed, and a
+    replica that decoded would stay hundreds of MB larger than those that map."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def cache_name(path: Path, config: ModelConfig, dtype: torch.dtype) -> str:

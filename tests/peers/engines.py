@@ -25,7 +25,6 @@ from tests.live.service import MODEL, service, wait_for
 from tests.peers.load import Endpoint
 from tests.prove import environments
 
-ROOT = Path(__file__).parents[2]
 THREADS = 2
 START_S = 400.0  # vLLM compiles
 SLOTS = 64
