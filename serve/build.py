@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
     from models.load import TextModel
+    from models.packed import PackedDecoder
     from serve.decode import DecodeReplica
     from serve.prefill import PrefillReplica
 
@@ -41,15 +42,18 @@ ATTENTION_RATE = 0.5
 class Model(NamedTuple):
     """Weights and text parts; replicas of one process may share both."""
 
-    decoder: "Decoder"
+    decoder: "Decoder | PackedDecoder"
     text: "TextModel"
 
 
 def load(settings: Settings) -> Model:
     """Read the model that the settings name. ValueError with a sentence when it cannot be."""
     from kernels.reference.stable import rows_agree
-    from models.load import load_model, load_text
+    from models.load import load_for_cpu, load_model, load_text
 
+    if settings.engine.kernels == "cpu":
+        decoder = load_for_cpu(settings.model, settings.engine.activations)
+        return Model(decoder, load_text(settings.model))
     if settings.engine.dtype == "float32" and not rows_agree():
         log.warning(
             "this machine's matrix library gives a request other last bits in other company, so a "

@@ -89,6 +89,15 @@ class EngineSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of weights, activations and KV cache."
     )
+    kernels: Literal["reference", "cpu"] = Field(
+        "reference",
+        description="What computes: reference is torch; cpu is C++ on the quantised weights of a "
+        "GGUF file (float32 only).",
+    )
+    activations: Literal["accurate", "fast"] = Field(
+        "accurate",
+        description="With kernels = 'cpu': 15-bit activations, or 8-bit ones, which cost quality.",
+    )
     page_tokens: int = Field(16, ge=1, le=256, description="Tokens in one page of the KV cache.")
     kv_tokens: int = Field(
         16_384, ge=16, description="Tokens the KV cache of one replica holds; whole pages."
@@ -109,6 +118,15 @@ class EngineSettings(Section):
             raise ValueError(
                 f"engine.kv_tokens = {self.kv_tokens} is not a whole number of pages; a multiple "
                 f"of engine.page_tokens = {self.page_tokens} is accepted"
+            )
+        if self.kernels == "cpu" and self.dtype != "float32":
+            raise ValueError(
+                f"engine.kernels = 'cpu' computes in float32, and engine.dtype is {self.dtype!r}; "
+                "'float32' is accepted with it"
+            )
+        if self.activations != "accurate" and self.kernels != "cpu":
+            raise ValueError(
+                f"engine.activations = {self.activations!r} is only for engine.kernels = 'cpu'"
             )
         if self.budget_tokens < self.max_running:
             raise ValueError(

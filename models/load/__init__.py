@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
     from models.load.weights import WeightSource
+    from models.packed import PackedDecoder
 
-__all__ = ["DTYPES", "TextModel", "load_model", "load_text"]
+__all__ = ["ACTIVATIONS", "DTYPES", "TextModel", "load_for_cpu", "load_model", "load_text"]
 
 DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("accurate", "fast")
 
 
 def load_text(model: str) -> TextModel:
@@ -55,6 +57,27 @@ def load_model(model: str, *, dtype: str = "float32", cache_dir: Path | None = N
     if cache_dir is None:
         return decode()
     return load_through(cache_dir, path, config, getattr(torch, dtype), decode)
+
+
+def load_for_cpu(model: str, activations: str = "accurate") -> "PackedDecoder":
+    """The decoder of a GGUF file over kernels/cpu, its weights as quantised as they are stored.
+
+    ValueError when the model is no GGUF file, or one that those kernels do not take.
+    """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations {activations!r}: {' and '.join(ACTIVATIONS)} are accepted.")
+    path = resolve(model)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} cannot be computed with engine.kernels = 'cpu', which takes GGUF files; "
+            "engine.kernels = 'reference' takes folders."
+        )
+    from models.load.gguf import read_config
+    from models.load.gguf_file import open_gguf
+    from models.load.packed import load_packed
+
+    file = open_gguf(path)
+    return load_packed(file, read_config(file), activations)  # type: ignore[arg-type]
 
 
 def _open_folder(path: Path) -> "tuple[ModelConfig, WeightSource]":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.batch import TokenBatch
 from models.decoder import Decoder
+from models.packed import PackedDecoder
 from serve.engine.scheduler import Slice
 from serve.kv.storage import KVStorage
 
@@ -37,7 +38,7 @@ class Runner(Protocol):
 class ModelRunner:
     """Runs a decoder over paged KV storage."""
 
-    def __init__(self, decoder: Decoder, storage: KVStorage) -> None:
+    def __init__(self, decoder: Decoder | PackedDecoder, storage: KVStorage) -> None:
         self.decoder = decoder
         self.storage = storage
 

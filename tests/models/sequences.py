@@ -6,13 +6,19 @@ import torch
 
 from models.batch import TokenBatch
 from models.decoder import Decoder
+from models.packed import PackedDecoder
 
 
 class Sequences:
     """Sequences of one decoder, told apart by number; each owns a random set of pages."""
 
     def __init__(
-        self, decoder: Decoder, count: int, tokens: int, page_tokens: int = 16, seed: int = 0
+        self,
+        decoder: Decoder | PackedDecoder,
+        count: int,
+        tokens: int,
+        page_tokens: int = 16,
+        seed: int = 0,
     ) -> None:
         config, self.decoder, self.page_tokens = decoder.config, decoder, page_tokens
         each = -(-tokens // page_tokens)

@@ -11,6 +11,7 @@ from models.decoder import Decoder
 from models.load import TextModel
 from models.load.gguf import stored_name
 from models.load.weights import parts
+from models.packed import PackedDecoder
 from tests.models.oracle import agreement, reference_logits
 from tests.models.sequences import Sequences
 from tests.models.texts import texts
@@ -27,7 +28,9 @@ def prompt_ids(text: TextModel, words: str) -> list[int]:
     return text.tokenizer.encode(text.chat_template.render([{"role": "user", "content": words}]))
 
 
-def greedy(decoder: Decoder, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+def greedy(
+    decoder: Decoder | PackedDecoder, prompt: list[int], tokens: int
+) -> tuple[list[int], torch.Tensor]:
     """Generated ids (ended by the model or at `tokens`) and the logits they were taken from."""
     sequences = Sequences(decoder, 1, len(prompt) + tokens)
     rows, ids = [sequences.step([(0, prompt)])[-1]], []

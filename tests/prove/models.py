@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from cluster.settings import Settings
+from models.decoder import Decoder
 from models.load.gguf import stored_name
 from models.load.weights import parts
 from models.resolve import resolve
@@ -130,6 +131,7 @@ def same_weights(settings: Settings, model: build.Model) -> Row:
     from gguf.quants import dequantize
 
     config, decoder = model.decoder.config, model.decoder
+    assert isinstance(decoder, Decoder)
     stored = {tensor.name: tensor for tensor in GGUFReader(resolve(settings.model)).tensors}
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
     differ = []

@@ -22,6 +22,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.detokenize import BYTE_OF_CHARACTER
 from models.load.text import TextModel
+from models.packed import PackedDecoder
 from models.tokenizer import Tokenizer
 from serve.build import Model
 from serve.decode import DecodeReplica
@@ -75,7 +76,7 @@ def random_model(seed: int = 0) -> Model:
     return Model(decoder, TextModel(config, text, None))
 
 
-def logits_of(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
+def logits_of(decoder: Decoder | PackedDecoder, tokens: list[int]) -> torch.Tensor:
     """[1, vocab] after the whole sequence in one go, on a cache of its own."""
     count, config = len(tokens), decoder.config
     pages = -(-count // PAGE_TOKENS)

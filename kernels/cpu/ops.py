@@ -1,0 +1,171 @@
+"""The compiled ops of kernels/cpu as Python sees them: packed matrices, and functions over them.
+
+A matrix keeps the numbers of its GGUF blocks, in another order. Activations are float32 outside
+and quantised inside, by groups of 32: `accurate` to 15 bits, else to 8. A row's result depends
+neither on the other rows, nor on the number of threads, nor on the instruction set.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+
+LIBRARY = Path(__file__).parent / "native.so"
+KINDS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 1}  # affine 4-bit, signed 8-bit
+TILE_ROWS = 16
+Activations = Literal["accurate", "fast"]
+
+
+@cache
+def _ops() -> Any:
+    """The library's ops. RuntimeError, with what to do, when it was not compiled."""
+    if not LIBRARY.exists():
+        raise RuntimeError(
+            f"the CPU kernels are not compiled ({LIBRARY.name} is missing): run `make install` or "
+            "`python -m kernels.cpu.build`, or take engine.kernels = 'reference'"
+        )
+    torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+    _register_fakes()
+    return torch.ops.sanderling
+
+
+class Packed(NamedTuple):
+    """A matrix [rows, columns] in tiles. data: uint8, its rows padded to a multiple of 16."""
+
+    data: torch.Tensor
+    kind: int
+    rows: int
+    columns: int
+
+    @property
+    def padded_rows(self) -> int:
+        return -(-self.rows // TILE_ROWS) * TILE_ROWS
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that were compiled and that this machine has, the best first."""
+    return tuple(_ops().instruction_sets())
+
+
+def pack(blocks: torch.Tensor, form: str, rows: int, columns: int) -> Packed:
+    """blocks [uint8]: a matrix as GGUF stores it in format `form`.
+
+    ValueError for a format that is not in KINDS, or a size that is not that of the blocks.
+    """
+    if form not in KINDS:
+        raise ValueError(f"format {form} is not packed for the CPU kernels; {', '.join(KINDS)} are")
+    return Packed(_ops().pack(blocks, form, rows, columns), KINDS[form], rows, columns)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Packed,
+    *,
+    activations: Activations = "accurate",
+    threads: int = 1,
+    isa: str = "auto",
+) -> torch.Tensor:
+    """x [M, columns] float32 -> [M, rows] float32."""
+    accurate = activations == "accurate"
+    y = _ops().packed_linear(
+        x, weight.data, weight.kind, weight.padded_rows, accurate, threads, isa
+    )
+    return cast(torch.Tensor, y[:, : weight.rows])
+
+
+def rows(ids: torch.Tensor, weight: Packed, *, threads: int = 1, isa: str = "auto") -> torch.Tensor:
+    """The rows that ids [M] int64 name, decoded: [M, columns] float32. IndexError for an id that is
+    not one of the matrix's rows."""
+    made = _ops().packed_rows(
+        ids, weight.data, weight.kind, weight.padded_rows, weight.columns, threads, isa
+    )
+    return cast(torch.Tensor, made)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, threads: int = 1, isa: str = "auto"
+) -> torch.Tensor:
+    """x [M, size] float32, size a multiple of 16 -> the same shape."""
+    return cast(torch.Tensor, _ops().rms_norm(x, weight, eps, threads, isa))
+
+
+class LayerWeights(NamedTuple):
+    """What one decoder layer computes with; qkv and gate_up as in models.mixers and feedforward."""
+
+    qkv: Packed
+    out: Packed
+    gate_up: Packed
+    down: Packed
+    mixer_norm: torch.Tensor
+    feedforward_norm: torch.Tensor
+
+
+class LayerShape(NamedTuple):
+    """What the weights do not say of the layers."""
+
+    heads: int
+    ff: int
+    eps: float
+
+
+class LayerStep(NamedTuple):
+    """N tokens: positions, slots and sequences [N] int64, tables [S, pages] int64, cosines and
+    sines [N, head_dim / 2] float32. sequences: which row of tables each token reads through."""
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    sequences: torch.Tensor
+    tables: torch.Tensor
+    cosines: torch.Tensor
+    sines: torch.Tensor
+
+
+def layers(
+    x: torch.Tensor,
+    kv: torch.Tensor,
+    weights: Sequence[LayerWeights],
+    shape: LayerShape,
+    step: LayerStep,
+    *,
+    activations: Activations = "accurate",
+    threads: int = 1,
+    isa: str = "auto",
+) -> None:
+    """Runs x [N, hidden] float32 through a range of layers, in place.
+
+    kv [layers, 2, pages, page_tokens, kv_heads, head_dim] float32 is the cache of this very range;
+    it is written at the step's slots, and read up to each token's position. Any range will do, so
+    an exit or an adapter can sit between two calls. IndexError for a place outside the cache.
+    """
+    matrices = [m for layer in weights for m in layer[:4]]
+    norms = [n for layer in weights for n in layer[4:]]
+    _ops().layers(
+        x,
+        kv,
+        [m.data for m in matrices],
+        [m.kind for m in matrices],
+        norms,
+        shape.heads,
+        shape.ff,
+        shape.eps,
+        *step,
+        activations == "accurate",
+        threads,
+        isa,
+    )
+
+
+def _register_fakes() -> None:
+    """Shapes without values, so that torch.compile and export can trace through the ops."""
+    fakes = {
+        "packed_linear": lambda x, packed, kind, rows, *_: x.new_empty(x.shape[0], rows),
+        "packed_rows": lambda ids, packed, kind, rows, columns, *_: ids.new_empty(
+            ids.shape[0], columns, dtype=torch.float32
+        ),
+        "rms_norm": lambda x, *_: torch.empty_like(x),
+        "layers": lambda *_: None,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"sanderling::{name}", fake)

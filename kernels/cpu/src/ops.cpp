@@ -1,0 +1,210 @@
+// The ops as torch sees them: checks of shapes and types, the choice of an instruction set and of a
+// pool of threads. kernels/cpu/ops.py registers their fakes.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "pack.h"
+#include "table.h"
+
+namespace sanderling {
+namespace {
+
+std::vector<const Table*> tables() {
+#if defined(__x86_64__)
+    return {&table_vnni(), &table_avx512(), &table_avx2(), &table_portable()};
+#else
+    return {&table_portable()};
+#endif
+}
+
+// The named instruction set, or for "auto" the best that this machine has.
+const Table& choose(const std::string& isa) {
+    std::string known;
+    for (const Table* table : tables()) {
+        if (isa == "auto" ? table->supported() : isa == table->name) {
+            TORCH_CHECK_VALUE(table->supported(), "this machine has no ", isa);
+            return *table;
+        }
+        known += std::string(known.empty() ? "" : ", ") + table->name;
+    }
+    TORCH_CHECK_VALUE(false, "instruction set '", isa, "' is not known; auto and ", known, " are");
+}
+
+// One pool for each number of threads, kept: an op is called hundreds of times a second.
+Pool& pool_of(int64_t threads) {
+    TORCH_CHECK_VALUE(threads >= 1 && threads <= 1024, "threads is ", threads, "; 1 to 1024 are accepted");
+    static std::mutex mutex;
+    static std::map<int64_t, std::unique_ptr<Pool>> pools;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto& pool = pools[threads];
+    if (!pool) pool = std::make_unique<Pool>(int(threads));
+    return *pool;
+}
+
+// Ops share a pool's threads, so only one is computed at a time.
+std::mutex& computing() {
+    static std::mutex mutex;
+    return mutex;
+}
+
+void check_float(const at::Tensor& t, const char* name) {
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() && t.device().is_cpu(), name,
+                      " should be a contiguous float32 tensor on the CPU");
+}
+
+const int64_t* indices(const at::Tensor& t, int64_t count, const char* name) {
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kLong && t.is_contiguous() && t.numel() == count, name,
+                      " should be ", count, " contiguous int64 values");
+    return t.const_data_ptr<int64_t>();
+}
+
+Matrix matrix(const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns) {
+    TORCH_CHECK_VALUE(kind == 0 || kind == 1, "kind is ", kind, "; 0 and 1 are accepted");
+    TORCH_CHECK_VALUE(rows > 0 && rows % TILE_ROWS == 0 && columns > 0 && columns % GROUP == 0,
+                      "a packed matrix has a multiple of 16 rows and of 32 columns, not ", rows, " x ", columns);
+    Matrix made{packed.const_data_ptr<uint8_t>(), Kind(kind), rows, columns};
+    int64_t bytes = rows / TILE_ROWS * int64_t(made.tile_bytes());
+    TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == bytes, "a packed matrix of ", rows, " x ",
+                      columns, " has ", bytes, " bytes, not ", packed.numel());
+    return made;
+}
+
+at::Tensor pack(const at::Tensor& blocks, std::string format, int64_t rows, int64_t columns) {
+    return pack_blocks(blocks, format, rows, columns);
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t kind, int64_t rows, bool accurate,
+                  int64_t threads, std::string isa) {
+    check_float(x, "x");
+    TORCH_CHECK_VALUE(x.dim() == 2, "x should have two dimensions");
+    const Matrix w = matrix(packed, kind, rows, x.size(1));
+    at::Tensor y = at::empty({x.size(0), rows}, x.options());
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    if (x.size(0) > 0)
+        table.linear(pool_of(threads), w, x.const_data_ptr<float>(), x.size(0), y.data_ptr<float>(), accurate);
+    return y;
+}
+
+at::Tensor gather(const at::Tensor& ids, const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns,
+                  int64_t threads, std::string isa) {
+    const int64_t* at = indices(ids, ids.numel(), "ids");
+    const Matrix w = matrix(packed, kind, rows, columns);
+    for (int64_t i = 0; i < ids.numel(); i++)
+        TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < rows, "id ", at[i], " is not one of ", rows, " rows");
+    at::Tensor out = at::empty({ids.numel(), columns}, ids.options().dtype(at::kFloat));
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    table.gather(pool_of(threads), w, at, ids.numel(), out.data_ptr<float>());
+    return out;
+}
+
+at::Tensor norm(const at::Tensor& x, const at::Tensor& weight, double eps, int64_t threads, std::string isa) {
+    check_float(x, "x");
+    check_float(weight, "weight");
+    const int64_t size = weight.numel();
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == size && size % 16 == 0,
+                      "x should be [rows, ", size, "], and the size a multiple of 16");
+    at::Tensor y = at::empty_like(x);
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    table.norm(pool_of(threads), weight.const_data_ptr<float>(), float(eps), size, x.const_data_ptr<float>(),
+               x.size(0), y.data_ptr<float>());
+    return y;
+}
+
+void check_places(const Step& step, const Shape& shape, int64_t sequences) {
+    for (int64_t row = 0; row < step.tokens; row++) {
+        TORCH_CHECK_INDEX(step.slots[row] >= 0 && step.slots[row] < shape.pages * shape.page_tokens, "slot ",
+                          step.slots[row], " is not in the cache");
+        TORCH_CHECK_INDEX(step.sequences[row] >= 0 && step.sequences[row] < sequences, "sequence ",
+                          step.sequences[row], " has no page table");
+        TORCH_CHECK_INDEX(step.positions[row] >= 0 &&
+                              step.positions[row] < step.table_width * shape.page_tokens,
+                          "position ", step.positions[row], " is in no page of its table");
+    }
+    for (int64_t i = 0; i < sequences * step.table_width; i++)
+        TORCH_CHECK_INDEX(step.tables[i] >= 0 && step.tables[i] < shape.pages, "page ", step.tables[i],
+                          " is not in the cache");
+}
+
+void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed,
+            at::IntArrayRef kinds, const std::vector<at::Tensor>& norms, int64_t heads, int64_t ff, double eps,
+            const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& sequences,
+            const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines, bool accurate,
+            int64_t threads, std::string isa) {
+    check_float(x, "x");
+    check_float(kv, "kv");
+    check_float(cosines, "cosines");
+    check_float(sines, "sines");
+    TORCH_CHECK_VALUE(kv.dim() == 6 && kv.size(1) == 2, "kv should be [layers, 2, pages, page_tokens, heads, dim]");
+    const int64_t count = kv.size(0), dim = kv.size(5), tokens = x.size(0), hidden = x.size(1);
+    const Shape shape{hidden, heads, kv.size(4), dim, ff, kv.size(2), kv.size(3), float(eps)};
+    TORCH_CHECK_VALUE(dim % 32 == 0 && hidden % 32 == 0 && ff % 32 == 0 && heads % shape.kv_heads == 0,
+                      "head_dim, hidden and ff should be multiples of 32, heads of kv_heads");
+    TORCH_CHECK_VALUE(int64_t(packed.size()) == 4 * count && int64_t(kinds.size()) == 4 * count &&
+                          int64_t(norms.size()) == 2 * count,
+                      "four packed matrices and two norms are wanted for each of ", count, " layers");
+    TORCH_CHECK_VALUE(cosines.numel() == tokens * dim / 2 && sines.numel() == tokens * dim / 2,
+                      "cosines and sines should be [tokens, head_dim / 2]");
+    const Step step{tokens, tables_.size(1), indices(positions, tokens, "positions"),
+                    indices(slots, tokens, "slots"), indices(sequences, tokens, "sequences"),
+                    indices(tables_, tables_.numel(), "tables"), cosines.const_data_ptr<float>(),
+                    sines.const_data_ptr<float>()};
+    check_places(step, shape, tables_.size(0));
+    const int64_t inner = heads * dim, wide = inner + 2 * shape.kv_heads * dim;
+    std::vector<LayerWeights> weights;
+    for (int64_t layer = 0; layer < count; layer++) {
+        for (int part = 0; part < 2; part++) {
+            check_float(norms[2 * layer + part], "a norm");
+            TORCH_CHECK_VALUE(norms[2 * layer + part].numel() == hidden, "a norm should have ", hidden, " values");
+        }
+        const size_t at = size_t(4 * layer);
+        weights.push_back({matrix(packed[at], kinds[at], wide, hidden),
+                           matrix(packed[at + 1], kinds[at + 1], hidden, inner),
+                           matrix(packed[at + 2], kinds[at + 2], 2 * ff, hidden),
+                           matrix(packed[at + 3], kinds[at + 3], hidden, ff),
+                           norms[2 * layer].const_data_ptr<float>(), norms[2 * layer + 1].const_data_ptr<float>()});
+    }
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    if (tokens > 0)
+        table.layers(pool_of(threads), shape, step, weights.data(), count, kv.data_ptr<float>(),
+                     x.data_ptr<float>(), accurate);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Table* table : tables())
+        if (table->supported()) names.emplace_back(table->name);
+    return names;
+}
+
+}  // namespace
+}  // namespace sanderling
+
+TORCH_LIBRARY(sanderling, m) {
+    m.def("pack(Tensor blocks, str format, int rows, int columns) -> Tensor");
+    m.def("packed_linear(Tensor x, Tensor packed, int kind, int rows, bool accurate, int threads, str isa) -> Tensor");
+    m.def("packed_rows(Tensor ids, Tensor packed, int kind, int rows, int columns, int threads, str isa) -> Tensor");
+    m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads, str isa) -> Tensor");
+    m.def(
+        "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, Tensor[] norms, int heads, int ff, "
+        "float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
+        "bool accurate, int threads, str isa) -> ()");
+    m.def("instruction_sets() -> str[]", sanderling::instruction_sets);
+}
+
+TORCH_LIBRARY_IMPL(sanderling, CPU, m) {
+    m.impl("pack", sanderling::pack);
+    m.impl("packed_linear", sanderling::linear);
+    m.impl("packed_rows", sanderling::gather);
+    m.impl("rms_norm", sanderling::norm);
+    m.impl("layers", sanderling::layers);
+}

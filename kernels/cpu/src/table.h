@@ -1,0 +1,65 @@
+// What one instruction set offers: the kernels behind the ops, as plain functions. ops.cpp picks a
+// table when it runs; isa.cpp is compiled once for each.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pool.h"
+
+namespace sanderling {
+
+// Rows of a matrix lie in tiles of 16, columns in groups of 32; a tile's group is one block of bytes.
+constexpr int TILE_ROWS = 16;
+constexpr int GROUP = 32;
+constexpr size_t AFFINE4_BYTES = 16 * 32 / 2 + 2 * 16 * 2;     // nibbles, scales, minima
+constexpr size_t SIGNED8_BYTES = 16 * 32 + 16 * 2 + 16 * 4;    // bytes, scales, corrections
+
+enum class Kind { affine4 = 0, signed8 = 1 };
+
+// A packed matrix [rows, columns]: rows a multiple of 16 (padded with zeros), columns of 32.
+struct Matrix {
+    const uint8_t* data;
+    Kind kind;
+    int64_t rows, columns;
+    SANDERLING_INLINE size_t block_bytes() const { return kind == Kind::affine4 ? AFFINE4_BYTES : SIGNED8_BYTES; }
+    SANDERLING_INLINE size_t tile_bytes() const { return size_t(columns / GROUP) * block_bytes(); }
+};
+
+// Shape of a decoder's layers. kv: this layer's [2, pages, page_tokens, kv_heads, head_dim] float32.
+struct Shape {
+    int64_t hidden, heads, kv_heads, head_dim, ff, pages, page_tokens;
+    float eps;
+};
+
+// One step's tokens: N rows, each of one sequence. tables [S, table_width].
+struct Step {
+    int64_t tokens, table_width;
+    const int64_t *positions, *slots, *sequences, *tables;
+    const float *cosines, *sines;  // [N, head_dim / 2]
+};
+
+struct LayerWeights {
+    Matrix qkv, out, gate_up, down;
+    const float *mixer_norm, *feedforward_norm;
+};
+
+struct Table {
+    const char* name;
+    bool (*supported)();
+    // y[M, rows] = x[M, columns] W^T; accurate: 15-bit activations, else 8-bit.
+    void (*linear)(Pool&, const Matrix&, const float* x, int64_t m, float* y, bool accurate);
+    // out[M, columns] = the M rows of W that ids name.
+    void (*gather)(Pool&, const Matrix&, const int64_t* ids, int64_t m, float* out);
+    // Layers first..first + count of x[N, hidden], in place; kv holds all layers.
+    void (*layers)(Pool&, const Shape&, const Step&, const LayerWeights*, int64_t count, float* kv,
+                   float* x, bool accurate);
+    void (*norm)(Pool&, const float* weight, float eps, int64_t size, const float* x, int64_t m, float* y);
+};
+
+const Table& table_vnni();
+const Table& table_avx512();
+const Table& table_avx2();
+const Table& table_portable();
+
+}  // namespace sanderling

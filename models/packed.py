@@ -1,0 +1,88 @@
+"""The decoder over packed weights: the same model as decoder.py, computed by kernels/cpu.
+
+All layers of a step are one call, embedding and head one each, and weights stay as quantised as the
+checkpoint has them. Built by `models.load.packed`, run by `serve/engine`; fulfils what the engine
+asks of a decoder (`states`, `logits`, `config`, `dtype`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.cpu import ops
+from kernels.reference.rope import inverse_frequencies
+from models.batch import TokenBatch
+from models.config import ModelConfig
+
+
+class PackedDecoder:
+    """A decoder of `config`'s shape. Holds no state between steps.
+
+    activations: how finely they are quantised before a product, see kernels.cpu.ops.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embed: ops.Packed,
+        layers: Sequence[ops.LayerWeights],
+        norm: torch.Tensor,
+        head: ops.Packed,
+        activations: ops.Activations = "accurate",
+    ) -> None:
+        self.config = config
+        self.embed = embed
+        self.layers = list(layers)
+        self.norm = norm
+        self.head = head
+        self.activations = activations
+        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._shape = ops.LayerShape(config.heads, config.ff, config.rms_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the cache that `states` expects."""
+        return torch.float32
+
+    def forward(self, batch: TokenBatch, kv: torch.Tensor) -> torch.Tensor:
+        """Logits [R, vocab] float32 of batch.logit_rows; see Decoder.forward."""
+        return self.logits(self.states(batch, kv))
+
+    __call__ = forward
+
+    def states(self, batch: TokenBatch, kv: torch.Tensor) -> torch.Tensor:
+        """[R, hidden]: what the head reads at batch.logit_rows; writes keys and values to kv."""
+        threads = torch.get_num_threads()
+        x = ops.rows(batch.ids, self.embed, threads=threads)
+        ops.layers(
+            x,
+            kv,
+            self.layers,
+            self._shape,
+            self._step(batch),
+            activations=self.activations,
+            threads=threads,
+        )
+        wanted = x.index_select(0, batch.logit_rows)
+        return ops.rms_norm(wanted, self.norm, self.config.rms_eps, threads=threads)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """[R, vocab] float32 of states [R, hidden]."""
+        threads = torch.get_num_threads()
+        return ops.linear(states, self.head, activations=self.activations, threads=threads)
+
+    def _step(self, batch: TokenBatch) -> ops.LayerStep:
+        angles = batch.positions[:, None].float() * self.frequencies.inverse
+        starts = torch.tensor(batch.query_starts)
+        sequences = torch.repeat_interleave(
+            torch.arange(len(starts) - 1), starts.diff(), output_size=len(batch.ids)
+        )
+        scale = self.frequencies.scale
+        return ops.LayerStep(
+            batch.positions,
+            batch.slots,
+            sequences,
+            batch.page_tables,
+            angles.cos() * scale,
+            angles.sin() * scale,
+        )

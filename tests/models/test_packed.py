@@ -1,0 +1,168 @@
+"""The decoder over packed weights: against the reference decoder on the same numbers, through
+pages, chunks and batches; and the default model's text."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from kernels.cpu import ops
+from kernels.reference.dequantize import dequantize
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.load import TextModel, load_for_cpu
+from models.packed import PackedDecoder
+from tests.models.sequences import Sequences
+from tests.models.test_smollm2 import PROMPTS, greedy, prompt_ids
+from tests.models.tiny import write_byte_level
+
+CONFIG = ModelConfig(
+    name="tiny",
+    layers=3,
+    hidden=96,
+    heads=6,
+    kv_heads=2,
+    head_dim=32,
+    ff=160,
+    vocab=80,
+    context_tokens=256,
+    rms_eps=1e-5,
+    tied_head=True,
+)
+
+
+class Twins:
+    """One random model, packed and decoded."""
+
+    def __init__(self, config: ModelConfig = CONFIG, form: str = "Q4_1") -> None:
+        self.form, self.seed = form, 0
+        self.reference = Decoder(config).requires_grad_(False).eval()
+        values = dict(self.reference.named_parameters())
+        embed = self._matrix(values["embed.weight"], "Q8_0")
+        layers = []
+        for layer in range(config.layers):
+            names = ("mixer.qkv", "mixer.out", "feedforward.gate_up", "feedforward.down")
+            qkv, out, gate_up, down = (
+                self._matrix(values[f"layers.{layer}.{n}.weight"], form) for n in names
+            )
+            before, between = (
+                self._vector(values[f"layers.{layer}.{n}.weight"])
+                for n in ("mixer_norm", "feedforward_norm")
+            )
+            layers.append(ops.LayerWeights(qkv, out, gate_up, down, before, between))
+        norm = self._vector(values["norm.weight"])
+        self.packed = PackedDecoder(config, embed, layers, norm, embed)
+
+    def _matrix(self, parameter: torch.nn.Parameter, form: str) -> ops.Packed:
+        rows, columns = parameter.shape
+        self.seed += 1
+        chance = np.random.default_rng(self.seed)
+        drawn = chance.standard_normal((rows, columns)) / math.sqrt(columns)
+        kind = gguf.GGMLQuantizationType[form]
+        blocks = gguf.quants.quantize(drawn.astype(np.float32), kind)
+        raw = torch.from_numpy(np.ascontiguousarray(blocks)).flatten()
+        parameter.data = dequantize(raw, form, torch.empty(rows, columns))
+        return ops.pack(raw, form, rows, columns)
+
+    def _vector(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        self.seed += 1
+        chance = torch.Generator().manual_seed(self.seed)
+        parameter.data = 1 + 0.1 * torch.randn(parameter.shape, generator=chance)
+        return parameter.data
+
+
+@pytest.fixture(scope="module")
+def twins() -> Twins:
+    return Twins()
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return [(17 * n + 5 * seed + n * n) % CONFIG.vocab for n in range(count)]
+
+
+@pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0"])
+def test_logits_are_the_reference_decoder_s(form: str):
+    twins = Twins(form=form)
+    ours, theirs = (Sequences(d, 2, 60) for d in (twins.packed, twins.reference))
+    work = [(0, ids(37)), (1, ids(20, 1))]
+    for step in (work, [(1, ids(1, 2)), (0, ids(3, 3))], [(0, ids(1, 4)), (1, ids(1, 5))]):
+        assert torch.allclose(ours.step(step), theirs.step(step), atol=2e-3)
+
+
+def test_chunks_batches_threads_and_instruction_sets_change_no_bit(twins: Twins, monkeypatch):
+    whole = Sequences(twins.packed, 1, 50).step([(0, ids(50))])
+    for cut in (1, 16, 17, 31):
+        sequences = Sequences(twins.packed, 3, 64, page_tokens=4, seed=cut)
+        sequences.step([(1, ids(9, 7))])
+        parts = [sequences.step([(2, ids(3, 8)), (0, ids(50)[:cut])])[3:]]
+        parts += [sequences.step([(0, [token]), (1, ids(1, 9))])[:1] for token in ids(50)[cut:]]
+        assert torch.equal(torch.cat(parts), whole), cut
+    layers = ops.layers
+    for isa in ops.instruction_sets():
+        for threads in (1, 2, 3):
+            forced = lambda *args, isa=isa, threads=threads, **terms: layers(  # noqa: E731
+                *args, **{**terms, "isa": isa, "threads": threads}
+            )
+            monkeypatch.setattr("models.packed.ops.layers", forced)
+            assert torch.equal(Sequences(twins.packed, 1, 50).step([(0, ids(50))]), whole)
+
+
+def test_what_other_pages_hold_never_leaks(twins: Twins):
+    clean, dirty = (Sequences(twins.packed, 1, 20) for _ in range(2))
+    dirty.kv.fill_(float("nan"))
+    assert torch.equal(dirty.step([(0, ids(20))]), clean.step([(0, ids(20))]))
+
+
+def test_a_range_of_layers_is_as_good_as_all(twins: Twins):
+    model = twins.packed
+    sequences = Sequences(model, 1, 20)
+    whole = sequences.step([(0, ids(20))])
+    again = Sequences(model, 1, 20)
+    step = model._step
+
+    def in_two(x, kv, weights, shape, of_step, **terms):
+        layers(x, kv[:1], weights[:1], shape, of_step, **terms)
+        layers(x, kv[1:], weights[1:], shape, of_step, **terms)
+
+    layers = ops.layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.packed.ops.layers", in_two)
+        assert torch.equal(again.step([(0, ids(20))]), whole)
+    assert step is not None and torch.equal(again.kv, sequences.kv)
+
+
+def test_places_outside_the_cache_are_refused(twins: Twins):
+    sequences = Sequences(twins.packed, 1, 16)
+    sequences.kv = sequences.kv[:, :, :0].contiguous()
+    with pytest.raises(IndexError, match="is not in the cache"):
+        sequences.step([(0, ids(3))])
+
+
+def test_files_that_are_not_taken_are_refused_in_a_sentence(tmp_path: Path):
+    path = write_byte_level(tmp_path / "tiny.gguf")
+    with pytest.raises(
+        ValueError, match="its head_dim is 16, multiples of 32 are accepted; engine.k"
+    ):
+        load_for_cpu(str(path))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="takes GGUF files"):
+        load_for_cpu(str(tmp_path / "folder"))
+    with pytest.raises(ValueError, match="accurate and fast are accepted"):
+        load_for_cpu(str(path), "slow")
+
+
+def test_the_default_model_answers_as_the_reference_does(
+    smollm2: Decoder, smollm2_text: TextModel, smollm2_path: Path
+):
+    packed = load_for_cpu(str(smollm2_path))
+    for words in PROMPTS:
+        prompt = prompt_ids(smollm2_text, words)
+        wanted, logits = greedy(smollm2, prompt, 24)
+        made, ours = greedy(packed, prompt, 24)
+        assert made == wanted, words
+        assert (ours - logits).abs().max() < 2e-2
+    assert replace(packed.config) == smollm2.config
