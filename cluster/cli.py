@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, Entry] = {
         "serve.commands:status", "Replicas, queues and KV pages of the running service."
     ),
     "bench": Entry("serve.bench_command:bench", "Measure the running service, or the engine."),
+    "eval": Entry("serve.eval_command:evaluate", "Measure what a model or a setting is worth."),
     "scale": Entry("serve.scale_command:scale", "Change how many replicas run."),
     "key": Entry("serve.key_command:key", "Make an API key for a tenant."),
     "doctor": Entry("cluster.doctor.command:doctor", "Check this machine and say what to do."),

@@ -51,8 +51,10 @@ def load(settings: Settings) -> Model:
     from kernels.reference.stable import rows_agree
     from models.load import load_for_cpu, load_model, load_text
 
+    cache = Path(settings.data_dir) / "weights"
     if settings.engine.kernels == "cpu":
-        decoder = load_for_cpu(settings.model, settings.engine.activations)
+        activations = settings.engine.activations
+        decoder = load_for_cpu(settings.model, activations, cache_dir=cache)
         return Model(decoder, load_text(settings.model))
     if settings.engine.dtype == "float32" and not rows_agree():
         log.warning(
@@ -61,7 +63,6 @@ def load(settings: Settings) -> Model:
             "Intel's library needs)",
             os.environ.get("MKL_CBWR"),
         )
-    cache = Path(settings.data_dir) / "weights"
     return Model(
         load_model(settings.model, dtype=settings.engine.dtype, cache_dir=cache),
         load_text(settings.model),

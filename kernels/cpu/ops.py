@@ -15,6 +15,9 @@ import torch
 LIBRARY = Path(__file__).parent / "native.so"
 KINDS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 1}  # affine 4-bit, signed 8-bit
 TILE_ROWS = 16
+GROUP = 32
+BLOCK_BYTES = {0: 320, 1: 608}  # of a tile's 16 rows and 32 columns, by kind; see src/table.h
+LAYOUT_VERSION = 1  # of packed data, where it is kept in files
 Activations = Literal["accurate", "fast"]
 
 
@@ -42,6 +45,11 @@ class Packed(NamedTuple):
     @property
     def padded_rows(self) -> int:
         return -(-self.rows // TILE_ROWS) * TILE_ROWS
+
+
+def packed_bytes(form: str, rows: int, columns: int) -> int:
+    """The size of a matrix once it is packed."""
+    return -(-rows // TILE_ROWS) * (columns // GROUP) * BLOCK_BYTES[KINDS[form]]
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -59,10 +59,13 @@ def load_model(model: str, *, dtype: str = "float32", cache_dir: Path | None = N
     return load_through(cache_dir, path, config, getattr(torch, dtype), decode)
 
 
-def load_for_cpu(model: str, activations: str = "accurate") -> "PackedDecoder":
+def load_for_cpu(
+    model: str, activations: str = "accurate", *, cache_dir: Path | None = None
+) -> "PackedDecoder":
     """The decoder of a GGUF file over kernels/cpu, its weights as quantised as they are stored.
 
-    ValueError when the model is no GGUF file, or one that those kernels do not take.
+    cache_dir: as in `load_model`, for the packed weights. ValueError when the model is no GGUF
+    file, or one that those kernels do not take.
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r}: {' and '.join(ACTIVATIONS)} are accepted.")
@@ -77,7 +80,7 @@ def load_for_cpu(model: str, activations: str = "accurate") -> "PackedDecoder":
     from models.load.packed import load_packed
 
     file = open_gguf(path)
-    return load_packed(file, read_config(file), activations)  # type: ignore[arg-type]
+    return load_packed(file, read_config(file), activations, cache_dir)  # type: ignore[arg-type]
 
 
 def _open_folder(path: Path) -> "tuple[ModelConfig, WeightSource]":

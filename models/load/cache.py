@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,14 +39,14 @@ def load_through(
     if not file.is_file():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            _write(file, decode())
-            _trim()
+            store(file, (parameter.data for parameter in decode().parameters()))
+            trim()
         except OSError as error:
             raise ValueError(f"{cache_dir} cannot hold decoded weights: {error}.") from None
     return _map(file, config, dtype)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give the decoded copy's memory back: glibc keeps what a thread of a process freed, and a
     replica that decoded would stay hundreds of MB larger than those that map."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -64,38 +64,41 @@ def cache_name(path: Path, config: ModelConfig, dtype: torch.dtype) -> str:
     return f"{path.stem}-{str(dtype).removeprefix('torch.')}-{digest[:16]}.weights"
 
 
-def _spans(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-    """Every parameter with its first byte and its size in bytes."""
-    start = 0
-    for parameter in decoder.parameters():
-        size = parameter.numel() * dtype.itemsize
-        yield parameter, start, size
-        start += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def store(file: Path, pieces: Iterable[torch.Tensor]) -> None:
+    """Writes contiguous tensors one after the other, each on a boundary of ALIGNMENT_BYTES.
 
-
-def _write(file: Path, decoder: Decoder) -> None:
-    """Appears whole or not at all. When several processes write at once the first one's file
-    stays, so that all of them map the same."""
+    Appears whole or not at all. When several processes write at once the first one's file stays, so
+    that all of them map the same.
+    """
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as out:
-            for parameter, start, size in _spans(decoder, decoder.dtype):
-                out.write(bytes(start - out.tell()))
-                out.write(parameter.data.view(-1).view(torch.uint8).numpy().data)
-                assert out.tell() == start + size
+            for piece in pieces:
+                out.write(bytes(-out.tell() % ALIGNMENT_BYTES))
+                out.write(piece.view(-1).view(torch.uint8).numpy().data)
         with contextlib.suppress(FileExistsError):
             os.link(name, file)
     finally:
         Path(name).unlink(missing_ok=True)
 
 
+def mapped(file: Path, sizes_bytes: Sequence[int]) -> list[torch.Tensor]:
+    """The uint8 tensors that `store` wrote, mapped privately. ValueError for a file of another
+    size."""
+    starts, end = [], 0
+    for size in sizes_bytes:
+        starts.append(end + -end % ALIGNMENT_BYTES)
+        end = starts[-1] + size
+    if file.stat().st_size != end:
+        raise ValueError(f"{file} is not what was written there; delete it and start again.")
+    data = torch.from_file(str(file), shared=False, size=end, dtype=torch.uint8)
+    return [data[start : start + size] for start, size in zip(starts, sizes_bytes, strict=True)]
+
+
 def _map(file: Path, config: ModelConfig, dtype: torch.dtype) -> Decoder:
     decoder = Decoder(config).requires_grad_(False).eval()
-    spans = list(_spans(decoder, dtype))
-    total = spans[-1][1] + spans[-1][2]
-    if file.stat().st_size != total:
-        raise ValueError(f"{file} is not what was written there; delete it and start again.")
-    data = torch.from_file(str(file), shared=False, size=total, dtype=torch.uint8)
-    for parameter, start, size in spans:
-        parameter.data = data[start : start + size].view(dtype).view(parameter.shape)
+    parameters = list(decoder.parameters())
+    pieces = mapped(file, [p.numel() * dtype.itemsize for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.data = piece.view(dtype).view(parameter.shape)
     return decoder

@@ -39,6 +39,10 @@ class GGUFWeights:
             raise ValueError(f"{self.file.path}: tensor {stored_name(name)!r} is missing.")
         return stored.shape
 
+    def form(self, name: str) -> str:
+        """The block format that a tensor is stored in."""
+        return self.file.tensors[stored_name(name)].format.name
+
     def read(self, name: str, out: torch.Tensor) -> None:
         """Decodes the tensor into out, rows in half-split order."""
         stored = self.blocks(name)

@@ -3,29 +3,95 @@
 Accepts what `kernels.cpu` packs; anything else is a ValueError that says what to set instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from kernels.cpu import ops
 from models.config import ModelConfig
+from models.load.cache import cache_name, mapped, store, trim
 from models.load.gguf_file import GGUFFile
 from models.load.gguf_weights import GGUFWeights
 from models.packed import PackedDecoder
 
 MULTIPLE = 32
+Names = tuple[str, ...]
+EMBED: Names = ("model.embed_tokens.weight",)
+HEAD: Names = ("lm_head.weight",)
 
 
-def load_packed(file: GGUFFile, config: ModelConfig, activations: ops.Activations) -> PackedDecoder:
-    """The decoder of an open file. ValueError when its shape or a format is not accepted."""
+class Place(NamedTuple):
+    """One packed matrix: the tensors that lie one below the other in it, and what it will be."""
+
+    names: tuple[str, ...]
+    form: str
+    rows: int
+    columns: int
+
+
+def load_packed(
+    file: GGUFFile,
+    config: ModelConfig,
+    activations: ops.Activations,
+    cache_dir: Path | None = None,
+) -> PackedDecoder:
+    """The decoder of an open file. ValueError when its shape or a format is not accepted.
+
+    cache_dir: a folder for packed weights, which replicas on one machine then share, mapped.
+    """
     _refuse_shape(file, config)
     source = GGUFWeights(file, config)
-    embed = _matrix(source, ["model.embed_tokens.weight"])
-    head = embed if config.tied_head else _matrix(source, ["lm_head.weight"])
-    layers = [_layer(source, index) for index in range(config.layers)]
-    return PackedDecoder(
-        config, embed, layers, _vector(source, "model.norm.weight"), head, activations
+    names = list(_names(config))
+    places = [_place(source, group) for group in names]
+    matrices = dict(zip(names, _packed(source, places, config, cache_dir), strict=True))
+    layers = [_layer(source, matrices, index) for index in range(config.layers)]
+    embed = matrices[EMBED]
+    norm = _vector(source, "model.norm.weight")
+    return PackedDecoder(config, embed, layers, norm, matrices.get(HEAD, embed), activations)
+
+
+def _names(config: ModelConfig) -> Iterator[Names]:
+    """Every packed matrix of the decoder, by the tensors that it is made of."""
+    yield EMBED
+    if not config.tied_head:
+        yield HEAD
+    for index in range(config.layers):
+        yield from _layer_names(index)
+
+
+def _layer_names(index: int) -> tuple[Names, Names, Names, Names]:
+    """Of one layer, in the order of ops.LayerWeights."""
+    prefix = f"model.layers.{index}"
+    return (
+        tuple(f"{prefix}.self_attn.{letter}_proj.weight" for letter in "qkv"),
+        (f"{prefix}.self_attn.o_proj.weight",),
+        tuple(f"{prefix}.mlp.{name}_proj.weight" for name in ("gate", "up")),
+        (f"{prefix}.mlp.down_proj.weight",),
     )
+
+
+def _packed(
+    source: GGUFWeights, places: list[Place], config: ModelConfig, cache_dir: Path | None
+) -> list[ops.Packed]:
+    """All matrices, packed here or mapped from where a process before put them."""
+    if cache_dir is None:
+        return [_pack(source, place) for place in places]
+    name = cache_name(source.file.path, config, torch.uint8)
+    kept = cache_dir / f"{Path(name).stem}-packed-{ops.LAYOUT_VERSION}.weights"
+    if not kept.is_file():
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            store(kept, (_pack(source, place).data for place in places))
+            trim()
+        except OSError as error:
+            raise ValueError(f"{cache_dir} cannot hold packed weights: {error}.") from None
+    sizes = [ops.packed_bytes(place.form, place.rows, place.columns) for place in places]
+    return [
+        ops.Packed(data, ops.KINDS[place.form], place.rows, place.columns)
+        for data, place in zip(mapped(kept, sizes), places, strict=True)
+    ]
 
 
 def _refuse_shape(file: GGUFFile, config: ModelConfig) -> None:
@@ -44,23 +110,25 @@ def _refused(file: GGUFFile, reason: str) -> ValueError:
     )
 
 
-def _layer(source: GGUFWeights, index: int) -> ops.LayerWeights:
+def _layer(
+    source: GGUFWeights, matrices: Mapping[Names, ops.Packed], index: int
+) -> ops.LayerWeights:
+    qkv, out, gate_up, down = (matrices[names] for names in _layer_names(index))
     prefix = f"model.layers.{index}"
-    heads = [f"{prefix}.self_attn.{letter}_proj.weight" for letter in "qkv"]
     return ops.LayerWeights(
-        _matrix(source, heads),
-        _matrix(source, [f"{prefix}.self_attn.o_proj.weight"]),
-        _matrix(source, [f"{prefix}.mlp.{name}_proj.weight" for name in ("gate", "up")]),
-        _matrix(source, [f"{prefix}.mlp.down_proj.weight"]),
+        qkv,
+        out,
+        gate_up,
+        down,
         _vector(source, f"{prefix}.input_layernorm.weight"),
         _vector(source, f"{prefix}.post_attention_layernorm.weight"),
     )
 
 
-def _matrix(source: GGUFWeights, names: Sequence[str]) -> ops.Packed:
-    """Matrices one below the other, as one. ValueError when they are not of one accepted format."""
-    parts = [source.blocks(name) for name in names]
-    forms = {part.form for part in parts}
+def _place(source: GGUFWeights, names: Names) -> Place:
+    """ValueError when a tensor is missing, or they are not all of one accepted format."""
+    shapes = [source.shape(name) for name in names]
+    forms = {source.form(name) for name in names}
     if len(forms) != 1 or not forms <= set(ops.KINDS):
         found = " and ".join(sorted(forms))
         raise _refused(
@@ -68,9 +136,12 @@ def _matrix(source: GGUFWeights, names: Sequence[str]) -> ops.Packed:
             f"{names[0]} is stored as {found}; {', '.join(ops.KINDS)} are accepted, "
             "one for all parts of a fused matrix",
         )
-    rows = sum(part.rows for part in parts)
-    blocks = torch.cat([part.data.flatten() for part in parts])
-    return ops.pack(blocks, forms.pop(), rows, parts[0].columns)
+    return Place(names, forms.pop(), sum(shape[0] for shape in shapes), shapes[0][1])
+
+
+def _pack(source: GGUFWeights, place: Place) -> ops.Packed:
+    blocks = torch.cat([source.blocks(name).data.flatten() for name in place.names])
+    return ops.pack(blocks, place.form, place.rows, place.columns)
 
 
 def _vector(source: GGUFWeights, name: str) -> torch.Tensor:

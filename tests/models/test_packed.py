@@ -155,6 +155,24 @@ def test_files_that_are_not_taken_are_refused_in_a_sentence(tmp_path: Path):
         load_for_cpu(str(path), "slow")
 
 
+def test_packed_weights_are_kept_and_mapped(
+    smollm2_text: TextModel, smollm2_path: Path, tmp_path: Path, monkeypatch
+):
+    first = load_for_cpu(str(smollm2_path), cache_dir=tmp_path)
+    monkeypatch.setattr(ops, "pack", None)  # the second time nothing is packed
+    second = load_for_cpu(str(smollm2_path), cache_dir=tmp_path)
+    for ours, theirs in zip(first.layers, second.layers, strict=True):
+        for a, b in zip(ours[:4], theirs[:4], strict=True):
+            assert torch.equal(a.data, b.data) and a[1:] == b[1:]
+    monkeypatch.undo()
+    fresh = load_for_cpu(str(smollm2_path))
+    assert torch.equal(fresh.embed.data, second.embed.data)
+    [kept] = tmp_path.glob("*.weights")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not what was written there"):
+        load_for_cpu(str(smollm2_path), cache_dir=tmp_path)
+
+
 def test_the_default_model_answers_as_the_reference_does(
     smollm2: Decoder, smollm2_text: TextModel, smollm2_path: Path
 ):

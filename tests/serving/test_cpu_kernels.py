@@ -1,5 +1,5 @@
-"""The whole service over the CPU kernels: hand-offs, batches and kills change no token there either,
-and what those kernels do not take is refused when a replica starts."""
+"""The whole service over the CPU kernels: hand-offs, batches and kills change no token there
+either, and what those kernels do not take is refused when a replica starts."""
 
 import asyncio
 
