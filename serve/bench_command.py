@@ -24,7 +24,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.group()
 def bench() -> None:
-    """Measure a load: `serve` over HTTP, `engine` in this process."""
+    """Measure a load: `serve` over HTTP, `engine` in this process; `kernels`: this machine."""
 
 
 @bench.command("serve")
@@ -95,6 +95,32 @@ def bench_engine(
 
     load = Load(streams, streams, prompt_tokens, max_tokens)
     _show(run_engine(resolved.settings, load), as_json)
+
+
+@bench.command("kernels")
+@click.option(
+    "--rounds", type=COUNT, default=5, show_default=True, help="Of all measures in turns."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@with_settings("model")
+def bench_kernels(resolved: Resolved, rounds: int, as_json: bool) -> None:
+    """Measure the CPU kernels on a model's matrices, against memory and arithmetic limits."""
+    import torch
+
+    from kernels.cpu.bench import run as run_kernels
+    from models.load import load_for_cpu
+    from serve.view import kernels_table
+
+    model = load_for_cpu(resolved.settings.model)
+    threads = resolved.settings.decode.threads or torch.get_num_threads()
+    matrices = [*(weight for layer in model.layers for weight in layer[:4]), model.head]
+    report = run_kernels(matrices, threads=threads, rounds=rounds)
+    if as_json:
+        figures = [figure._asdict() for figure in report.figures]
+        limits = report.limits._asdict()
+        click.echo(json.dumps({"threads": threads, **limits, "figures": figures}, indent=1))
+    else:
+        Console().print(kernels_table(report, threads))
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

@@ -1,10 +1,13 @@
 """What `sanderling status` and `sanderling bench` print: tables from plain values."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.table import Table
+
+if TYPE_CHECKING:  # it imports torch
+    from kernels.cpu.bench import Report
 
 MIB = 1 << 20
 
@@ -43,6 +46,24 @@ def replica_table(status: dict[str, Any]) -> Table:
             f"{busy} + {stats['evictable_pages']} cached of {stats['pages']}",
             f"{hits / asked:.0%} of {asked} tokens" if asked else "-",
             f"{state['handed_bytes'] / MIB:.1f} MiB" if state["role"] == "decode" else "-",
+        )
+    return table
+
+
+def kernels_table(report: "Report", threads: int) -> Table:
+    """`sanderling bench kernels`: all linears of one step, and how near they come to a limit."""
+    limits = report.limits
+    title = f"{threads} threads: {limits.bytes_per_s / 1e9:.1f} GB/s read, "
+    table = Table(title=title + f"{limits.products_per_s / 1e9:.0f} G products of bytes/s")
+    for name in ("rows", "activations", "ms", "of bandwidth", "of peak"):
+        table.add_column(name, justify="left" if name == "activations" else "right")
+    for figure in report.figures:
+        table.add_row(
+            str(figure.m),
+            figure.activations,
+            f"{figure.seconds * 1e3:.2f}",
+            f"{figure.of_bandwidth:.0%}",
+            f"{figure.of_peak:.0%}",
         )
     return table
 

@@ -99,6 +99,16 @@ def rms_norm(
     return cast(torch.Tensor, _ops().rms_norm(x, weight, eps, threads, isa))
 
 
+def read_bytes(data: torch.Tensor, *, threads: int = 1, isa: str = "auto") -> int:
+    """Reads data [uint8] once, and does nothing with it: a benchmark's yardstick. Returns a sum."""
+    return cast(int, _ops().read_bytes(data, threads, isa))
+
+
+def multiply_bytes(rounds: int, *, threads: int = 1, isa: str = "auto") -> int:
+    """Multiplies bytes in registers as fast as the machine can; how many products were made."""
+    return cast(int, _ops().multiply_bytes(rounds, threads, isa))
+
+
 class LayerWeights(NamedTuple):
     """What one decoder layer computes with; qkv and gate_up as in models.mixers and feedforward."""
 

@@ -236,6 +236,7 @@ void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* o
 
 #include "attention.inc"
 #include "layers.inc"
+#include "limits.inc"
 
 }  // namespace
 
@@ -258,7 +259,7 @@ static bool supported() {
 }
 
 const Table& NAME(SANDERLING_ISA)() {
-    static const Table table{TEXT(SANDERLING_ISA), supported, linear, gather, layers, norm};
+    static const Table table{TEXT(SANDERLING_ISA), supported, linear, gather, layers, norm, read, multiply};
     return table;
 }
 

@@ -179,6 +179,22 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
                      x.data_ptr<float>(), accurate);
 }
 
+int64_t read_bytes(const at::Tensor& data, int64_t threads, std::string isa) {
+    TORCH_CHECK_VALUE(data.scalar_type() == at::kByte && data.is_contiguous(), "data should be contiguous bytes");
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    return table.read(pool_of(threads), data.const_data_ptr<uint8_t>(), data.numel());
+}
+
+// The number of products that were made.
+int64_t multiply_bytes(int64_t rounds, int64_t threads, std::string isa) {
+    TORCH_CHECK_VALUE(rounds > 0, "rounds is ", rounds, "; at least 1 is accepted");
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    table.multiply(pool_of(threads), rounds);
+    return rounds * PEAK_MACS * threads;
+}
+
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const Table* table : tables())
@@ -199,6 +215,8 @@ TORCH_LIBRARY(sanderling, m) {
         "float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
         "bool accurate, int threads, str isa) -> ()");
     m.def("instruction_sets() -> str[]", sanderling::instruction_sets);
+    m.def("multiply_bytes(int rounds, int threads, str isa) -> int", sanderling::multiply_bytes);
+    m.def("read_bytes(Tensor data, int threads, str isa) -> int");
 }
 
 TORCH_LIBRARY_IMPL(sanderling, CPU, m) {
@@ -207,4 +225,5 @@ TORCH_LIBRARY_IMPL(sanderling, CPU, m) {
     m.impl("packed_rows", sanderling::gather);
     m.impl("rms_norm", sanderling::norm);
     m.impl("layers", sanderling::layers);
+    m.impl("read_bytes", sanderling::read_bytes);
 }

@@ -15,6 +15,8 @@ constexpr int GROUP = 32;
 constexpr size_t AFFINE4_BYTES = 16 * 32 / 2 + 2 * 16 * 2;     // nibbles, scales, minima
 constexpr size_t SIGNED8_BYTES = 16 * 32 + 16 * 2 + 16 * 4;    // bytes, scales, corrections
 
+constexpr int64_t PEAK_MACS = 16 * 64;  // of one round of Table::multiply
+
 enum class Kind { affine4 = 0, signed8 = 1 };
 
 // A packed matrix [rows, columns]: rows a multiple of 16 (padded with zeros), columns of 32.
@@ -55,6 +57,10 @@ struct Table {
     void (*layers)(Pool&, const Shape&, const Step&, const LayerWeights*, int64_t count, float* kv,
                    float* x, bool accurate);
     void (*norm)(Pool&, const float* weight, float eps, int64_t size, const float* x, int64_t m, float* y);
+    // What the machine can do at most: read `bytes` (a multiple of 64 per thread), or multiply and add
+    // rounds * PEAK_MACS pairs of bytes on each thread. Both return a sum that nothing may leave out.
+    int64_t (*read)(Pool&, const uint8_t* data, int64_t bytes);
+    int64_t (*multiply)(Pool&, int64_t rounds);
 };
 
 const Table& table_vnni();
