@@ -22,7 +22,8 @@ def rows() -> Iterator[Row]:
 
 def started(peers: Running) -> Row:
     """Which versions and formats of the weights are compared."""
-    of = [f"{ENGINES[name].version} {ENGINES[name].weights}" for name in peers.endpoints]
+    used = (ENGINES[name] for name in peers.endpoints)
+    of = [f"{engine.name} ({engine.version}, {engine.weights})" for engine in used]
     measured = ", ".join([*of, *_failures(peers.failed)])
     return Row("peers", f"all start, {THREADS} threads each", measured, not peers.failed)
 
