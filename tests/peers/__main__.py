@@ -8,6 +8,7 @@ import argparse
 import json
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 from tests.peers.engines import ENGINES
@@ -48,7 +49,10 @@ def draw(results: list[Result], path: Path) -> None:
         for place, name in enumerate(names):
             axes.plot([place] * len(result.values[name]), result.values[name], "k.", markersize=4)
         arrow = "more" if result.measure.more_is_better else "less"
-        axes.set_title(f"{result.measure.name}\n{result.measure.unit}, {arrow} is better", size=7)
+        axes.set_title(
+            f"{textwrap.fill(result.measure.name, 36)}\n{result.measure.unit}, {arrow} is better",
+            size=7,
+        )
         axes.tick_params(axis="x", rotation=30, labelsize=7)
     figure.savefig(path)
 

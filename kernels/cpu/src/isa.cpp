@@ -25,10 +25,34 @@ template <class T> struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-// Calls body(thread) on every thread of the pool.
-template <class Body> void on_all(Pool& pool, Body& body) {
-    pool.run([](void* context, int thread) { (*static_cast<Body*>(context))(thread); }, &body);
+// Calls body(phases, thread) on the threads of the pool, for an op of `count` phases.
+template <class Body> void on_all(Pool& pool, int64_t count, Body body) {
+    struct Op {
+        Body& body;
+        Phase* phases;
+        int64_t count;
+    };
+    const size_t bytes = size_t(count) * sizeof(Phase);
+    void* memory = std::aligned_alloc(alignof(Phase), bytes);
+    std::memset(memory, 0, bytes);
+    Op op{body, static_cast<Phase*>(memory), count};
+    pool.run(
+        [](void* context, int thread) {
+            Op& of = *static_cast<Op*>(context);
+            of.body(Phases(of.phases, of.count), thread);
+        },
+        &op);
+    std::free(memory);
 }
+
+// How a matrix's tiles are handed out: a few together, since taking one costs as much as a short one.
+struct Chunks {
+    int64_t tiles, size;
+    Chunks(int64_t all, int threads) : tiles(all), size(all / (threads * 8)) { size = size < 1 ? 1 : size; }
+    int64_t count() const { return (tiles + size - 1) / size; }
+    int64_t begin(int64_t chunk) const { return chunk * size; }
+    int64_t end(int64_t chunk) const { return (chunk + 1) * size < tiles ? (chunk + 1) * size : tiles; }
+};
 
 // Quantised rows [m, columns] with a scale and a scaled sum for each group.
 struct Activations {
@@ -148,11 +172,11 @@ void tile(const Matrix& w, int64_t number, const Activations& a, int64_t row, bo
         accurate ? tile_signed8<M, true>(data, a, row, acc) : tile_signed8<M, false>(data, a, row, acc);
 }
 
-// each(tile, row, count, acc): all rows of every tile in this thread's share, as many rows at a time
-// as registers hold.
+// each(tile, row, count, acc): all rows of the tiles from `begin` to `end`, as many rows at a time as
+// registers hold.
 template <class Each>
-void tiles(const Matrix& w, const Activations& a, int64_t m, bool accurate, Share share, Each each) {
-    for (int64_t number = share.begin; number < share.end; number++) {
+void tiles(const Matrix& w, const Activations& a, int64_t m, bool accurate, int64_t begin, int64_t end, Each each) {
+    for (int64_t number = begin; number < end; number++) {
         F acc[4];
         int64_t row = 0;
         for (; m - row >= 4; row += 4) {
@@ -178,28 +202,26 @@ void norm_row(const float* x, const float* weight, float eps, int64_t size, floa
 }
 
 void norm(Pool& pool, const float* weight, float eps, int64_t size, const float* x, int64_t m, float* y) {
-    auto body = [&](int thread) {
-        Share rows(m, thread, pool.threads());
-        for (int64_t row = rows.begin; row < rows.end; row++)
-            norm_row(x + row * size, weight, eps, size, y + row * size);
-    };
-    on_all(pool, body);
+    on_all(pool, 1, [&](Phases phases, int) {
+        phases.each(m, [&](int64_t row) { norm_row(x + row * size, weight, eps, size, y + row * size); });
+    });
 }
 
 void linear(Pool& pool, const Matrix& w, const float* x, int64_t m, float* y, bool accurate) {
     ActivationBuffer buffer(m * w.columns);
     const Activations a = buffer.of(w.columns);
-    auto body = [&](int thread) {
-        Share rows(m, thread, pool.threads());
-        for (int64_t row = rows.begin; row < rows.end; row++)
-            quantize(x + row * w.columns, row, 0, w.columns / GROUP, a, accurate);
-        pool.barrier();
-        Share share(w.rows / TILE_ROWS, thread, pool.threads());
-        tiles(w, a, m, accurate, share, [&](int64_t number, int64_t row, int count, F* acc) {
-            for (int i = 0; i < count; i++) store(y + (row + i) * w.rows + number * TILE_ROWS, acc[i]);
-        });
+    const Chunks chunks(w.rows / TILE_ROWS, pool.threads());
+    auto keep = [&](int64_t number, int64_t row, int count, F* acc) {
+        for (int i = 0; i < count; i++) store(y + (row + i) * w.rows + number * TILE_ROWS, acc[i]);
     };
-    on_all(pool, body);
+    on_all(pool, 2, [&](Phases phases, int) {
+        phases.each(m, [&](int64_t row) {
+            quantize(x + row * w.columns, row, 0, w.columns / GROUP, a, accurate);
+        });
+        phases.each(chunks.count(), [&](int64_t chunk) {
+            tiles(w, a, m, accurate, chunks.begin(chunk), chunks.end(chunk), keep);
+        });
+    });
 }
 
 void gather_row(const Matrix& w, int64_t id, float* out) {
@@ -226,12 +248,9 @@ void gather_row(const Matrix& w, int64_t id, float* out) {
 }
 
 void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* out) {
-    auto body = [&](int thread) {
-        Share rows(m, thread, pool.threads());
-        for (int64_t row = rows.begin; row < rows.end; row++)
-            gather_row(w, ids[row], out + row * w.columns);
-    };
-    on_all(pool, body);
+    on_all(pool, 1, [&](Phases phases, int) {
+        phases.each(m, [&](int64_t row) { gather_row(w, ids[row], out + row * w.columns); });
+    });
 }
 
 #include "attention.inc"
