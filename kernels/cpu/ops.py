@@ -110,7 +110,8 @@ def multiply_bytes(rounds: int, *, threads: int = 1, isa: str = "auto") -> int:
 
 
 class LayerWeights(NamedTuple):
-    """What one decoder layer computes with; qkv and gate_up as in models.mixers and feedforward."""
+    """What one decoder layer computes with; qkv and gate_up as in models.mixers and feedforward.
+    qkv_bias: [rows of qkv] float32, or empty for none."""
 
     qkv: Packed
     out: Packed
@@ -118,6 +119,7 @@ class LayerWeights(NamedTuple):
     down: Packed
     mixer_norm: torch.Tensor
     feedforward_norm: torch.Tensor
+    qkv_bias: torch.Tensor
 
 
 class LayerShape(NamedTuple):
@@ -158,13 +160,14 @@ def layers(
     an exit or an adapter can sit between two calls. IndexError for a place outside the cache.
     """
     matrices = [m for layer in weights for m in layer[:4]]
-    norms = [n for layer in weights for n in layer[4:]]
+    norms = [n for layer in weights for n in (layer.mixer_norm, layer.feedforward_norm)]
     _ops().layers(
         x,
         kv,
         [m.data for m in matrices],
         [m.kind for m in matrices],
         norms,
+        [layer.qkv_bias for layer in weights],
         shape.heads,
         shape.ff,
         shape.eps,

@@ -46,7 +46,7 @@ def load_packed(
     names = list(_names(config))
     places = [_place(source, group) for group in names]
     matrices = dict(zip(names, _packed(source, places, config, cache_dir), strict=True))
-    layers = [_layer(source, matrices, index) for index in range(config.layers)]
+    layers = [_layer(source, matrices, index, config.qkv_bias) for index in range(config.layers)]
     embed = matrices[EMBED]
     norm = _vector(source, "model.norm.weight")
     return PackedDecoder(config, embed, layers, norm, matrices.get(HEAD, embed), activations)
@@ -99,8 +99,8 @@ def _refuse_shape(file: GGUFFile, config: ModelConfig) -> None:
     for name, size in sizes.items():
         if size % MULTIPLE:
             raise _refused(file, f"its {name} is {size}, multiples of {MULTIPLE} are accepted")
-    if config.qkv_bias or config.out_bias:
-        raise _refused(file, "its attention has biases")
+    if config.out_bias:
+        raise _refused(file, "its attention's output has a bias")
 
 
 def _refused(file: GGUFFile, reason: str) -> ValueError:
@@ -111,7 +111,7 @@ def _refused(file: GGUFFile, reason: str) -> ValueError:
 
 
 def _layer(
-    source: GGUFWeights, matrices: Mapping[Names, ops.Packed], index: int
+    source: GGUFWeights, matrices: Mapping[Names, ops.Packed], index: int, bias: bool
 ) -> ops.LayerWeights:
     qkv, out, gate_up, down = (matrices[names] for names in _layer_names(index))
     prefix = f"model.layers.{index}"
@@ -122,7 +122,12 @@ def _layer(
         down,
         _vector(source, f"{prefix}.input_layernorm.weight"),
         _vector(source, f"{prefix}.post_attention_layernorm.weight"),
+        _bias(source, f"{prefix}.self_attn") if bias else torch.empty(0),
     )
+
+
+def _bias(source: GGUFWeights, prefix: str) -> torch.Tensor:
+    return torch.cat([_vector(source, f"{prefix}.{letter}_proj.bias") for letter in "qkv"])
 
 
 def _place(source: GGUFWeights, names: Names) -> Place:

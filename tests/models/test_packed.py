@@ -14,8 +14,9 @@ from kernels.cpu import ops
 from kernels.reference.dequantize import dequantize
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.load import TextModel, load_for_cpu
+from models.load import TextModel, load_for_cpu, load_model
 from models.packed import PackedDecoder
+from tests.models import tiny
 from tests.models.sequences import Sequences
 from tests.models.test_smollm2 import PROMPTS, greedy, prompt_ids
 from tests.models.tiny import write_byte_level
@@ -53,7 +54,11 @@ class Twins:
                 self._vector(values[f"layers.{layer}.{n}.weight"])
                 for n in ("mixer_norm", "feedforward_norm")
             )
-            layers.append(ops.LayerWeights(qkv, out, gate_up, down, before, between))
+            bias = torch.empty(0)
+            if config.qkv_bias:
+                bias = self._vector(values[f"layers.{layer}.mixer.qkv.bias"])
+            weights = ops.LayerWeights(qkv, out, gate_up, down, before, between, bias)
+            layers.append(weights)
         norm = self._vector(values["norm.weight"])
         self.packed = PackedDecoder(config, embed, layers, norm, embed)
 
@@ -85,8 +90,9 @@ def ids(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0"])
-def test_logits_are_the_reference_decoder_s(form: str):
-    twins = Twins(form=form)
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_logits_are_the_reference_decoder_s(form: str, qkv_bias: bool):
+    twins = Twins(replace(CONFIG, qkv_bias=qkv_bias), form)
     ours, theirs = (Sequences(d, 2, 60) for d in (twins.packed, twins.reference))
     work = [(0, ids(37)), (1, ids(20, 1))]
     for step in (work, [(1, ids(1, 2)), (0, ids(3, 3))], [(0, ids(1, 4)), (1, ids(1, 5))]):
@@ -153,6 +159,22 @@ def test_files_that_are_not_taken_are_refused_in_a_sentence(tmp_path: Path):
         load_for_cpu(str(tmp_path / "folder"))
     with pytest.raises(ValueError, match="accurate and fast are accepted"):
         load_for_cpu(str(path), "slow")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_file_is_computed_as_the_reference_does(architecture: str, tmp_path: Path, monkeypatch):
+    """Rotary pairs put in order, parts fused, biases and a last tile that is not full."""
+    monkeypatch.setattr(tiny, "HEADS", 2)
+    monkeypatch.setattr(tiny, "KV_HEADS", 1)
+    monkeypatch.setattr(tiny, "FORMATS", dict.fromkeys(tiny.FORMATS, "Q8_0"))
+    path = str(write_byte_level(tmp_path / "tiny.gguf", architecture=architecture))
+    packed, reference = load_for_cpu(path), load_model(path)
+    assert packed.config.qkv_bias == (architecture == "qwen2") and packed.config.vocab % 16
+    ours, theirs = (
+        Sequences(decoder, 1, 40).step([(0, ids(40))]) for decoder in (packed, reference)
+    )
+    assert torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max()))
+    assert torch.equal(ours.argmax(1), theirs.argmax(1))
 
 
 def test_packed_weights_are_kept_and_mapped(

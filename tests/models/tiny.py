@@ -104,6 +104,9 @@ def _writer(path: Path, architecture: str, vocab: int) -> Any:
         for name, shape in shapes.items():
             values = random.normal(0, 0.3, shape)
             _tensor(writer, f"blk.{layer}.{name}.weight", values, FORMATS[name])
+            if architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
+                bias = random.normal(0, 0.3, shape[0])
+                _tensor(writer, f"blk.{layer}.{name}.bias", bias, "F32")
     return writer
 
 

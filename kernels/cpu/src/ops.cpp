@@ -135,7 +135,8 @@ void check_places(const Step& step, const Shape& shape, int64_t sequences) {
 }
 
 void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed,
-            at::IntArrayRef kinds, const std::vector<at::Tensor>& norms, int64_t heads, int64_t ff, double eps,
+            at::IntArrayRef kinds, const std::vector<at::Tensor>& norms,
+            const std::vector<at::Tensor>& biases, int64_t heads, int64_t ff, double eps,
             const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& sequences,
             const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines, bool accurate,
             int64_t threads, std::string isa) {
@@ -149,8 +150,8 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     TORCH_CHECK_VALUE(dim % 32 == 0 && hidden % 32 == 0 && ff % 32 == 0 && heads % shape.kv_heads == 0,
                       "head_dim, hidden and ff should be multiples of 32, heads of kv_heads");
     TORCH_CHECK_VALUE(int64_t(packed.size()) == 4 * count && int64_t(kinds.size()) == 4 * count &&
-                          int64_t(norms.size()) == 2 * count,
-                      "four packed matrices and two norms are wanted for each of ", count, " layers");
+                          int64_t(norms.size()) == 2 * count && int64_t(biases.size()) == count,
+                      "four packed matrices, two norms and a bias are wanted for each of ", count, " layers");
     TORCH_CHECK_VALUE(cosines.numel() == tokens * dim / 2 && sines.numel() == tokens * dim / 2,
                       "cosines and sines should be [tokens, head_dim / 2]");
     const Step step{tokens, tables_.size(1), indices(positions, tokens, "positions"),
@@ -165,12 +166,16 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
             check_float(norms[2 * layer + part], "a norm");
             TORCH_CHECK_VALUE(norms[2 * layer + part].numel() == hidden, "a norm should have ", hidden, " values");
         }
+        const at::Tensor& bias = biases[size_t(layer)];
+        check_float(bias, "a bias");
+        TORCH_CHECK_VALUE(bias.numel() == 0 || bias.numel() == wide, "a bias should have 0 or ", wide, " values");
         const size_t at = size_t(4 * layer);
         weights.push_back({matrix(packed[at], kinds[at], wide, hidden),
                            matrix(packed[at + 1], kinds[at + 1], hidden, inner),
                            matrix(packed[at + 2], kinds[at + 2], 2 * ff, hidden),
                            matrix(packed[at + 3], kinds[at + 3], hidden, ff),
-                           norms[2 * layer].const_data_ptr<float>(), norms[2 * layer + 1].const_data_ptr<float>()});
+                           norms[2 * layer].const_data_ptr<float>(), norms[2 * layer + 1].const_data_ptr<float>(),
+                           bias.numel() == 0 ? nullptr : bias.const_data_ptr<float>()});
     }
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
@@ -211,8 +216,8 @@ TORCH_LIBRARY(sanderling, m) {
     m.def("packed_rows(Tensor ids, Tensor packed, int kind, int rows, int columns, int threads, str isa) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads, str isa) -> Tensor");
     m.def(
-        "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, Tensor[] norms, int heads, int ff, "
-        "float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
+        "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, Tensor[] norms, Tensor[] biases, "
+        "int heads, int ff, float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
         "bool accurate, int threads, str isa) -> ()");
     m.def("instruction_sets() -> str[]", sanderling::instruction_sets);
     m.def("multiply_bytes(int rounds, int threads, str isa) -> int", sanderling::multiply_bytes);

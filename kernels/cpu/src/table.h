@@ -44,6 +44,7 @@ struct Step {
 struct LayerWeights {
     Matrix qkv, out, gate_up, down;
     const float *mixer_norm, *feedforward_norm;
+    const float* qkv_bias;  // nullptr for none
 };
 
 struct Table {
