@@ -20,7 +20,7 @@ PACKAGES := pyproject.toml constraints.txt
 KERNELS := kernels/cpu/native.so
 KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
-.PHONY: up down test test-all check bench prove-serve prove-service install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -48,6 +48,9 @@ prove-serve: install-test
 
 prove-service: install-test
 	@$(BIN)/python -m tests.prove.service
+
+prove-kernels: install-test
+	@$(BIN)/python -m tests.prove.kernels
 
 install: $(VENV)/.installed $(KERNELS)
 install-test: $(VENV)/.installed-test $(KERNELS)

@@ -1,0 +1,94 @@
+"""Proof rows of what the CPU kernels cost in quality: perplexity on two texts, and how long greedy
+answers stay those of the float32 reference, with transformers in bfloat16 as the measure."""
+
+import argparse
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cluster.settings import Settings
+from models.resolve import resolve
+from serve import build
+from serve.eval_command import help_topics
+from serve.perplexity import Loss, Scored, Windows, loss, score, windows
+from tests.models.oracle import reference
+from tests.prove.models import PROMPTS, TOKENS, generate, some_prompts
+from tests.prove.row import Row
+
+WINDOWS, WINDOW_TOKENS = 4, 512
+MOST_RATIO = {"accurate": 1.003, "fast": 1.02}
+
+
+def rows() -> Iterator[Row]:
+    """Every row of this module, as it is measured; about five minutes."""
+    exact = Settings()
+    model = build.load(exact)
+    texts = {"Python's help": help_topics(), "Python's argparse": inspect.getsource(argparse)}
+    encode = model.text.tokenizer.encode
+    cut = {name: windows(encode(text), WINDOWS, WINDOW_TOKENS) for name, text in texts.items()}
+    against = {name: score(exact, model, each) for name, each in cut.items()}
+    prompts = some_prompts(model)
+    wanted = generate(exact, model, prompts)
+    common: dict[str, float] = {}
+    for activations in MOST_RATIO:
+        settings = with_kernels(activations)
+        packed = build.load(settings)
+        for name, each in cut.items():
+            yield perplexity(settings, packed, name, each, against[name])
+        common[activations] = common_prefix(generate(settings, packed, prompts), wanted)
+    yield from prefixes(common, common_prefix(bfloat16(exact, prompts), wanted))
+
+
+def with_kernels(activations: str) -> Settings:
+    """The default settings over the CPU kernels."""
+    return Settings.model_validate({"engine": {"kernels": "cpu", "activations": activations}})
+
+
+def perplexity(
+    settings: Settings, model: build.Model, name: str, cut: Windows, against: Scored
+) -> Row:
+    """Against the float32 reference on the same windows."""
+    activations = settings.engine.activations
+    lost: Loss = loss(score(settings, model, cut), against)
+    most = MOST_RATIO[activations]
+    measured = f"x {lost.ratio:.4f} of {against.perplexity:.2f}, {lost.agreement:.1%} likeliest"
+    return Row(f"perplexity, {activations}: {name}", f"<= x {most}", measured, lost.ratio <= most)
+
+
+def common_prefix(made: list[list[int]], wanted: list[list[int]]) -> float:
+    """Mean number of tokens before the first that differs."""
+    lengths = [
+        next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
+        for ours, theirs in zip(made, wanted, strict=True)
+    ]
+    return sum(lengths) / len(lengths)
+
+
+def prefixes(common: dict[str, float], of_bfloat16: float) -> Iterator[Row]:
+    """accurate has to stay with float32 at least as long as bfloat16 does; fast is told."""
+    name = f"greedy answers of {PROMPTS} prompts: tokens in common with float32, of {TOKENS}"
+    target = f">= transformers bfloat16: {of_bfloat16:.1f}"
+    accurate = common["accurate"]
+    yield Row(f"{name}, accurate", target, f"{accurate:.1f}", accurate >= of_bfloat16)
+    yield Row(f"{name}, fast", "told", f"{common['fast']:.1f}", True)
+
+
+def bfloat16(settings: Settings, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """Greedy answers of transformers, which do not end early either."""
+    model: Any = reference(resolve(settings.model)).to(torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in prompts:
+        with torch.no_grad():
+            ids = torch.tensor([prompt])
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        answers.append(made[0, len(prompt) :].tolist())
+    return answers
