@@ -25,7 +25,7 @@ from serve.state import ReplicaState
 from serve.transport import HandoffLost, PrefillReply, Transport
 from serve.wire import Moved, failed, pack
 
-SILENT_INGRESS_S = 10.0  # an ingress that has not called for so long is gone, and its clients too
+SILENT_INGRESS_S = 6.0  # an ingress that has not called for so long is gone, and its clients too
 
 
 @dataclass
