@@ -1,7 +1,9 @@
 """What the live tests look at on this machine: listeners, leftovers, another person's Ray."""
 
+import contextlib
 import http.client
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
+PORTS = range(20_000, 30_000)
 
 FOREIGN = """
 import os, sys, time
@@ -30,10 +33,14 @@ ray.shutdown()
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has, out of those that nobody takes by chance: Ray's workers use 10002 to
+    19999, Serve's ingress 30000 to 31000, and whatever asks the system for any port gets a higher
+    one, as do Ray's agents (52365 among them)."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def listeners(pids: list[int]) -> set[tuple[str, int]]:
