@@ -6,6 +6,7 @@ import asyncio
 import pytest
 
 from cluster.settings import Settings
+from models.resolve import resolve
 from serve import build
 from tests.serving.tiny import (
     collect,
@@ -23,10 +24,12 @@ from tests.serving.tiny import (
 
 @pytest.fixture(scope="module")
 def packed() -> build.Model:
+    chosen = Settings.model_validate({"engine": {"kernels": "cpu"}})
     try:
-        return build.load(Settings.model_validate({"engine": {"kernels": "cpu"}}))
-    except ValueError as error:
+        resolve(chosen.model)
+    except ValueError as error:  # the model is not installed; a refusal of it would be a failure
         pytest.skip(str(error))
+    return build.load(chosen)
 
 
 @pytest.mark.parametrize("prefill", [0, 1], ids=["together", "apart"])
