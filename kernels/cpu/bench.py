@@ -83,18 +83,12 @@ def run(
 def _linears(
     matrices: Sequence[ops.Packed], m: int, activations: str, threads: int, isa: str
 ) -> Callable[[], object]:
-    chance = torch.Generator().manual_seed(m)
-    inputs = {w.columns: torch.randn(m, w.columns, generator=chance) for w in matrices}
+    widest = max(weight.columns for weight in matrices)
+    x = torch.randn(m, widest, generator=torch.Generator().manual_seed(m))
 
     def task() -> None:
-        for weight in matrices:
-            ops.linear(
-                inputs[weight.columns],
-                weight,
-                activations=activations,  # type: ignore[arg-type]
-                threads=threads,
-                isa=isa,
-            )
+        chosen: ops.Activations = activations  # type: ignore[assignment]
+        ops.linears(x, matrices, activations=chosen, threads=threads, isa=isa)
 
     return task
 

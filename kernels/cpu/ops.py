@@ -16,8 +16,9 @@ LIBRARY = Path(__file__).parent / "native.so"
 KINDS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 1}  # affine 4-bit, signed 8-bit
 TILE_ROWS = 16
 GROUP = 32
-BLOCK_BYTES = {0: 320, 1: 608}  # of a tile's 16 rows and 32 columns, by kind; see src/table.h
-LAYOUT_VERSION = 1  # of packed data, where it is kept in files
+BLOCK_BYTES = {0: 320, 1: 544}  # of a tile's 16 rows and 32 columns, by kind; see src/table.h
+LINE_BYTES = 64  # a tile is a whole number of them
+LAYOUT_VERSION = 2  # of packed data, where it is kept in files
 Activations = Literal["accurate", "fast"]
 
 
@@ -31,7 +32,7 @@ def _ops() -> Any:
         )
     torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     _register_fakes()
-    return torch.ops.sanderling
+    return torch.ops.sanderling_cpu
 
 
 class Packed(NamedTuple):
@@ -49,7 +50,8 @@ class Packed(NamedTuple):
 
 def packed_bytes(form: str, rows: int, columns: int) -> int:
     """The size of a matrix once it is packed."""
-    return -(-rows // TILE_ROWS) * (columns // GROUP) * BLOCK_BYTES[KINDS[form]]
+    tile = columns // GROUP * BLOCK_BYTES[KINDS[form]]
+    return -(-rows // TILE_ROWS) * -(-tile // LINE_BYTES) * LINE_BYTES
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -81,6 +83,28 @@ def linear(
         x, weight.data, weight.kind, weight.padded_rows, accurate, threads, isa
     )
     return cast(torch.Tensor, y[:, : weight.rows])
+
+
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[Packed],
+    *,
+    activations: Activations = "accurate",
+    threads: int = 1,
+    isa: str = "auto",
+) -> None:
+    """The products of x [M, widest] float32 with one matrix after another, each of as many columns as
+    the matrix has, in one call; results are dropped. A benchmark's."""
+    _ops().packed_linears(
+        x,
+        [w.data for w in weights],
+        [w.kind for w in weights],
+        [w.padded_rows for w in weights],
+        [w.columns for w in weights],
+        activations == "accurate",
+        threads,
+        isa,
+    )
 
 
 def rows(ids: torch.Tensor, weight: Packed, *, threads: int = 1, isa: str = "auto") -> torch.Tensor:
@@ -185,8 +209,9 @@ def _register_fakes() -> None:
         "packed_rows": lambda ids, packed, kind, rows, columns, *_: ids.new_empty(
             ids.shape[0], columns, dtype=torch.float32
         ),
+        "packed_linears": lambda *_: None,
         "rms_norm": lambda x, *_: torch.empty_like(x),
         "layers": lambda *_: None,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"sanderling::{name}", fake)
+        torch.library.register_fake(f"sanderling_cpu::{name}", fake)

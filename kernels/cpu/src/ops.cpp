@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,7 +18,7 @@ namespace {
 
 std::vector<const Table*> tables() {
 #if defined(__x86_64__)
-    return {&table_vnni(), &table_avx512(), &table_avx2(), &table_portable()};
+    return {&table_amx(), &table_vnni(), &table_avx512(), &table_avx2(), &table_portable()};
 #else
     return {&table_portable()};
 #endif
@@ -88,8 +89,30 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t kind, i
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     if (x.size(0) > 0)
-        table.linear(pool_of(threads), w, x.const_data_ptr<float>(), x.size(0), y.data_ptr<float>(), accurate);
+        table.linears(pool_of(threads), &w, 1, x.const_data_ptr<float>(), x.size(1), x.size(0), y.data_ptr<float>(),
+                      accurate);
     return y;
+}
+
+// All products of a step and nothing else: a benchmark's. x [m, the widest's columns].
+void linears(const at::Tensor& x, const std::vector<at::Tensor>& packed, at::IntArrayRef kinds,
+             at::IntArrayRef rows, at::IntArrayRef columns, bool accurate, int64_t threads, std::string isa) {
+    check_float(x, "x");
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0, "x should have two dimensions and at least one row");
+    TORCH_CHECK_VALUE(kinds.size() == packed.size() && rows.size() == packed.size() && columns.size() == packed.size(),
+                      "a kind, rows and columns are wanted for each of ", packed.size(), " matrices");
+    std::vector<Matrix> matrices;
+    int64_t most = 0;
+    for (size_t i = 0; i < packed.size(); i++) {
+        matrices.push_back(matrix(packed[i], kinds[i], rows[i], columns[i]));
+        TORCH_CHECK_VALUE(columns[i] <= x.size(1), "x has too few columns for a matrix of ", columns[i]);
+        most = std::max(most, rows[i]);
+    }
+    at::Tensor y = at::empty({x.size(0) * most}, x.options());
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    table.linears(pool_of(threads), matrices.data(), int64_t(matrices.size()), x.const_data_ptr<float>(), x.size(1),
+                  x.size(0), y.data_ptr<float>(), accurate);
 }
 
 at::Tensor gather(const at::Tensor& ids, const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns,
@@ -210,9 +233,12 @@ std::vector<std::string> instruction_sets() {
 }  // namespace
 }  // namespace sanderling
 
-TORCH_LIBRARY(sanderling, m) {
+TORCH_LIBRARY(sanderling_cpu, m) {
     m.def("pack(Tensor blocks, str format, int rows, int columns) -> Tensor");
     m.def("packed_linear(Tensor x, Tensor packed, int kind, int rows, bool accurate, int threads, str isa) -> Tensor");
+    m.def(
+        "packed_linears(Tensor x, Tensor[] packed, int[] kinds, int[] rows, int[] columns, bool accurate, "
+        "int threads, str isa) -> ()");
     m.def("packed_rows(Tensor ids, Tensor packed, int kind, int rows, int columns, int threads, str isa) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads, str isa) -> Tensor");
     m.def(
@@ -224,9 +250,10 @@ TORCH_LIBRARY(sanderling, m) {
     m.def("read_bytes(Tensor data, int threads, str isa) -> int");
 }
 
-TORCH_LIBRARY_IMPL(sanderling, CPU, m) {
+TORCH_LIBRARY_IMPL(sanderling_cpu, CPU, m) {
     m.impl("pack", sanderling::pack);
     m.impl("packed_linear", sanderling::linear);
+    m.impl("packed_linears", sanderling::linears);
     m.impl("packed_rows", sanderling::gather);
     m.impl("rms_norm", sanderling::norm);
     m.impl("layers", sanderling::layers);

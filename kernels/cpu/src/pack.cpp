@@ -40,15 +40,9 @@ void pack_affine(const uint8_t* block, int lane, bool with_minimum, uint8_t* to,
     std::memcpy(to + 288 + 2 * lane, &minimum, 2);
 }
 
-void pack_signed(const uint8_t* block, int lane, uint8_t* to) {
-    int32_t total = 0;
-    for (int k = 0; k < GROUP; k++) {
-        to[64 * (k / 4) + 4 * lane + k % 4] = block[2 + k];
-        total += int8_t(block[2 + k]);
-    }
-    std::memcpy(to + 512 + 2 * lane, block, 2);
-    const int32_t correction = -128 * total;
-    std::memcpy(to + 544 + 4 * lane, &correction, 4);
+void pack_signed(const uint8_t* block, int lane, uint8_t* bytes, uint8_t* scales) {
+    for (int k = 0; k < GROUP; k++) bytes[64 * (k / 4) + 4 * lane + k % 4] = block[2 + k];
+    std::memcpy(scales + 2 * lane, block, 2);
 }
 
 }  // namespace
@@ -61,19 +55,21 @@ at::Tensor pack_blocks(const at::Tensor& blocks, const std::string& format, int6
     TORCH_CHECK_VALUE(blocks.scalar_type() == at::kByte && blocks.is_contiguous() && blocks.numel() == rows * groups * size,
                       "blocks should be ", rows * groups * size, " contiguous bytes");
     const bool affine = format != "Q8_0";
-    const int64_t bytes = int64_t(affine ? AFFINE4_BYTES : SIGNED8_BYTES);
-    at::Tensor packed = at::zeros({tiles * groups * bytes}, blocks.options());
+    const int64_t bytes = int64_t(Matrix{nullptr, affine ? Kind::affine4 : Kind::signed8, rows, columns}.tile_bytes());
+    at::Tensor packed = at::zeros({tiles * bytes}, blocks.options());
     const uint8_t* from = blocks.const_data_ptr<uint8_t>();
     uint8_t* to = packed.data_ptr<uint8_t>();
     bool exact = true;
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t g = 0; g < groups; g++) {
             const uint8_t* block = from + (row * groups + g) * size;
-            uint8_t* tile = to + ((row / TILE_ROWS) * groups + g) * bytes;
+            uint8_t* tile = to + row / TILE_ROWS * bytes;
+            const int lane = int(row % TILE_ROWS);
             if (affine)
-                pack_affine(block, int(row % TILE_ROWS), format == "Q4_1", tile, exact);
+                pack_affine(block, lane, format == "Q4_1", tile + g * int64_t(AFFINE4_BYTES), exact);
             else
-                pack_signed(block, int(row % TILE_ROWS), tile);
+                pack_signed(block, lane, tile + g * int64_t(SIGNED8_BYTES),
+                            tile + groups * int64_t(SIGNED8_BYTES) + g * int64_t(SCALES_BYTES));
         }
     }
     TORCH_CHECK_VALUE(exact, "a scale of the matrix is too large to be packed without loss");

@@ -9,11 +9,12 @@
 
 namespace sanderling {
 
-// Rows of a matrix lie in tiles of 16, columns in groups of 32; a tile's group is one block of bytes.
+// Rows of a matrix lie in tiles of 16, columns in groups of 32.
 constexpr int TILE_ROWS = 16;
 constexpr int GROUP = 32;
 constexpr size_t AFFINE4_BYTES = 16 * 32 / 2 + 2 * 16 * 2;     // nibbles, scales, minima
-constexpr size_t SIGNED8_BYTES = 16 * 32 + 16 * 2 + 16 * 4;    // bytes, scales, corrections
+constexpr size_t SIGNED8_BYTES = 16 * 32;                      // bytes; the tile's scales follow the last
+constexpr size_t SCALES_BYTES = 16 * 2;
 
 constexpr int64_t PEAK_MACS = 16 * 64;  // of one round of Table::multiply
 
@@ -24,8 +25,12 @@ struct Matrix {
     const uint8_t* data;
     Kind kind;
     int64_t rows, columns;
-    SANDERLING_INLINE size_t block_bytes() const { return kind == Kind::affine4 ? AFFINE4_BYTES : SIGNED8_BYTES; }
-    SANDERLING_INLINE size_t tile_bytes() const { return size_t(columns / GROUP) * block_bytes(); }
+    // A whole number of cache lines.
+    SANDERLING_INLINE size_t tile_bytes() const {
+        const size_t groups = size_t(columns / GROUP);
+        return kind == Kind::affine4 ? groups * AFFINE4_BYTES
+                                     : (groups * (SIGNED8_BYTES + SCALES_BYTES) + 63) / 64 * 64;
+    }
 };
 
 // Shape of a decoder's layers. kv: this layer's [2, pages, page_tokens, kv_heads, head_dim] float32.
@@ -50,8 +55,10 @@ struct LayerWeights {
 struct Table {
     const char* name;
     bool (*supported)();
-    // y[M, rows] = x[M, columns] W^T; accurate: 15-bit activations, else 8-bit.
-    void (*linear)(Pool&, const Matrix&, const float* x, int64_t m, float* y, bool accurate);
+    // y[m, rows] = x[m, columns] W^T for one matrix after another, of the first columns of the same x
+    // [m, widest] into the same y; accurate: 15-bit activations, else 8-bit.
+    void (*linears)(Pool&, const Matrix*, int64_t count, const float* x, int64_t widest, int64_t m, float* y,
+                    bool accurate);
     // out[M, columns] = the M rows of W that ids name.
     void (*gather)(Pool&, const Matrix&, const int64_t* ids, int64_t m, float* out);
     // Layers first..first + count of x[N, hidden], in place; kv holds all layers.
@@ -64,6 +71,7 @@ struct Table {
     int64_t (*multiply)(Pool&, int64_t rounds);
 };
 
+const Table& table_amx();
 const Table& table_vnni();
 const Table& table_avx512();
 const Table& table_avx2();
