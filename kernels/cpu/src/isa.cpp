@@ -51,14 +51,27 @@ template <class Body> void on_all(Pool& pool, int64_t count, Body body) {
     std::free(memory);
 }
 
-// How a matrix's pairs of tiles are handed out: a few together, since taking one costs as much as a
-// short one.
-struct Chunks {
-    int64_t all, size;
-    Chunks(int64_t pairs, int threads) : all(pairs), size(pairs / (threads * 8)) { size = size < 1 ? 1 : size; }
-    int64_t count() const { return (all + size - 1) / size; }
-    int64_t begin(int64_t chunk) const { return chunk * size; }
-    int64_t end(int64_t chunk) const { return (chunk + 1) * size < all ? (chunk + 1) * size : all; }
+// How a matrix's pairs of tiles are handed out: a share of what is left each time, so that most of the
+// work is taken in few pieces (taking one costs as much as a short one) and the end comes evenly.
+class Chunks {
+  public:
+    Chunks(int64_t pairs, int threads) {
+        int64_t at = 0;
+        for (; at < pairs && count_ < MOST - 1; count_++) {
+            const int64_t share = (pairs - at) / threads;
+            begins_[count_] = at;
+            at += share < 1 ? 1 : share;
+        }
+        if (at < pairs) begins_[count_++] = at;
+        begins_[count_] = pairs;
+    }
+    int64_t count() const { return count_; }
+    int64_t begin(int64_t chunk) const { return begins_[chunk]; }
+    int64_t end(int64_t chunk) const { return begins_[chunk + 1]; }
+
+  private:
+    static constexpr int MOST = 1024;
+    int64_t count_ = 0, begins_[MOST + 1];
 };
 
 #include "activations.inc"
@@ -76,6 +89,13 @@ void pairs_of_tiles(const Matrix& w, const Activations& a, int64_t m, int64_t be
             if (second != first) each(second, row, count, other);
         });
     }
+}
+
+// Fetches what a thread will probably read first of a product's pairs, while it has little else to do.
+SANDERLING_INLINE void expect(const Matrix& w, const Chunks& chunks, int thread) {
+    const int64_t tiles = w.rows / TILE_ROWS;
+    if (thread >= chunks.count() || 2 * chunks.begin(thread) + 1 >= tiles) return;
+    Pair(w, 2 * chunks.begin(thread), 2 * chunks.begin(thread) + 1).expect();
 }
 
 int64_t pairs(const Matrix& w) { return (w.rows / TILE_ROWS + 1) / 2; }
@@ -97,12 +117,13 @@ void norm(Pool& pool, const float* weight, float eps, int64_t size, const float*
 void linears(Pool& pool, const Matrix* matrices, int64_t count, const float* x, int64_t widest, int64_t m,
              float* y, bool accurate) {
     const ActivationBuffer buffer(m, widest, accurate);
-    on_all(pool, 2 * count, [&](Phases phases, int) {
+    on_all(pool, 2 * count, [&](Phases phases, int thread) {
         const MatrixUnits units(accurate);
         for (int64_t i = 0; i < count; i++) {
             const Matrix& w = matrices[i];
             const Activations a = buffer.of(w.columns);
             const Chunks chunks(pairs(w), pool.threads());
+            expect(w, chunks, thread);
             phases.each(m, [&](int64_t row) { quantize(x + row * widest, row, a); });
             phases.each(chunks.count(), [&](int64_t chunk) {
                 pairs_of_tiles(w, a, m, chunks.begin(chunk), chunks.end(chunk),

@@ -52,8 +52,9 @@ class Pool {
 
 // The work of an op, phase by phase: in each, items that any thread may take. Every thread goes through
 // all phases in the same order; a phase begins when all items of the one before are done.
-struct alignas(64) Phase {
-    std::atomic<int64_t> next, done;
+struct Phase {
+    alignas(64) std::atomic<int64_t> next;
+    alignas(64) std::atomic<int64_t> done;  // a line of its own: who waits does not slow who takes
 };
 
 class Phases {
@@ -65,11 +66,9 @@ class Phases {
     template <class Item> SANDERLING_INLINE void each(int64_t items, Item item) {
         if (phase_ == end_) std::abort();  // more than the op said: memory behind them is not ours
         Phase& phase = *phase_++;
-        int64_t number;
-        while ((number = phase.next.fetch_add(1, std::memory_order_relaxed)) < items) {
-            item(number);
-            phase.done.fetch_add(1, std::memory_order_release);
-        }
+        int64_t number, mine = 0;
+        for (; (number = phase.next.fetch_add(1, std::memory_order_relaxed)) < items; mine++) item(number);
+        if (mine > 0) phase.done.fetch_add(mine, std::memory_order_release);
         int spins = 0;
         while (phase.done.load(std::memory_order_acquire) < items) spin(spins);
     }
