@@ -9,13 +9,13 @@
 #include <cstdlib>
 
 #include "lanes.h"
+#include "lanes_attention.h"
 
 namespace sanderling {
 namespace {
 
 constexpr float ACCURATE_LEVELS = 16256.f;  // 127 * 128
 constexpr float FAST_LEVELS = 127.f;
-constexpr int MOST_HEADS_TOGETHER = 4, MOST_LANES_TOGETHER = 4;  // of attention's accumulators
 
 // Memory of one call. No std::vector: its code would be shared by all instruction sets.
 template <class T> struct Buffer {
@@ -253,6 +253,8 @@ void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* o
     });
 }
 
+#include "kv_write.inc"
+#include "attention_tiles.inc"
 #include "attention.inc"
 #include "layers.inc"
 #include "limits.inc"
@@ -278,7 +280,7 @@ static bool supported() {
 }
 
 const Table& NAME(SANDERLING_ISA)() {
-    static const Table table{TEXT(SANDERLING_ISA), supported, linear, gather, layers, norm, read, multiply};
+    static const Table table{TEXT(SANDERLING_ISA), supported, linear, gather, layers, attention, norm, read, multiply};
     return table;
 }
 
