@@ -202,6 +202,24 @@ def layers(
     )
 
 
+def attention(
+    qkv: torch.Tensor,
+    kv: torch.Tensor,
+    heads: int,
+    step: LayerStep,
+    *,
+    threads: int = 1,
+    isa: str = "auto",
+) -> torch.Tensor:
+    """One layer's attention, as `layers` computes it: [N, heads * head_dim] float32.
+
+    qkv [N, (heads + 2 kv_heads) * head_dim] float32: queries and keys are rotated in place; then
+    keys and values are written to the layer's kv [2, pages, page_tokens, kv_heads, head_dim].
+    """
+    made = _ops().attention(qkv, kv, heads, *step, threads, isa)
+    return cast(torch.Tensor, made)
+
+
 def _register_fakes() -> None:
     """Shapes without values, so that torch.compile and export can trace through the ops."""
     fakes = {
@@ -212,6 +230,7 @@ def _register_fakes() -> None:
         "packed_linears": lambda *_: None,
         "rms_norm": lambda x, *_: torch.empty_like(x),
         "layers": lambda *_: None,
+        "attention": lambda qkv, kv, heads, *_: qkv.new_empty(qkv.shape[0], heads * kv.shape[-1]),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"sanderling_cpu::{name}", fake)

@@ -15,12 +15,12 @@
 #endif
 
 #include "lanes.h"
+#include "lanes_attention.h"
 
 namespace sanderling {
 namespace {
 
 constexpr int64_t PREFETCH_BYTES = 1600;
-constexpr int MOST_HEADS_TOGETHER = 4, MOST_LANES_TOGETHER = 4;  // of attention's accumulators
 
 // Memory of one call. No std::vector: its code would be shared by all instruction sets.
 template <class T> struct Buffer {
@@ -166,6 +166,8 @@ void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* o
     });
 }
 
+#include "kv_write.inc"
+#include "attention_tiles.inc"
 #include "attention.inc"
 #include "layers.inc"
 #include "limits.inc"
@@ -193,7 +195,7 @@ static bool supported() {
 }
 
 const Table& NAME(SANDERLING_ISA)() {
-    static const Table table{TEXT(SANDERLING_ISA), supported, linears, gather, layers, norm, read, multiply};
+    static const Table table{TEXT(SANDERLING_ISA), supported, linears, gather, layers, attention, norm, read, multiply};
     return table;
 }
 

@@ -157,6 +157,44 @@ void check_places(const Step& step, const Shape& shape, int64_t sequences) {
                           " is not in the cache");
 }
 
+Step step_of(const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& sequences,
+             const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines, const Shape& shape) {
+    const int64_t tokens = positions.numel(), angles = tokens * shape.head_dim / 2;
+    check_float(cosines, "cosines");
+    check_float(sines, "sines");
+    TORCH_CHECK_VALUE(cosines.numel() == angles && sines.numel() == angles,
+                      "cosines and sines should be [tokens, head_dim / 2]");
+    const Step step{tokens, tables_.size(1), indices(positions, tokens, "positions"),
+                    indices(slots, tokens, "slots"), indices(sequences, tokens, "sequences"),
+                    indices(tables_, tables_.numel(), "tables"), cosines.const_data_ptr<float>(),
+                    sines.const_data_ptr<float>()};
+    check_places(step, shape, tables_.size(0));
+    return step;
+}
+
+// kv: one layer's, without the dimension of layers.
+at::Tensor attention(at::Tensor& qkv, at::Tensor& kv, int64_t heads, const at::Tensor& positions,
+                     const at::Tensor& slots, const at::Tensor& sequences, const at::Tensor& tables_,
+                     const at::Tensor& cosines, const at::Tensor& sines, int64_t threads, std::string isa) {
+    check_float(qkv, "qkv");
+    check_float(kv, "kv");
+    TORCH_CHECK_VALUE(kv.dim() == 5 && kv.size(0) == 2, "kv should be [2, pages, page_tokens, heads, dim]");
+    const Shape shape{0, heads, kv.size(3), kv.size(4), 0, kv.size(1), kv.size(2), 0.f};
+    TORCH_CHECK_VALUE(shape.head_dim % 32 == 0 && heads % shape.kv_heads == 0,
+                      "head_dim should be a multiple of 32, heads of kv_heads");
+    TORCH_CHECK_VALUE(qkv.dim() == 2 && qkv.size(1) == (heads + 2 * shape.kv_heads) * shape.head_dim &&
+                          qkv.size(0) == positions.numel(),
+                      "qkv should be [tokens, (heads + 2 kv_heads) * head_dim]");
+    const Step step = step_of(positions, slots, sequences, tables_, cosines, sines, shape);
+    at::Tensor out = at::empty({step.tokens, heads * shape.head_dim}, qkv.options());
+    const Table& table = choose(isa);
+    std::lock_guard<std::mutex> lock(computing());
+    if (step.tokens > 0)
+        table.attention(pool_of(threads), shape, step, qkv.data_ptr<float>(), kv.data_ptr<float>(),
+                        out.data_ptr<float>());
+    return out;
+}
+
 void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed,
             at::IntArrayRef kinds, const std::vector<at::Tensor>& norms,
             const std::vector<at::Tensor>& biases, int64_t heads, int64_t ff, double eps,
@@ -165,8 +203,6 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
             int64_t threads, std::string isa) {
     check_float(x, "x");
     check_float(kv, "kv");
-    check_float(cosines, "cosines");
-    check_float(sines, "sines");
     TORCH_CHECK_VALUE(kv.dim() == 6 && kv.size(1) == 2, "kv should be [layers, 2, pages, page_tokens, heads, dim]");
     const int64_t count = kv.size(0), dim = kv.size(5), tokens = x.size(0), hidden = x.size(1);
     const Shape shape{hidden, heads, kv.size(4), dim, ff, kv.size(2), kv.size(3), float(eps)};
@@ -175,13 +211,8 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     TORCH_CHECK_VALUE(int64_t(packed.size()) == 4 * count && int64_t(kinds.size()) == 4 * count &&
                           int64_t(norms.size()) == 2 * count && int64_t(biases.size()) == count,
                       "four packed matrices, two norms and a bias are wanted for each of ", count, " layers");
-    TORCH_CHECK_VALUE(cosines.numel() == tokens * dim / 2 && sines.numel() == tokens * dim / 2,
-                      "cosines and sines should be [tokens, head_dim / 2]");
-    const Step step{tokens, tables_.size(1), indices(positions, tokens, "positions"),
-                    indices(slots, tokens, "slots"), indices(sequences, tokens, "sequences"),
-                    indices(tables_, tables_.numel(), "tables"), cosines.const_data_ptr<float>(),
-                    sines.const_data_ptr<float>()};
-    check_places(step, shape, tables_.size(0));
+    const Step step = step_of(positions, slots, sequences, tables_, cosines, sines, shape);
+    TORCH_CHECK_VALUE(step.tokens == tokens, "x should have as many rows as there are positions");
     const int64_t inner = heads * dim, wide = inner + 2 * shape.kv_heads * dim;
     std::vector<LayerWeights> weights;
     for (int64_t layer = 0; layer < count; layer++) {
@@ -245,6 +276,9 @@ TORCH_LIBRARY(sanderling_cpu, m) {
         "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, Tensor[] norms, Tensor[] biases, "
         "int heads, int ff, float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
         "bool accurate, int threads, str isa) -> ()");
+    m.def(
+        "attention(Tensor(a!) qkv, Tensor(b!) kv, int heads, Tensor positions, Tensor slots, Tensor sequences, "
+        "Tensor tables, Tensor cosines, Tensor sines, int threads, str isa) -> Tensor");
     m.def("instruction_sets() -> str[]", sanderling::instruction_sets);
     m.def("multiply_bytes(int rounds, int threads, str isa) -> int", sanderling::multiply_bytes);
     m.def("read_bytes(Tensor data, int threads, str isa) -> int");
@@ -257,5 +291,6 @@ TORCH_LIBRARY_IMPL(sanderling_cpu, CPU, m) {
     m.impl("packed_rows", sanderling::gather);
     m.impl("rms_norm", sanderling::norm);
     m.impl("layers", sanderling::layers);
+    m.impl("attention", sanderling::attention);
     m.impl("read_bytes", sanderling::read_bytes);
 }

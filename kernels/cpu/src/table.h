@@ -64,6 +64,9 @@ struct Table {
     // Layers first..first + count of x[N, hidden], in place; kv holds all layers.
     void (*layers)(Pool&, const Shape&, const Step&, const LayerWeights*, int64_t count, float* kv,
                    float* x, bool accurate);
+    // The attention of one layer: qkv[N, heads + 2 kv_heads, head_dim] is rotated in place, keys and values
+    // are written to the layer's kv, and out[N, heads, head_dim] is attended.
+    void (*attention)(Pool&, const Shape&, const Step&, float* qkv, float* kv, float* out);
     void (*norm)(Pool&, const float* weight, float eps, int64_t size, const float* x, int64_t m, float* y);
     // What the machine can do at most: read `bytes` (a multiple of 64 per thread), or multiply and add
     // rounds * PEAK_MACS pairs of bytes on each thread. Both return a sum that nothing may leave out.
