@@ -41,7 +41,8 @@ class PackedDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the cache that `states` expects."""
+        """That it computes in. A cache may be in any format of kernels.kv_formats but bfloat16: its
+        type and size tell which."""
         return torch.float32
 
     def forward(self, batch: TokenBatch, kv: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,14 @@ def step_cost(config: "ModelConfig") -> StepCost:
     return StepCost(ATTENTION_RATE * linears / (2 * queries))
 
 
+def kv_format(settings: Settings, model: Model) -> str:
+    """How keys and values are stored: as the decoder computes, unless the settings name something
+    smaller."""
+    chosen = settings.engine.kv_dtype
+    computed = str(model.decoder.dtype).removeprefix("torch.")
+    return computed if chosen == "float32" else chosen
+
+
 def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engine, KVStorage]:
     """An engine over fresh KV storage, which `segment` names in shared memory (None: private)."""
     config, options = model.decoder.config, settings.engine
@@ -86,7 +94,7 @@ def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engin
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
     )
-    storage = KVStorage(shape, model.decoder.dtype, segment)
+    storage = KVStorage(shape, kv_format(settings, model), segment)
     pool = PagePool(shape.pages, shape.page_tokens, storage)
     scheduler = Scheduler(
         pool,

@@ -76,12 +76,14 @@ def measure(
         "kernels": settings.engine.kernels,
         "activations": settings.engine.activations,
         "dtype": settings.engine.dtype,
+        "kv_dtype": settings.engine.kv_dtype,
         "tokens": len(scored.logprobs),
         "perplexity": scored.perplexity,
     }
     if reference:
-        plain = {"dtype": "float32", "kernels": "reference", "activations": "accurate"}
-        engine = settings.engine.model_copy(update=plain)
+        plain = {"dtype": "float32", "kernels": "reference"}
+        lossless = {"activations": "accurate", "kv_dtype": "float32"}
+        engine = settings.engine.model_copy(update=plain | lossless)
         exact = settings.model_copy(update={"engine": engine})
         against = score(exact, build.load(exact), cut)
         lost = loss(scored, against)

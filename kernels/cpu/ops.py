@@ -179,8 +179,9 @@ def layers(
 ) -> None:
     """Runs x [N, hidden] float32 through a range of layers, in place.
 
-    kv [layers, 2, pages, page_tokens, kv_heads, head_dim] float32 is the cache of this very range;
-    it is written at the step's slots, and read up to each token's position. Any range will do, so
+    kv [layers, 2, pages, page_tokens, kv_heads, elements] is the cache of this very range, in any
+    format of kernels.kv_formats but bfloat16; it is written at the step's slots, and read up to
+    each token's position. Any range will do, so
     an exit or an adapter can sit between two calls. IndexError for a place outside the cache.
     """
     matrices = [m for layer in weights for m in layer[:4]]
@@ -214,7 +215,7 @@ def attention(
     """One layer's attention, as `layers` computes it: [N, heads * head_dim] float32.
 
     qkv [N, (heads + 2 kv_heads) * head_dim] float32: queries and keys are rotated in place; then
-    keys and values are written to the layer's kv [2, pages, page_tokens, kv_heads, head_dim].
+    keys and values are written to the layer's kv [2, pages, page_tokens, kv_heads, elements].
     """
     made = _ops().attention(qkv, kv, heads, *step, threads, isa)
     return cast(torch.Tensor, made)
@@ -230,7 +231,9 @@ def _register_fakes() -> None:
         "packed_linears": lambda *_: None,
         "rms_norm": lambda x, *_: torch.empty_like(x),
         "layers": lambda *_: None,
-        "attention": lambda qkv, kv, heads, *_: qkv.new_empty(qkv.shape[0], heads * kv.shape[-1]),
+        "attention": lambda qkv, kv, heads, *_: qkv.new_empty(
+            qkv.shape[0], heads * qkv.shape[1] // (heads + 2 * kv.shape[3])
+        ),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"sanderling_cpu::{name}", fake)

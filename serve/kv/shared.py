@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SHARED_DIRECTORY = Path("/dev/shm")
-HEADER_BYTES = 4096  # one memory page, so that what follows is aligned for any dtype
+HEADER_BYTES = 4096  # one memory page, so that what follows is aligned for any type
 VERSION = 1
 _MAGIC = b"SNDRLKV\0"
 _LAYOUT = struct.Struct("<8sIqq16s5qq")
@@ -26,7 +26,7 @@ class Header(NamedTuple):
 
     owner_pid: int
     owner_start: int  # clock ticks since boot, field 22 of /proc/<pid>/stat
-    dtype: str
+    kv_format: str
     layers: int
     pages: int
     page_tokens: int
@@ -82,13 +82,13 @@ def read_header(name: str) -> Header:
         size = os.fstat(file.fileno()).st_size
     if len(raw) < _LAYOUT.size or not raw.startswith(_MAGIC):
         raise ValueError(f"{name!r} is not a shared KV store, or is not complete yet.")
-    _, version, pid, start, dtype, *numbers = _LAYOUT.unpack(raw)
+    _, version, pid, start, kv_format, *numbers = _LAYOUT.unpack(raw)
     if version != VERSION:
         raise ValueError(
             f"The shared KV store {name!r} has layout version {version}; this program reads "
             f"version {VERSION}: run the same release in every replica."
         )
-    header = Header(pid, start, dtype.rstrip(b"\0").decode("ascii", "replace"), *numbers)
+    header = Header(pid, start, kv_format.rstrip(b"\0").decode("ascii", "replace"), *numbers)
     if header.file_bytes != size:
         raise ValueError(
             f"The shared KV store {name!r} has {size:,} bytes where its header says "
@@ -135,8 +135,8 @@ def sweep(prefix: str) -> list[str]:
 
 
 def _pack(header: Header) -> bytes:
-    pid, start, dtype, *numbers = header
-    return _LAYOUT.pack(_MAGIC, VERSION, pid, start, dtype.encode(), *numbers)
+    pid, start, kv_format, *numbers = header
+    return _LAYOUT.pack(_MAGIC, VERSION, pid, start, kv_format.encode(), *numbers)
 
 
 def _path(name: str) -> Path:

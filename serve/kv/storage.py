@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.kv_formats import FORMATS
 from serve.kv import shared
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class KVShape(NamedTuple):
-    """Sizes of the tensor [layers, 2, pages, page_tokens, kv_heads, head_dim]."""
+    """Sizes of a cache of layers * 2 * pages * page_tokens * kv_heads heads of head_dim values."""
 
     layers: int
     pages: int
@@ -33,15 +32,17 @@ class KVShape(NamedTuple):
 class KVStorage:
     """`tensor[l, 0]` are layer l's keys (after RoPE), `tensor[l, 1]` its values.
 
-    Token-major: `tensor[l, 0].view(-1, kv_heads, head_dim)[slot]` is one token's keys, with
+    kv_format: a name in kernels.kv_formats. A head takes `elements` of its type: head_dim numbers,
+    or as many bytes as quantised values take with their scales.
+    Token-major: `tensor[l, 0].view(-1, kv_heads, elements)[slot]` is one token's keys, with
     slot = page * page_tokens + offset. Zero-filled at first, for free. `generation` is int64
     [pages], written by the PagePool above. With `name` the memory is a file of that name in
     /dev/shm; without, nobody else can see it.
     """
 
-    def __init__(self, shape: KVShape, dtype: torch.dtype, name: str | None = None) -> None:
-        """Errors: ValueError for a dtype or size that cannot be, or as in `shared.create`."""
-        header = _header(shape, dtype)
+    def __init__(self, shape: KVShape, kv_format: str, name: str | None = None) -> None:
+        """Errors: ValueError for a format or size that cannot be, or as in `shared.create`."""
+        header = _header(shape, kv_format)
         memory = _private(header.file_bytes) if name is None else shared.create(name, header)
         self._open(header, memory, name)
 
@@ -55,12 +56,12 @@ class KVStorage:
         reading them: unchanged means that they were not given to somebody else meanwhile.
         """
         header, memory = shared.attach(name)
-        if header.dtype not in DTYPES or header != _header(
-            KVShape(*header[3:8]), DTYPES[header.dtype], header.owner_pid, header.owner_start
+        if header.kv_format not in FORMATS or header != _header(
+            KVShape(*header[3:8]), header.kv_format, header.owner_pid, header.owner_start
         ):
             raise ValueError(
                 f"The header of the shared KV store {name!r} contradicts itself "
-                f"({header.dtype!r}, {header.file_bytes:,} bytes); it was overwritten."
+                f"({header.kv_format!r}, {header.file_bytes:,} bytes); it was overwritten."
             )
         storage = cls.__new__(cls)
         storage._open(header, memory, name)
@@ -69,7 +70,7 @@ class KVStorage:
     def _open(self, header: shared.Header, memory: mmap.mmap, name: str | None) -> None:
         self.name = name
         self.shape = KVShape(*header[3:8])
-        self.dtype = DTYPES[header.dtype]
+        self.kv_format = header.kv_format
         self.owner_pid = header.owner_pid
         self.owned = header.owner_pid == os.getpid() and not memoryview(memory).readonly
         generation = shared.HEADER_BYTES
@@ -78,19 +79,21 @@ class KVStorage:
             memory, np.int64, self.shape.pages, generation
         )
         self._tensor: torch.Tensor | None = torch.frombuffer(
-            _as_writable(memory), dtype=self.dtype, offset=tensor
-        ).view(_sizes(self.shape))
+            _as_writable(memory),
+            dtype=getattr(torch, FORMATS[self.kv_format].stored),
+            offset=tensor,
+        ).view(_sizes(self.shape, self.kv_format))
 
     @property
     def tensor(self) -> torch.Tensor:
-        """[layers, 2, pages, page_tokens, kv_heads, head_dim]; not after `close`."""
+        """[layers, 2, pages, page_tokens, kv_heads, elements]; not after `close`."""
         assert self._tensor is not None, "the KV storage is closed"
         return self._tensor
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token: 2 * layers * kv_heads * head_dim * itemsize."""
-        return token_bytes(self.shape, self.dtype)
+        """Bytes of K and V of one token over all layers; see the function."""
+        return token_bytes(self.shape, self.kv_format)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies K and V of every layer of page `source` over page `target`."""
@@ -109,9 +112,15 @@ class KVStorage:
             shared.unlink(self.name)
 
 
-def token_bytes(shape: KVShape, dtype: torch.dtype) -> int:
-    """Bytes of K and V of one token over all layers."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
+def token_bytes(shape: KVShape, kv_format: str) -> int:
+    """Bytes of K and V of one token: 2 * layers * kv_heads * those of a head.
+
+    A head of D values takes 4 D in float32, 2 D in float16 and bfloat16, D + 4 in int8 and
+    D / 2 + D / 8 in int4.
+    """
+    stored = FORMATS[kv_format]
+    head_bytes = stored.elements(shape.head_dim) * stored.element_bytes
+    return 2 * shape.layers * shape.kv_heads * head_bytes
 
 
 def _private(size_bytes: int) -> mmap.mmap:
@@ -126,17 +135,18 @@ def _private(size_bytes: int) -> mmap.mmap:
 
 
 def _header(
-    shape: KVShape, dtype: torch.dtype, pid: int | None = None, start: int | None = None
+    shape: KVShape, kv_format: str, pid: int | None = None, start: int | None = None
 ) -> shared.Header:
-    names = {value: key for key, value in DTYPES.items()}
-    if dtype not in names:
-        raise ValueError(f"A KV cache of {dtype} is not supported; use one of {', '.join(DTYPES)}.")
+    if kv_format not in FORMATS:
+        raise ValueError(
+            f"A KV cache in {kv_format} is not supported; use one of {', '.join(FORMATS)}."
+        )
     if min(shape) < 1:
         raise ValueError(f"Every size of a KV cache must be at least 1; got {shape}.")
     pid = os.getpid() if pid is None else pid
     start = shared.process_start(pid) if start is None else start
-    body = shape.pages * shape.page_tokens * token_bytes(shape, dtype)
-    return shared.Header(pid, start, names[dtype], *shape, _tensor_start(shape.pages) + body)
+    body = shape.pages * shape.page_tokens * token_bytes(shape, kv_format)
+    return shared.Header(pid, start, kv_format, *shape, _tensor_start(shape.pages) + body)
 
 
 def _tensor_start(pages: int) -> int:
@@ -145,8 +155,9 @@ def _tensor_start(pages: int) -> int:
     return -(-end // shared.HEADER_BYTES) * shared.HEADER_BYTES
 
 
-def _sizes(shape: KVShape) -> tuple[int, ...]:
-    return (shape.layers, 2, shape.pages, shape.page_tokens, shape.kv_heads, shape.head_dim)
+def _sizes(shape: KVShape, kv_format: str) -> tuple[int, ...]:
+    elements = FORMATS[kv_format].elements(shape.head_dim)
+    return (shape.layers, 2, shape.pages, shape.page_tokens, shape.kv_heads, elements)
 
 
 def _as_writable(memory: mmap.mmap) -> ctypes.Array[ctypes.c_char]:

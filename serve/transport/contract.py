@@ -18,6 +18,7 @@ class Offer:
 
     pages: the sender's pages for those positions, start_tokens being the first slot of the first.
     generations: of each page when it was lent; a page given to somebody else has a newer one.
+    kv_format: how the sender's pages store keys and values (kernels.kv_formats).
     payload: the bytes themselves where the transport sends by value, else None.
     """
 
@@ -28,6 +29,7 @@ class Offer:
     generations: tuple[int, ...]
     start_tokens: int
     stop_tokens: int
+    kv_format: str
     payload: Any = None
 
     @property
@@ -49,6 +51,15 @@ class PrefillReply:
     logprob: TokenLogprob | None = None
 
 
+def check_format(offer: Offer, storage: KVStorage) -> None:
+    """ValueError where an offer's bytes mean something else than the receiver's."""
+    if offer.kv_format != storage.kv_format:
+        raise ValueError(
+            f"the sender's pages are in {offer.kv_format}, ours in {storage.kv_format}; "
+            "engine.kv_dtype must be equal for prefill and decode"
+        )
+
+
 class Transport(Protocol):
     """Stateless but for cached mappings. An offer of no tokens is valid and moves 0 bytes."""
 
@@ -65,10 +76,10 @@ class Transport(Protocol):
 
     def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
         """Receiver: copy an offer into `pages` of its own storage; returns the bytes copied, which
-        are 2 * layers * kv_heads * head_dim * tokens * itemsize.
+        are tokens * storage.token_bytes.
 
         HandoffLost when any lent page changed hands before the copy ended. ValueError when the two
-        storages differ in shape or type.
+        storages differ in shape or format.
         """
         ...
 

@@ -30,7 +30,7 @@ def copy_pages(
 ) -> int:
     """Copy the first `tokens` slots of pages `source` to pages `target`; returns bytes copied.
 
-    Both tensors are [layers, 2, pages, page_tokens, kv_heads, head_dim]; a page list longer than
+    Both tensors are [layers, 2, pages, page_tokens, kv_heads, elements]; a page list longer than
     needed is an error. A partly filled last page moves only its filled slots.
     """
     page_tokens = source_kv.shape[3]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from serve.kv.storage import KVStorage
-from serve.transport.contract import Offer
+from serve.transport.contract import Offer, check_format
 from serve.transport.copy import copy_pages
 
 
@@ -29,12 +29,21 @@ class RayObjectTransport:
         copy_pages(storage.tensor, tuple(pages), gathered, list(range(len(pages))), tokens)
         payload = gathered.view(torch.uint8).numpy()  # bfloat16 has no numpy type
         return Offer(
-            lease_id, self.name, "", tuple(range(len(pages))), (), start_tokens, stop, payload
+            lease_id,
+            self.name,
+            "",
+            tuple(range(len(pages))),
+            (),
+            start_tokens,
+            stop,
+            storage.kv_format,
+            payload,
         )
 
     def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
         if not isinstance(offer.payload, np.ndarray):
             raise ValueError(f"lease {offer.lease_id} carries no payload for {self.name}")
+        check_format(offer, storage)
         if not offer.tokens:
             return 0
         layers, two, _, *page = storage.tensor.shape

@@ -11,7 +11,7 @@ import numpy as np
 
 from serve.kv import shared
 from serve.kv.storage import KVStorage
-from serve.transport.contract import HandoffLost, Offer
+from serve.transport.contract import HandoffLost, Offer, check_format
 from serve.transport.copy import copy_pages
 
 
@@ -40,12 +40,14 @@ class SharedMemoryTransport:
             )
         generations = tuple(int(g) for g in storage.generation[pages])
         lent = tuple(pages)
-        return Offer(lease_id, self.name, storage.name, lent, generations, start_tokens, stop)
+        segment, kv_format = storage.name, storage.kv_format
+        return Offer(lease_id, self.name, segment, lent, generations, start_tokens, stop, kv_format)
 
     def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
+        check_format(offer, storage)
         sender = self._attach(offer.segment)
-        theirs = (sender.shape._replace(pages=0), sender.dtype)
-        ours = (storage.shape._replace(pages=0), storage.dtype)
+        theirs = (sender.shape._replace(pages=0), sender.kv_format)
+        ours = (storage.shape._replace(pages=0), storage.kv_format)
         if theirs != ours:
             raise ValueError(
                 f"the sender's pages are {theirs}, ours are {ours}; [engine] must be equal for "

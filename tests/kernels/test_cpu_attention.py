@@ -5,59 +5,12 @@ import pytest
 import torch
 
 from kernels.cpu import ops
-
-HEADS, KV_HEADS, DIM = 6, 2, 64
-
-
-class Cache:
-    """Sequences in one layer's cache, told apart by number; each owns a random set of pages."""
-
-    def __init__(self, count: int, tokens: int, page_tokens: int = 16, seed: int = 0) -> None:
-        self.page_tokens, self.count = page_tokens, count
-        each = -(-tokens // page_tokens)
-        order = torch.randperm(count * each, generator=torch.Generator().manual_seed(seed))
-        self.tables = order.view(count, each)
-        shape = (2, count * each, page_tokens, KV_HEADS, DIM)
-        self.kv = torch.full(shape, float("nan"))
-        self.lengths = [0] * count
-
-    def step(self, work: list[tuple[int, torch.Tensor]], heads: int = HEADS, **how) -> torch.Tensor:
-        """[all rows, heads * DIM] after giving each (sequence, qkv rows) its next tokens."""
-        positions: list[int] = []
-        sequences: list[int] = []
-        for number, rows in work:
-            start = self.lengths[number]
-            self.lengths[number] = start + len(rows)
-            positions += range(start, start + len(rows))
-            sequences += [number] * len(rows)
-        place, of = (torch.tensor(x, dtype=torch.int64) for x in (positions, sequences))
-        slots = self.tables[of, place // self.page_tokens] * self.page_tokens
-        slots += place % self.page_tokens
-        angles = place[:, None] * torch.arange(1, DIM // 2 + 1) * 0.01
-        step = ops.LayerStep(place, slots, of, self.tables, angles.cos(), angles.sin())
-        qkv = torch.cat([rows for _, rows in work])
-        return ops.attention(qkv, self.kv, heads, step, **how)
-
-
-def drawn(tokens: int, heads: int = HEADS, seed: int = 0) -> torch.Tensor:
-    chance = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(tokens, (heads + 2 * KV_HEADS) * DIM, generator=chance)
+from tests.kernels.caches import DIM, HEADS, Cache, angles_of, attended, drawn, rotated
 
 
 def exactly(qkv: torch.Tensor, heads: int = HEADS) -> torch.Tensor:
-    """Causal attention of one sequence from its start, in float64."""
-    tokens, half = len(qkv), DIM // 2
-    split = qkv.double().view(tokens, heads + 2 * KV_HEADS, DIM)
-    angles = (torch.arange(tokens)[:, None] * torch.arange(1, half + 1) * 0.01)[:, None]
-    a, b, c, s = split[..., :half], split[..., half:], angles.cos().double(), angles.sin().double()
-    turned = torch.cat([a * c - b * s, b * c + a * s], -1)
-    queries, keys = turned[:, :heads], turned[:, heads : heads + KV_HEADS]
-    group = heads // KV_HEADS
-    keys, values = (x.repeat_interleave(group, 1) for x in (keys, split[:, -KV_HEADS:]))
-    scores = torch.einsum("qhd,khd->hqk", queries, keys) / DIM**0.5
-    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
+    """In float64 from the start, rotation included."""
+    return attended(*rotated(qkv.double(), heads))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 17, 256, 257, 530])
@@ -111,7 +64,7 @@ def test_positions_that_do_not_follow_are_rows_of_their_own(whole: torch.Tensor)
     cache, qkv = Cache(1, 608), drawn(600)
     cache.step([(0, qkv)])
     chosen = torch.tensor([590, 3, 4, 300, 299])
-    angles = chosen[:, None] * torch.arange(1, DIM // 2 + 1) * 0.01
+    angles = angles_of(chosen)
     slots = cache.tables[0, chosen // 16] * 16 + chosen % 16
     step = ops.LayerStep(
         chosen, slots, torch.zeros_like(chosen), cache.tables, angles.cos(), angles.sin()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.kv_formats import FORMATS
 from models.batch import TokenBatch
 from models.decoder import Decoder
 from models.packed import PackedDecoder
@@ -19,6 +20,7 @@ class Sequences:
         tokens: int,
         page_tokens: int = 16,
         seed: int = 0,
+        kv_format: str = "float32",
     ) -> None:
         config, self.decoder, self.page_tokens = decoder.config, decoder, page_tokens
         each = -(-tokens // page_tokens)
@@ -26,8 +28,11 @@ class Sequences:
         self.tables = order.view(count, each)
         # Poison: whatever is read without having been written spoils the result visibly. Not NaN,
         # since masked columns are multiplied by an exact zero.
-        shape = (config.layers, 2, count * each, page_tokens, config.kv_heads, config.head_dim)
-        self.kv = torch.full(shape, 1e4, dtype=decoder.dtype)
+        stored = FORMATS[kv_format]
+        elements = stored.elements(config.head_dim)
+        shape = (config.layers, 2, count * each, page_tokens, config.kv_heads, elements)
+        dtype = decoder.dtype if kv_format == "float32" else getattr(torch, stored.stored)
+        self.kv = torch.full(shape, 100 if dtype == torch.uint8 else 1e4, dtype=dtype)
         self.lengths = [0] * count
 
     def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:

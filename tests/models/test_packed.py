@@ -117,6 +117,19 @@ def test_chunks_batches_threads_and_instruction_sets_change_no_bit(twins: Twins,
             assert torch.equal(Sequences(twins.packed, 1, 50).step([(0, ids(50))]), whole)
 
 
+@pytest.mark.parametrize("kv_format", ["float16", "int8", "int4"])
+def test_a_small_cache_changes_little_and_no_bit_by_company(twins: Twins, kv_format: str):
+    exact = Sequences(twins.packed, 1, 50).step([(0, ids(50))])
+    whole = Sequences(twins.packed, 1, 50, kv_format=kv_format).step([(0, ids(50))])
+    bound = {"float16": 1e-3, "int8": 2e-2, "int4": 0.3}[kv_format]
+    lost = (whole - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+    assert 0 < lost < bound
+    sequences = Sequences(twins.packed, 2, 64, page_tokens=4, seed=3, kv_format=kv_format)
+    parts = [sequences.step([(1, ids(3, 8)), (0, ids(50)[:31])])[3:]]
+    parts += [sequences.step([(0, [token]), (1, ids(1, 9))])[:1] for token in ids(50)[31:]]
+    assert torch.equal(torch.cat(parts), whole)
+
+
 def test_what_other_pages_hold_never_leaks(twins: Twins):
     clean, dirty = (Sequences(twins.packed, 1, 20) for _ in range(2))
     dirty.kv.fill_(float("nan"))

@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 
-import torch
-
 from cluster.settings import Settings
 from serve import build
 from serve.engine.sequence import Limits, Request, Sampling
@@ -139,7 +137,7 @@ def handoff_speed() -> Row:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    storage = KVStorage(shape, torch.float32)
+    storage = KVStorage(shape, "float32")
     pages = PagePool(shape.pages, shape.page_tokens).allocate(shape.pages)
     assert pages is not None
     tokens = HANDOFF_BYTES // storage.token_bytes

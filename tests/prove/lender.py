@@ -7,8 +7,6 @@ import json
 import sys
 from dataclasses import asdict
 
-import torch
-
 from serve.kv.pool import PagePool
 from serve.kv.storage import KVShape, KVStorage
 from serve.transport import Offer, open_transport
@@ -22,7 +20,7 @@ def read_offer(line: bytes) -> Offer:
 
 
 def main(name: str, shape: KVShape) -> None:
-    storage = KVStorage(shape, torch.float32, name)
+    storage = KVStorage(shape, "float32", name)
     storage.tensor.normal_()
     pool = PagePool(shape.pages, shape.page_tokens, storage)
     transport = open_transport("shared_memory")

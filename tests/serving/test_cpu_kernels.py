@@ -2,6 +2,7 @@
 either, and what those kernels do not take is refused when a replica starts."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.serving.tiny import (
     first_token,
     mixed_requests,
     replicas,
+    request,
     run,
     serving,
     settings,
@@ -32,30 +34,65 @@ def packed() -> build.Model:
     return build.load(chosen)
 
 
-@pytest.mark.parametrize("prefill", [0, 1], ids=["together", "apart"])
-def test_every_request_gets_its_own_tokens(packed: build.Model, prefill: int):
-    requests = mixed_requests(12, seed=3)
+def over(kv_dtype: str, **chosen: Any) -> Settings:
+    """Settings of the CPU kernels over such a cache."""
+    return settings(engine={"kernels": "cpu", "kv_dtype": kv_dtype}, **chosen)
+
+
+@pytest.mark.parametrize(
+    "prefill,kv_dtype,count",
+    [(0, "float32", 12), (1, "float32", 12), (0, "int4", 4), (1, "int8", 4)],
+    ids=["together", "apart", "together in int4", "apart in int8"],
+)
+def test_every_request_gets_its_own_tokens(
+    packed: build.Model, prefill: int, kv_dtype: str, count: int
+):
+    requests = mixed_requests(count, seed=3)
 
     async def work() -> None:
-        async with serving(settings(prefill=prefill, decode=2), packed) as service:
+        async with serving(over(kv_dtype, prefill=prefill, decode=2), packed) as service:
             made = await asyncio.gather(*(collect(service, one) for one in requests))
             for one, tokens in zip(requests, made, strict=True):
-                assert tokens == solo_tokens(packed, one)
+                assert tokens == solo_tokens(packed, one, kv_dtype)
+            many = [decode(service, name) for name in replicas(service, "decode")]
+            assert (sum(replica.handed_bytes for replica in many) > 0) == bool(prefill)
 
     run(work())
 
 
-def test_a_kill_changes_no_token(packed: build.Model):
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_a_kill_changes_no_token(packed: build.Model, kv_dtype: str):
     [one] = mixed_requests(1, seed=9)
 
     async def work() -> None:
-        async with serving(settings(prefill=1, decode=2), packed) as service:
+        async with serving(over(kv_dtype, prefill=1, decode=2), packed) as service:
             for name in replicas(service, "decode"):
                 slow(decode(service, name))
             stream = asyncio.create_task(collect(service, one))
             await first_token(service, one.request_id)
             service.launcher.kill(str(service.ingress._records[one.request_id].replica_id))
-            assert await stream == solo_tokens(packed, one)
+            assert await stream == solo_tokens(packed, one, kv_dtype)
+
+    run(work())
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "ray_object"])
+@pytest.mark.parametrize("kv_dtype,head_bytes", [("float16", 128), ("int8", 68), ("int4", 40)])
+def test_a_hand_off_moves_what_the_format_takes(
+    packed: build.Model, transport: str, kv_dtype: str, head_bytes: int
+):
+    """37 tokens, and of the second prompt what the first did not bring: pages have 4 tokens."""
+    config, head = packed.decoder.config, list(range(100, 120))
+    token_bytes = 2 * config.layers * config.kv_heads * head_bytes
+
+    async def work() -> None:
+        async with serving(over(kv_dtype, transport=transport), packed) as service:
+            replica = decode(service)
+            await collect(service, request("a", [*head, *range(200, 217)], 2))
+            assert replica.handed_bytes == 37 * token_bytes
+            one = request("b", [*head, *range(300, 311)], 2)
+            assert await collect(service, one) == solo_tokens(packed, one, kv_dtype)
+            assert replica.handed_bytes == (37 + 11) * token_bytes
 
     run(work())
 
@@ -66,3 +103,7 @@ def test_settings_that_contradict_are_refused():
         Settings.model_validate({"engine": wrong})
     with pytest.raises(ValueError, match="is only for engine.kernels = 'cpu'"):
         Settings.model_validate({"engine": {"activations": "fast"}})
+    with pytest.raises(ValueError, match="kv_dtype = 'int8' is only for engine.kernels = 'cpu'"):
+        Settings.model_validate({"engine": {"kv_dtype": "int8"}})
+    with pytest.raises(ValueError, match="'float32', 'float16', 'int8' or 'int4'"):
+        Settings.model_validate({"engine": {"kernels": "cpu", "kv_dtype": "fp8"}})

@@ -116,7 +116,7 @@ def test_a_lease_ends_by_time_and_then_the_copy_fails(model):
             assert len(pair.lender.leases) == 0 and free(pair.lender)
             assert await pair.lender.acknowledge(reply.offer.lease_id) is False
             transport = open_transport("shared_memory")
-            target = KVStorage(pair.lender.storage.shape, torch.float32)
+            target = KVStorage(pair.lender.storage.shape, "float32")
             pages = list(range(len(reply.offer.pages)))
             # Its full pages are still in the prefix cache; the last one is free, and that suffices.
             with pytest.raises(HandoffLost, match="ran out"):
@@ -351,9 +351,9 @@ def test_a_reused_name_in_shared_memory_is_another_senders(model):
     """prefill-1 dies and another prefill-1 follows: its pages, not what the old mapping shows."""
     shape = KVShape(layers=1, pages=4, page_tokens=4, kv_heads=1, head_dim=2)
     name = f"sanderling-test-{os.getpid()}-reused"
-    transport, target = open_transport("shared_memory"), KVStorage(shape, torch.float32)
+    transport, target = open_transport("shared_memory"), KVStorage(shape, "float32")
     for value in (1.0, 2.0):
-        sender = KVStorage(shape, torch.float32, name)
+        sender = KVStorage(shape, "float32", name)
         sender.tensor.fill_(value)
         offer = transport.offer("lease", sender, [0, 1], 0, 8)
         assert transport.fetch(offer, target, [2, 3]) == 2 * 1 * 2 * 8 * 4
@@ -366,8 +366,8 @@ def test_a_reused_name_in_shared_memory_is_another_senders(model):
 
 def test_a_page_that_changes_hands_during_the_copy_is_noticed(monkeypatch):
     shape = KVShape(layers=1, pages=4, page_tokens=4, kv_heads=1, head_dim=2)
-    sender = KVStorage(shape, torch.float32, f"sanderling-test-{os.getpid()}-raced")
-    transport, target = open_transport("shared_memory"), KVStorage(shape, torch.float32)
+    sender = KVStorage(shape, "float32", f"sanderling-test-{os.getpid()}-raced")
+    transport, target = open_transport("shared_memory"), KVStorage(shape, "float32")
     offer = transport.offer("lease", sender, [0, 1], 0, 8)
 
     def copy(*arguments):
@@ -384,9 +384,9 @@ def test_a_page_that_changes_hands_during_the_copy_is_noticed(monkeypatch):
 
 def test_memory_of_senders_that_are_gone_is_let_go():
     shape = KVShape(layers=1, pages=4, page_tokens=4, kv_heads=1, head_dim=2)
-    transport, target = open_transport("shared_memory"), KVStorage(shape, torch.float32)
+    transport, target = open_transport("shared_memory"), KVStorage(shape, "float32")
     for number in range(20):
-        sender = KVStorage(shape, torch.float32, f"sanderling-test-{os.getpid()}-n{number}")
+        sender = KVStorage(shape, "float32", f"sanderling-test-{os.getpid()}-n{number}")
         transport.fetch(transport.offer("lease", sender, [0], 0, 4), target, [1])
         sender.close()
     maps = Path("/proc/self/maps").read_text()
@@ -396,21 +396,35 @@ def test_memory_of_senders_that_are_gone_is_let_go():
 
 
 @pytest.mark.parametrize("name", ["shared_memory", "ray_object"])
+@pytest.mark.parametrize("kv_format,head_bytes", [("bfloat16", 64), ("int8", 36), ("int4", 20)])
 @pytest.mark.parametrize("tokens,start", [(1, 0), (7, 0), (8, 0), (5, 4), (0, 0)])
-def test_a_copy_moves_exactly_the_tokens_offered(name, tokens, start):
-    shape = KVShape(layers=2, pages=6, page_tokens=4, kv_heads=3, head_dim=2)
-    sender = KVStorage(shape, torch.bfloat16, f"sanderling-test-{os.getpid()}-exact")
-    sender.tensor.normal_()
-    target = KVStorage(shape, torch.bfloat16)
+def test_a_copy_moves_exactly_the_tokens_offered(name, kv_format, head_bytes, tokens, start):
+    shape = KVShape(layers=2, pages=6, page_tokens=4, kv_heads=3, head_dim=32)
+    sender = KVStorage(shape, kv_format, f"sanderling-test-{os.getpid()}-exact")
+    sender.tensor.random_(1, 256)
+    target = KVStorage(shape, kv_format)
     transport = open_transport(name)
     count = -(-tokens // 4)
     theirs, ours = [5, 2, 3][:count], [0, 4, 1][:count]
     offer = transport.offer("lease", sender, theirs, start, start + tokens)
-    assert transport.fetch(offer, target, ours) == 2 * 2 * 3 * 2 * tokens * 2
-    got = target.tensor[:, :, ours].reshape(2, 2, -1, 3, 2)
-    wanted = sender.tensor[:, :, theirs].reshape(2, 2, -1, 3, 2)
+    assert transport.fetch(offer, target, ours) == 2 * 2 * 3 * head_bytes * tokens
+    got = target.tensor[:, :, ours].flatten(2, 3)
+    wanted = sender.tensor[:, :, theirs].flatten(2, 3)
     assert torch.equal(got[:, :, :tokens], wanted[:, :, :tokens])
     assert not target.tensor.any() or tokens
     assert int((target.tensor != 0).any(-1).any(-1).any(0).any(0).sum()) == tokens
+    transport.close()
+    sender.close()
+
+
+@pytest.mark.parametrize("name", ["shared_memory", "ray_object"])
+def test_replicas_whose_caches_differ_refuse_each_other(name):
+    """uint8 on both sides, and a wrong answer if it were only looked at as bytes."""
+    shape = KVShape(layers=1, pages=2, page_tokens=4, kv_heads=1, head_dim=32)
+    sender = KVStorage(shape, "int8", f"sanderling-test-{os.getpid()}-unlike")
+    transport, target = open_transport(name), KVStorage(shape, "int4")
+    offer = transport.offer("lease", sender, [0], 0, 4)
+    with pytest.raises(ValueError, match="in int8, ours in int4; engine.kv_dtype must be equal"):
+        transport.fetch(offer, target, [1])
     transport.close()
     sender.close()

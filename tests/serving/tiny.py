@@ -31,6 +31,7 @@ from serve.engine.sampler import Draw, sample
 from serve.engine.scheduler import Slice
 from serve.engine.sequence import Delta, Limits, Request, Sampling
 from serve.kv.prefix import CacheKey
+from serve.kv.storage import KVShape, KVStorage
 from serve.local import LocalService
 from serve.prefill import PrefillReplica
 
@@ -76,11 +77,14 @@ def random_model(seed: int = 0) -> Model:
     return Model(decoder, TextModel(config, text, None))
 
 
-def logits_of(decoder: Decoder | PackedDecoder, tokens: list[int]) -> torch.Tensor:
+def logits_of(
+    decoder: Decoder | PackedDecoder, tokens: list[int], kv_format: str = "float32"
+) -> torch.Tensor:
     """[1, vocab] after the whole sequence in one go, on a cache of its own."""
     count, config = len(tokens), decoder.config
     pages = -(-count // PAGE_TOKENS)
-    kv = torch.zeros(config.layers, 2, pages, PAGE_TOKENS, config.kv_heads, config.head_dim)
+    shape = KVShape(config.layers, pages, PAGE_TOKENS, config.kv_heads, config.head_dim)
+    kv = KVStorage(shape, kv_format).tensor
     everything = torch.arange(count)
     batch = TokenBatch(
         torch.tensor(tokens),
@@ -96,7 +100,7 @@ def logits_of(decoder: Decoder | PackedDecoder, tokens: list[int]) -> torch.Tens
     return logits
 
 
-def solo_tokens(model: Model, request: Request) -> list[int]:
+def solo_tokens(model: Model, request: Request, kv_format: str = "float32") -> list[int]:
     """What a request must yield. Stop strings are bytes here, one token each."""
     limits, output = request.limits, list[int]()
     eos = model.text.tokenizer.eos_token_ids
@@ -104,7 +108,7 @@ def solo_tokens(model: Model, request: Request) -> list[int]:
     while True:
         tokens = [*request.prompt, *output]
         banned = eos if len(output) < limits.min_tokens else ()
-        logits = logits_of(model.decoder, tokens)
+        logits = logits_of(model.decoder, tokens, kv_format)
         draw = Draw(request.sampling, len(tokens), banned, request.prompt, tuple(output))
         output += sample(logits, [draw])
         counted = model.text.tokenizer.decode(output[max(limits.min_tokens - 1, 0) :])
@@ -162,6 +166,7 @@ def settings(
     kv_tokens: int = 1024,
     budget_tokens: int = 32,
     max_running: int = 8,
+    engine: dict[str, Any] | None = None,
     **handoff: Any,
 ) -> Settings:
     """Small pools, quick looks of the controller."""
@@ -172,6 +177,7 @@ def settings(
                 "kv_tokens": kv_tokens,
                 "budget_tokens": budget_tokens,
                 "max_running": max_running,
+                **(engine or {}),
             },
             "prefill": {"replicas": prefill},
             "decode": {"replicas": decode},

@@ -168,6 +168,8 @@ void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* o
 
 #include "kv_write.inc"
 #include "attention_tiles.inc"
+#include "kv_read.inc"
+#include "attention_block.inc"
 #include "attention.inc"
 #include "layers.inc"
 #include "limits.inc"

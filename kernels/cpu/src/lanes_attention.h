@@ -7,6 +7,30 @@
 
 namespace {
 
+#if defined(__F16C__)
+inline float half_at(const uint8_t* p) {
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    return _cvtsh_ss(half);
+}
+inline uint16_t float_to_half(float x) { return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+inline float half_at(const uint8_t* p) {
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    return half_to_float(half);
+}
+// The nearest half of |x| <= 65504, the even one of two: a float's bits where halves are normal, and
+// multiples of 2^-24 below.
+inline uint16_t float_to_half(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(x) * 16777216.f)));
+    return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+#endif
+
 // How many queries a tile holds against how many vectors of keys: what the registers have room for. It
 // changes no result, since every sum runs over one dimension or over tokens, in their order.
 #if defined(__AVX512BW__)
@@ -29,6 +53,16 @@ inline __m512 four_rows(const float* const* rows, int first, int64_t at) {
     return _mm512_insertf32x4(a, _mm_loadu_ps(rows[first + 12] + at), 3);
 }
 
+inline I load_signed_bytes(const uint8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline I load_unsigned_bytes(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_half(uint8_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 // out[d * stride + row] = rows[row][at + d]: sixteen rows, four values of each. Moves bits.
 inline void transpose4(const float* const* rows, int64_t at, float* out, int64_t stride) {
     __m512 a = four_rows(rows, 0, at), b = four_rows(rows, 1, at);
@@ -49,6 +83,20 @@ inline F keep_first(F x, int64_t count, float other) {
     __m256 o = _mm256_set1_ps(other);
     return {_mm256_blendv_ps(o, x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, iota))),
             _mm256_blendv_ps(o, x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, later)))};
+}
+
+inline __m256i wide(__m128i bytes, bool is_signed) {
+    return is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+}
+inline I load_bytes16(const uint8_t* p, bool is_signed) {
+    return {wide(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), is_signed),
+            wide(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)), is_signed)};
+}
+inline I load_signed_bytes(const uint8_t* p) { return load_bytes16(p, true); }
+inline I load_unsigned_bytes(const uint8_t* p) { return load_bytes16(p, false); }
+inline void store_half(uint8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
 
 inline __m256 two_rows(const float* const* rows, int first, int64_t at) {
@@ -76,12 +124,31 @@ inline F keep_first(F x, int64_t count, float other) {
     return x;
 }
 
+inline I load_signed_bytes(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < LANES; i++) r.v[i] = int8_t(p[i]);
+    return r;
+}
+inline I load_unsigned_bytes(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < LANES; i++) r.v[i] = p[i];
+    return r;
+}
+inline void store_half(uint8_t* p, F x) {
+    for (int i = 0; i < LANES; i++) {
+        uint16_t half = float_to_half(x.v[i]);
+        std::memcpy(p + 2 * i, &half, 2);
+    }
+}
+
 inline void transpose4(const float* const* rows, int64_t at, float* out, int64_t stride) {
     for (int row = 0; row < LANES; row++)
         for (int d = 0; d < 4; d++) std::memcpy(out + d * stride + row, rows[row] + at + d, sizeof(float));
 }
 
 #endif
+
+inline F clamp(F x, float least, float most) { return -max(-max(x, set(least)), set(-most)); }
 
 inline float first_lane(F x) {
     float lanes[LANES];

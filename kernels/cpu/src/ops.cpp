@@ -172,14 +172,29 @@ Step step_of(const at::Tensor& positions, const at::Tensor& slots, const at::Ten
     return step;
 }
 
+// How a cache of [.., kv_heads, elements] stores a head of head_dim values.
+KvFormat format_of(const at::Tensor& kv, int64_t head_dim) {
+    TORCH_CHECK_VALUE(kv.is_contiguous() && kv.device().is_cpu(), "kv should be contiguous, on the CPU");
+    for (KvFormat format : {KvFormat::float32, KvFormat::float16, KvFormat::int8, KvFormat::int4}) {
+        const auto type = format == KvFormat::float32   ? at::kFloat
+                          : format == KvFormat::float16 ? at::kHalf
+                                                        : at::kByte;
+        if (kv.scalar_type() == type && kv.size(-1) * kv.element_size() == kv_bytes(format, head_dim)) return format;
+    }
+    TORCH_CHECK_VALUE(false, "kv of ", kv.scalar_type(), " with ", kv.size(-1), " elements is no cache of heads of ",
+                      head_dim, " values; kernels/kv_formats.py says which there are");
+}
+
+uint8_t* bytes_of(at::Tensor& kv) { return static_cast<uint8_t*>(kv.data_ptr()); }
+
 // kv: one layer's, without the dimension of layers.
 at::Tensor attention(at::Tensor& qkv, at::Tensor& kv, int64_t heads, const at::Tensor& positions,
                      const at::Tensor& slots, const at::Tensor& sequences, const at::Tensor& tables_,
                      const at::Tensor& cosines, const at::Tensor& sines, int64_t threads, std::string isa) {
     check_float(qkv, "qkv");
-    check_float(kv, "kv");
-    TORCH_CHECK_VALUE(kv.dim() == 5 && kv.size(0) == 2, "kv should be [2, pages, page_tokens, heads, dim]");
-    const Shape shape{0, heads, kv.size(3), kv.size(4), 0, kv.size(1), kv.size(2), 0.f};
+    TORCH_CHECK_VALUE(kv.dim() == 5 && kv.size(0) == 2, "kv should be [2, pages, page_tokens, heads, elements]");
+    const int64_t dim = 2 * cosines.size(-1);
+    const Shape shape{0, heads, kv.size(3), dim, 0, kv.size(1), kv.size(2), 0.f, format_of(kv, dim)};
     TORCH_CHECK_VALUE(shape.head_dim % 32 == 0 && heads % shape.kv_heads == 0,
                       "head_dim should be a multiple of 32, heads of kv_heads");
     TORCH_CHECK_VALUE(qkv.dim() == 2 && qkv.size(1) == (heads + 2 * shape.kv_heads) * shape.head_dim &&
@@ -190,7 +205,7 @@ at::Tensor attention(at::Tensor& qkv, at::Tensor& kv, int64_t heads, const at::T
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     if (step.tokens > 0)
-        table.attention(pool_of(threads), shape, step, qkv.data_ptr<float>(), kv.data_ptr<float>(),
+        table.attention(pool_of(threads), shape, step, qkv.data_ptr<float>(), bytes_of(kv),
                         out.data_ptr<float>());
     return out;
 }
@@ -202,10 +217,10 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
             const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines, bool accurate,
             int64_t threads, std::string isa) {
     check_float(x, "x");
-    check_float(kv, "kv");
-    TORCH_CHECK_VALUE(kv.dim() == 6 && kv.size(1) == 2, "kv should be [layers, 2, pages, page_tokens, heads, dim]");
-    const int64_t count = kv.size(0), dim = kv.size(5), tokens = x.size(0), hidden = x.size(1);
-    const Shape shape{hidden, heads, kv.size(4), dim, ff, kv.size(2), kv.size(3), float(eps)};
+    TORCH_CHECK_VALUE(kv.dim() == 6 && kv.size(1) == 2,
+                      "kv should be [layers, 2, pages, page_tokens, heads, elements]");
+    const int64_t count = kv.size(0), dim = 2 * cosines.size(-1), tokens = x.size(0), hidden = x.size(1);
+    const Shape shape{hidden, heads, kv.size(4), dim, ff, kv.size(2), kv.size(3), float(eps), format_of(kv, dim)};
     TORCH_CHECK_VALUE(dim % 32 == 0 && hidden % 32 == 0 && ff % 32 == 0 && heads % shape.kv_heads == 0,
                       "head_dim, hidden and ff should be multiples of 32, heads of kv_heads");
     TORCH_CHECK_VALUE(int64_t(packed.size()) == 4 * count && int64_t(kinds.size()) == 4 * count &&
@@ -234,7 +249,7 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     if (tokens > 0)
-        table.layers(pool_of(threads), shape, step, weights.data(), count, kv.data_ptr<float>(),
+        table.layers(pool_of(threads), shape, step, weights.data(), count, bytes_of(kv),
                      x.data_ptr<float>(), accurate);
 }
 

@@ -33,10 +33,29 @@ struct Matrix {
     }
 };
 
-// Shape of a decoder's layers. kv: this layer's [2, pages, page_tokens, kv_heads, head_dim] float32.
+// How the cache stores one token's keys, or values, of one head; kernels/kv_formats.py says it for Python.
+// int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 values, byte j with value j low and
+// j + 16 high; then for each 32 values scale and minimum as halves.
+enum class KvFormat { float32, float16, int8, int4 };
+
+SANDERLING_INLINE int64_t kv_bytes(KvFormat format, int64_t head_dim) {
+    switch (format) {
+        case KvFormat::float32: return 4 * head_dim;
+        case KvFormat::float16: return 2 * head_dim;
+        case KvFormat::int8: return head_dim + 4;
+        default: return head_dim / 2 + head_dim / 32 * 4;
+    }
+}
+
+// Shape of a decoder's layers. kv: this layer's [2, pages, page_tokens, kv_heads, kv_bytes].
 struct Shape {
     int64_t hidden, heads, kv_heads, head_dim, ff, pages, page_tokens;
     float eps;
+    KvFormat format;
+    SANDERLING_INLINE int64_t head_bytes() const { return kv_bytes(format, head_dim); }
+    SANDERLING_INLINE int64_t token_bytes() const { return kv_heads * head_bytes(); }
+    // Of the keys of one layer, behind which its values lie.
+    SANDERLING_INLINE int64_t half_bytes() const { return pages * page_tokens * token_bytes(); }
 };
 
 // One step's tokens: N rows, each of one sequence. tables [S, table_width].
@@ -62,11 +81,11 @@ struct Table {
     // out[M, columns] = the M rows of W that ids name.
     void (*gather)(Pool&, const Matrix&, const int64_t* ids, int64_t m, float* out);
     // Layers first..first + count of x[N, hidden], in place; kv holds all layers.
-    void (*layers)(Pool&, const Shape&, const Step&, const LayerWeights*, int64_t count, float* kv,
+    void (*layers)(Pool&, const Shape&, const Step&, const LayerWeights*, int64_t count, uint8_t* kv,
                    float* x, bool accurate);
     // The attention of one layer: qkv[N, heads + 2 kv_heads, head_dim] is rotated in place, keys and values
     // are written to the layer's kv, and out[N, heads, head_dim] is attended.
-    void (*attention)(Pool&, const Shape&, const Step&, float* qkv, float* kv, float* out);
+    void (*attention)(Pool&, const Shape&, const Step&, float* qkv, uint8_t* kv, float* out);
     void (*norm)(Pool&, const float* weight, float eps, int64_t size, const float* x, int64_t m, float* y);
     // What the machine can do at most: read `bytes` (a multiple of 64 per thread), or multiply and add
     // rounds * PEAK_MACS pairs of bytes on each thread. Both return a sum that nothing may leave out.

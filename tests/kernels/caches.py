@@ -1,0 +1,132 @@
+"""One layer's KV cache as the CPU kernels' attention uses it, and what it must hold and yield.
+
+`encoded` and `decoded` are the formats of kernels/kv_formats.py once more, in torch.
+"""
+
+import torch
+
+from kernels.cpu import ops
+from kernels.kv_formats import FORMATS
+
+HEADS, KV_HEADS, DIM = 6, 2, 64
+
+
+class Cache:
+    """Sequences in one layer's cache, told apart by number; each owns a random set of pages.
+
+    What nobody wrote is NaN: as a number, as a scale and as a minimum.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        tokens: int,
+        page_tokens: int = 16,
+        seed: int = 0,
+        kv_format: str = "float32",
+    ) -> None:
+        self.page_tokens, self.count, self.kv_format = page_tokens, count, kv_format
+        each = -(-tokens // page_tokens)
+        order = torch.randperm(count * each, generator=torch.Generator().manual_seed(seed))
+        self.tables = order.view(count, each)
+        stored = FORMATS[kv_format]
+        shape = (2, count * each, page_tokens, KV_HEADS, stored.elements(DIM))
+        dtype = getattr(torch, stored.stored)
+        self.kv = torch.full(shape, 255 if dtype == torch.uint8 else float("nan"), dtype=dtype)
+        self.lengths = [0] * count
+
+    def slots(self, number: int, start: int, stop: int) -> torch.Tensor:
+        """Of a sequence's positions start..stop - 1."""
+        place = torch.arange(start, stop)
+        pages = self.tables[number, place // self.page_tokens]
+        return pages * self.page_tokens + place % self.page_tokens
+
+    def read(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [tokens, KV_HEADS, DIM] float32 of a sequence, as they are stored."""
+        flat = self.kv.flatten(1, 2)[:, self.slots(number, 0, self.lengths[number])]
+        keys, values = decoded(flat, self.kv_format)
+        return keys, values
+
+    def step(self, work: list[tuple[int, torch.Tensor]], heads: int = HEADS, **how) -> torch.Tensor:
+        """[all rows, heads * DIM] after giving each (sequence, qkv rows) its next tokens."""
+        positions, slots, sequences = [], [], []
+        for number, rows in work:
+            start, stop = self.lengths[number], self.lengths[number] + len(rows)
+            self.lengths[number] = stop
+            positions.append(torch.arange(start, stop))
+            slots.append(self.slots(number, start, stop))
+            sequences.append(torch.full((len(rows),), number))
+        place = torch.cat(positions)
+        angles = angles_of(place)
+        step = ops.LayerStep(
+            place, torch.cat(slots), torch.cat(sequences), self.tables, angles.cos(), angles.sin()
+        )
+        qkv = torch.cat([rows for _, rows in work])
+        return ops.attention(qkv, self.kv, heads, step, **how)
+
+
+def angles_of(positions: torch.Tensor) -> torch.Tensor:
+    """[N, DIM / 2]."""
+    return positions[:, None] * torch.arange(1, DIM // 2 + 1) * 0.01
+
+
+def drawn(tokens: int, heads: int = HEADS, seed: int = 0) -> torch.Tensor:
+    """Queries, keys and values of so many tokens."""
+    chance = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(tokens, (heads + 2 * KV_HEADS) * DIM, generator=chance)
+
+
+def rotated(qkv: torch.Tensor, heads: int = HEADS) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values [tokens, .., DIM] of a sequence from its start, rotated, in the
+    type of qkv."""
+    tokens, half = len(qkv), DIM // 2
+    split = qkv.view(tokens, heads + 2 * KV_HEADS, DIM)
+    angles = angles_of(torch.arange(tokens))[:, None]
+    cosines, sines = angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype)
+    a, b = split[..., :half], split[..., half:]
+    turned = torch.cat([a * cosines - b * sines, b * cosines + a * sines], -1)
+    return turned[:, :heads], turned[:, heads : heads + KV_HEADS], split[:, -KV_HEADS:]
+
+
+def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Causal attention of one sequence from its start, in float64: [tokens, heads * DIM]."""
+    tokens, group = len(queries), queries.shape[1] // KV_HEADS
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", queries.double(), keys) / DIM**0.5
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
+
+
+def encoded(x: torch.Tensor, kv_format: str) -> torch.Tensor:
+    """x [.., DIM] float32 as a cache stores it: [.., elements]."""
+    if kv_format == "float32":
+        return x
+    if kv_format == "float16":
+        return x.clamp(-65504, 65504).half()
+    if kv_format == "int8":
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        levels = torch.where(scale > 0, x / scale, 0.0).round().clamp(-127, 127).to(torch.int8)
+        return torch.cat([levels.view(torch.uint8), scale.contiguous().view(torch.uint8)], -1)
+    grouped = x.unflatten(-1, (-1, 32))
+    least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scale, minimum = (each.clamp(-65504, 65504).half() for each in ((most - least) / 15, least))
+    levels = (grouped - minimum.float()) / scale.float()
+    levels = torch.where(scale > 0, levels, 0.0).round().clamp(0, 15).to(torch.uint8)
+    packed = levels[..., :16] | levels[..., 16:] << 4
+    facts = torch.cat([scale, minimum], -1).contiguous().view(torch.uint8)
+    return torch.cat([packed.flatten(-2), facts.flatten(-2)], -1)
+
+
+def decoded(stored: torch.Tensor, kv_format: str) -> torch.Tensor:
+    """What `encoded` stands for: [.., DIM] float32."""
+    if kv_format in ("float32", "float16"):
+        return stored.float()
+    if kv_format == "int8":
+        scale = stored[..., DIM:].contiguous().view(torch.float32)
+        return stored[..., :DIM].contiguous().view(torch.int8) * scale
+    packed = stored[..., : DIM // 2].unflatten(-1, (-1, 16))
+    facts = stored[..., DIM // 2 :].contiguous().view(torch.float16).unflatten(-1, (-1, 2)).float()
+    levels = torch.cat([packed & 15, packed >> 4], -1)
+    values: torch.Tensor = levels * facts[..., :1] + facts[..., 1:]
+    return values.flatten(-2)
