@@ -69,7 +69,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         qweight, scales, mins = ctx.saved_tensors
         x_grad = grad @ dequantize_w4(qweight, scales, mins, grad.dtype)
-    if ctx.needs_input_grad[4]:
+    # A bias that was left out has no place in needs_input_grad.
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         bias_grad = grad.sum(0, dtype=ctx.bias_dtype)
     return x_grad, None, None, None, bias_grad
 

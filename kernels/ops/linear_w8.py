@@ -62,7 +62,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         qweight, scales = ctx.saved_tensors
         x_grad = grad @ dequantize_w8(qweight, scales, grad.dtype)
-    if ctx.needs_input_grad[3]:
+    # A bias that was left out has no place in needs_input_grad.
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         bias_grad = grad.sum(0, dtype=ctx.bias_dtype)
     return x_grad, None, None, bias_grad
 
