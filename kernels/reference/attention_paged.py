@@ -91,5 +91,6 @@ def merge_states(outs: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, t
     exact = wide(outs, lse)
     together = lse.to(exact).logsumexp(0)
     shares = (lse.to(exact) - together.masked_fill(together == -torch.inf, 0)).exp()[..., None]
-    weighted = torch.where(shares > 0, outs.to(exact) * shares, 0)
+    # Zero times what an empty part may hold could be NaN. A NaN that was computed stays.
+    weighted = torch.where(shares == 0, 0, outs.to(exact) * shares)
     return weighted.sum(0).to(outs.dtype), together.to(lse.dtype)

@@ -95,8 +95,10 @@ def signed(s: Source, *shape: int) -> torch.Tensor:
 
 def w4_case(s: Source, rows: int, group: int, symmetric: bool, bias: bool) -> tuple[Any, ...]:
     k, n = 2 * group + (group if group < 128 else 0), 19
-    weight = four(s, n, k, group, symmetric)
-    return s.normal(rows, k), *weight, s.normal(n) if bias else None
+    q, scales, mins = four(s, n, k, group, symmetric)
+    if group == 64:
+        scales = scales.float() * 1.001  # that half precision does not hold, as Q4_K's
+    return s.normal(rows, k), q, scales, mins, s.normal(n) if bias else None
 
 
 def w8_case(s: Source, rows: int, group: int, k: int, bias: bool) -> tuple[Any, ...]:
