@@ -67,7 +67,9 @@ def test_a_feed_forward_is_one_graph_forwards_and_backwards():
         wanted.square().sum().backward()
         got.square().sum().backward()
         for place in (0, 1, 2, 6):
-            assert torch.allclose(eager[place].grad, traced[place].grad, rtol=1e-5, atol=1e-5)
+            right, mine = eager[place].grad, traced[place].grad
+            assert right is not None and mine is not None
+            assert torch.allclose(mine, right, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
 
 
@@ -90,8 +92,9 @@ def test_a_write_in_place_comes_before_the_read(kind: str):
         contexts = torch.full((rows,), 5, dtype=torch.int32)
         results = []
         for run in (attention, fast):
-            mine = tuple(each if each is None else each.clone() for each in cache)
-            out = run(*fresh, angles.cos(), angles.sin(), slots, *mine, tables, contexts)
+            mine: list[Any] = [each if each is None else each.clone() for each in cache]
+            args: list[Any] = [*fresh, angles.cos(), angles.sin(), slots, *mine, tables, contexts]
+            out = run(*args)
             results.append((out, *(each for each in mine if each is not None)))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert not torch.equal(results[0][1], cache[0])
@@ -124,7 +127,8 @@ def test_experts_and_adapters_are_one_graph():
 )
 def test_an_op_alone_is_one_graph(op, make):
     fast, counter = compiled(lambda *args: op(*args))
-    for rows in (4, 7):
+    # No other size is 13: torch takes equal sizes for one and the same.
+    for rows in (13, 7):
         args = make(Source(rows, torch.float32), rows)
         got, wanted = fast(*args), op(*args)
         pairs = [(got, wanted)] if isinstance(got, torch.Tensor) else zip(got, wanted, strict=True)
@@ -146,7 +150,7 @@ def test_a_wrong_shape_is_named_while_tracing():
     fast, _ = compiled(block)
     args = block_inputs(5)
     args[1] = args[1][:4]
-    with pytest.raises(Exception, match=r"residual should be \[5, 64\], not \[4, 64\]"):
+    with pytest.raises(Exception, match=r"rms_norm_residual: residual should be \["):
         fast(*args)
 
 
