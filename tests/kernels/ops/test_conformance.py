@@ -1,8 +1,8 @@
 """Every op against its oracle, for every dtype and for 0, 1 and 17 rows; and that each would be
 caught if it went wrong a little. On a GPU too, where there is one."""
 
+import importlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +16,22 @@ from tests.kernels.ops.table import CASES
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 # Its values are those of the gradient check, which is stricter.
 WITHOUT_CASE = {"selective_scan_backward"}
+# Backward passes in plain torch, on every device.
+WITHOUT_KERNEL = {"selective_scan_backward", "grouped_outer"}
 
 
-def registered() -> Iterator[tuple[str, Any]]:
-    """Every op of kernels.ops, with its plain name."""
-    for module in ops.MODULES:
-        for name, value in vars(module).items():
-            if isinstance(value, torch._library.custom_ops.CustomOpDef):
-                yield name, value
+def registered() -> dict[str, Any]:
+    """Every op of kernels.ops by its plain name."""
+    return {
+        name: value
+        for module in ops.MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, torch._library.custom_ops.CustomOpDef)
+    }
 
 
 def test_every_op_has_a_case():
-    assert {name for name, _ in registered()} - WITHOUT_CASE == {case.op_name for case in CASES}
+    assert set(registered()) - WITHOUT_CASE == {case.op_name for case in CASES}
     assert len(CASES) == len({case.name for case in CASES})
 
 
@@ -128,7 +132,18 @@ def test_a_mistake_is_seen(case: Case):
 
 def test_names_and_defaults_are_the_same_everywhere():
     """What an op checks and what it runs take the same arguments, in the same order."""
-    for name, op in registered():
+    for name, op in registered().items():
         wanted = inspect.signature(op._init_fn).parameters
         described = inspect.signature(op._abstract_fn.__closure__[0].cell_contents)
         assert wanted == described.parameters, name
+
+
+@pytest.mark.parametrize("name", sorted(set(registered()) - WITHOUT_KERNEL))
+def test_launchers_take_the_arguments_of_the_op(name: str):
+    pytest.importorskip("triton")
+    reference = registered()[name]._init_fn
+    module = reference.__module__.rsplit(".", 1)[-1]
+    kernels = importlib.import_module(f"kernels.triton.{module}")
+    launcher = inspect.signature(getattr(kernels, name)).parameters.values()
+    wanted = inspect.signature(reference).parameters.values()
+    assert [(p.name, p.default) for p in launcher] == [(p.name, p.default) for p in wanted]
