@@ -4,10 +4,11 @@ Called by every launcher of this folder. Triton is imported inside functions, so
 targets can be read without it.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,16 +86,15 @@ def run(
     op: str,
     kernel: Any,
     grid: tuple[int, ...],
-    *args: Any,
+    args: Mapping[str, Any],
     num_warps: int,
     num_stages: int,
     fp_fusion: bool = True,
-    **constants: Any,
 ) -> None:
     """Launches kernel over the grid; without any program, it does nothing.
 
-    args: the kernel's run-time arguments in order, constants its `tl.constexpr` ones. fp_fusion is
-    always said, because Triton's default for it changes between versions.
+    args: all of the kernel's arguments by name. fp_fusion is always said, because Triton's default
+    for it changes between versions.
     """
     if 0 in grid:
         return
@@ -103,11 +103,28 @@ def run(
             f"{op}: a grid of {grid} has more than {MOST_PROGRAMS} programs along its second or "
             "third axis; split the call."
         )
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    first = next(arg for arg in args.values() if isinstance(arg, torch.Tensor))
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
-    if device.type != "cuda":
-        target_of(op, next(arg for arg in args if isinstance(arg, torch.Tensor)))
-        kernel[grid](*args, **constants, **options)
+    if first.device.type != "cuda":
+        target_of(op, first)
+        kernel[grid](**args, **options)
         return
-    with torch.cuda.device(device):
-        kernel[grid](*args, **constants, **options)
+    with torch.cuda.device(first.device):
+        kernel[grid](**args, **options)
+
+
+class Parameter(NamedTuple):
+    """One of a kernel's. special: its value at a launch may change what is compiled."""
+
+    name: str
+    constant: bool
+    special: bool
+
+
+def parameters(kernel: Any) -> list[Parameter]:
+    """Of a function under `@triton.jit`, whether it is compiled or interpreted."""
+    if hasattr(kernel, "params"):
+        return [Parameter(p.name, p.is_constexpr, not p.do_not_specialize) for p in kernel.params]
+    fixed = kernel.kwargs["do_not_specialize"] or ()
+    given = inspect.signature(kernel.fn).parameters.values()
+    return [Parameter(p.name, "constexpr" in str(p.annotation), p.name not in fixed) for p in given]
