@@ -50,7 +50,8 @@ def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D], D a multiple of 32 -> (uint8 [..., D / 2], float16 [..., D / 32, 2]).
 
     min is the least of a group, rounded to half; scale = (largest - min) / 15, rounded to half;
-    q = (x - min) / scale, in float32, rounded half to even, within 0..15, and 0 where scale is 0.
+    q = (x - min) / scale, in float32, rounded half to even, within 0..15, and 0 unless scale > 0:
+    it may fall below 0 when a group's values are as good as equal and min is rounded up.
     """
     groups = torch.unflatten(x.float(), -1, (-1, RUN))
     low = groups.amin(-1).half()

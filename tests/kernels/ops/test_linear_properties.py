@@ -149,6 +149,10 @@ def test_int8_products_are_exact_at_their_largest():
     mixed = least.clone()
     mixed[0, ::2] = 127
     assert int8_matmul(least, mixed).item() == -128 * (127 * 65536 - 128 * 65535)
+    # Sums above 2 ** 24, which float32 would round.
+    large = source().whole(100, 128, 6, 4096).to(torch.int8)
+    sums = (large.long()[:, None] * large.long()).sum(-1)
+    assert sums.min() > 2**24 and torch.equal(int8_matmul(large, large), sums.int())
 
 
 def test_rows_are_quantised_to_the_nearest_step():
