@@ -26,19 +26,20 @@ class Config(NamedTuple):
     num_stages: int
 
 
-@functools.cache
 def configs(op: str, target: Target) -> tuple[Config, ...]:
     """All entries of an op for a target, by rising rows, the last one for any number of rows.
 
     ValueError for an op or a target that has none.
     """
+    return _entries(op, target.name, target.backend if target.dot else "turing")
+
+
+@functools.cache
+def _entries(op: str, name: str, family: str) -> tuple[Config, ...]:
     table = _table().get(op, {})
-    family = target.backend if target.dot else "turing"
-    found = table.get(target.name, table.get(family))
+    found = table.get(name, table.get(family))
     if not found:
-        raise ValueError(
-            f"configs.json has no entry for {op} on {target.name}; it has {', '.join(table)}."
-        )
+        raise ValueError(f"configs.json has no entry for {op} on {name}; it has {', '.join(table)}.")
     made = []
     for entry in found:
         tiles = {key: value for key, value in entry.items() if key.isupper()}
