@@ -1,4 +1,4 @@
-"""Tile sizes, warps and stages that ship: by op, GPU target and number of rows, from configs.json.
+"""Tile sizes, warps and stages that ship: by op, GPU target and number of rows, in configs*.json.
 
 Nothing is tuned when it runs: launchers and `cases` read the same table, so that what is launched
 is what was compiled and checked. An op's entries for a target are those under the target's name,
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from kernels.triton.targets import Target
 
-TABLE = Path(__file__).with_name("configs.json")
+TABLES = tuple(sorted(Path(__file__).parent.glob("configs*.json")))
 
 
 class Config(NamedTuple):
@@ -39,7 +39,9 @@ def _entries(op: str, name: str, family: str) -> tuple[Config, ...]:
     table = _table().get(op, {})
     found = table.get(name, table.get(family))
     if not found:
-        raise ValueError(f"configs.json has no entry for {op} on {name}; it has {', '.join(table)}.")
+        raise ValueError(
+            f"configs*.json have no entry for {op} on {name}; there are some for {", ".join(table)}."
+        )
     made = []
     for entry in found:
         tiles = {key: value for key, value in entry.items() if key.isupper()}
@@ -55,5 +57,7 @@ def choose(op: str, target: Target, rows: int) -> Config:
 
 @functools.cache
 def _table() -> dict[str, dict[str, list[dict[str, int]]]]:
-    read: dict[str, dict[str, list[dict[str, int]]]] = json.loads(TABLE.read_text("utf-8"))
-    return read
+    every: dict[str, dict[str, list[dict[str, int]]]] = {}
+    for path in TABLES:
+        every |= json.loads(path.read_text("utf-8"))
+    return every
