@@ -40,7 +40,7 @@ def _entries(op: str, name: str, family: str) -> tuple[Config, ...]:
     found = table.get(name, table.get(family))
     if not found:
         raise ValueError(
-            f"configs*.json have no entry for {op} on {name}; there are some for {", ".join(table)}."
+            f"configs*.json have no entry for {op} on {name}; its entries: {', '.join(table)}."
         )
     made = []
     for entry in found:
