@@ -21,11 +21,14 @@ def _of_groups(stored, at, wanted, start, K, G: tl.constexpr, BN: tl.constexpr, 
     """float32 [BN, BK / 2]: the number of each byte's group, for BK values from `start` on."""
     if BK <= G:
         one = tl.load(stored + at + start // G, mask=wanted, other=0.0).to(tl.float32)
-        return tl.broadcast_to(one, (BN, BK // 2))
-    groups: tl.constexpr = BK // G
-    group = start // G + tl.arange(0, groups)[None, :]
-    some = tl.load(stored + at + group, mask=wanted & (group * G < K), other=0.0).to(tl.float32)
-    return tl.reshape(tl.broadcast_to(some[:, :, None], (BN, groups, G // 2)), (BN, BK // 2))
+        each = tl.broadcast_to(one, (BN, BK // 2))
+    else:
+        groups: tl.constexpr = BK // G
+        group = start // G + tl.arange(0, groups)[None, :]
+        some = tl.load(stored + at + group, mask=wanted & (group * G < K), other=0.0)
+        spread = tl.broadcast_to(some.to(tl.float32)[:, :, None], (BN, groups, G // 2))
+        each = tl.reshape(spread, (BN, BK // 2))
+    return each
 
 
 @triton.jit
@@ -40,9 +43,11 @@ def _weights(
     low, high = (levels & 15).to(tl.float32), (levels >> 4).to(tl.float32)
     scale = _of_groups(scales, s_at, wanted, start, K, G, BN, BK)
     if mins is None:
-        return (low - 8) * scale, (high - 8) * scale
-    least = _of_groups(mins, s_at, wanted, start, K, G, BN, BK)
-    return low * scale + least, high * scale + least
+        low, high = (low - 8) * scale, (high - 8) * scale
+    else:
+        least = _of_groups(mins, s_at, wanted, start, K, G, BN, BK)
+        low, high = low * scale + least, high * scale + least
+    return low, high
 
 
 @triton.jit

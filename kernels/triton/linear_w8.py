@@ -24,15 +24,16 @@ def _weights(
     G is 0, which stands for one scale for all of K."""
     k = (start + tl.arange(0, BK))[None, :]
     levels = tl.load(qweight + q_at + k, mask=wanted & (k < K), other=0).to(tl.float32)
-    if G == 0:
-        return levels
-    if BK <= G:
+    if G > 0 and BK <= G:
         one = tl.load(scales + s_at + start // G, mask=wanted, other=0.0)
-        return levels * one.to(tl.float32)
-    groups: tl.constexpr = BK // G
-    group = start // G + tl.arange(0, groups)[None, :]
-    some = tl.load(scales + s_at + group, mask=wanted & (group * G < K), other=0.0).to(tl.float32)
-    return levels * tl.reshape(tl.broadcast_to(some[:, :, None], (BN, groups, G)), (BN, BK))
+        levels *= one.to(tl.float32)
+    elif G > 0:
+        groups: tl.constexpr = BK // G
+        group = start // G + tl.arange(0, groups)[None, :]
+        some = tl.load(scales + s_at + group, mask=wanted & (group * G < K), other=0.0)
+        spread = tl.broadcast_to(some.to(tl.float32)[:, :, None], (BN, groups, G))
+        levels *= tl.reshape(spread, (BN, BK))
+    return levels
 
 
 @triton.jit(do_not_specialize=["M"])
