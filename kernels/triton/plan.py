@@ -73,13 +73,21 @@ def shipped(name: str, plan: Plan, operations: int, matrix: str = "") -> Case:
     work = Work(moved_bytes, operations, plan.grid)
     warps, stages = plan.config.num_warps, plan.config.num_stages
     return Case(
-        name, plan.kernel, signature, constants, tuple(divisible), warps, stages, matrix, work,
+        name,
+        plan.kernel,
+        signature,
+        constants,
+        tuple(divisible),
+        warps,
+        stages,
+        matrix,
+        work,
         plan.fp_fusion,
     )
 
 
 def precision(op: str, dtype: torch.dtype) -> str:
-    """"half" or "float32", by which tiles are chosen. ValueError for a dtype without a kernel."""
+    """ "half" or "float32", by which tiles are chosen. ValueError for a dtype without a kernel."""
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
     if dtype == torch.float32:
@@ -89,14 +97,17 @@ def precision(op: str, dtype: torch.dtype) -> str:
     )
 
 
+def operands(config: Config, dtype: torch.dtype) -> str:
+    """`Case.matrix` of a product of this dtype: float32 has no matrix unit that keeps its bits."""
+    return "half" if config.constants.get("MATRIX") and dtype != torch.float32 else ""
+
+
 def head_size(op: str, width: int) -> int:
     """The entry of `HEAD_SIZES` for heads of `width` numbers. ValueError if they are larger."""
     for size in HEAD_SIZES:
         if width <= size:
             return size
-    raise ValueError(
-        f"{op} on a GPU takes heads of up to {HEAD_SIZES[-1]} numbers, not {width}."
-    )
+    raise ValueError(f"{op} on a GPU takes heads of up to {HEAD_SIZES[-1]} numbers, not {width}.")
 
 
 def power(n: int) -> int:
@@ -123,4 +134,4 @@ def flat_slots(op: str, name: str, pages: torch.Tensor, inner: int) -> torch.Ten
     even = pages.stride(0) == pages.stride(1) * pages.shape[1] or 1 in pages.shape[:2]
     if not even and pages.numel():
         raise ValueError(f"{op}: the pages of {name} should follow one another without gaps.")
-    return pages.view(-1, *pages.shape[2:])
+    return pages.view(pages.shape[0] * pages.shape[1], *pages.shape[2:])
