@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.reference.precision import wide
 from kernels.rope import RopeConfig
 
 
@@ -95,3 +96,22 @@ def rotation(frequencies: Frequencies, positions: torch.Tensor, dtype: torch.dty
 def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
     """x [tokens, heads, head_dim] -> the same shape with every head rotated to its position."""
     return (x * by.cos).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(by.sin))
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, H, D], k [T, KH, D], cos and sin [T, D / 2] -> both rotated to their positions.
+
+    Value i of a head is paired with value i + D / 2. Computed in float32, rounded once; `rotate`
+    is the same for one tensor with tables of full width, in the dtype of the tables.
+    """
+    return _rotate_halves(q, cos, sin), _rotate_halves(k, cos, sin)
+
+
+def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    exact = wide(x)
+    first, second = x.to(exact).chunk(2, dim=-1)
+    by_cos, by_sin = cos.to(exact)[:, None], sin.to(exact)[:, None]
+    rotated = (first * by_cos - second * by_sin, second * by_cos + first * by_sin)
+    return torch.cat(rotated, dim=-1).to(x.dtype)

@@ -1,0 +1,214 @@
+"""The kernel of `prefill_attention`: sequences over themselves, side by side without padding.
+
+A program holds BM queries of one head and walks over the keys they see (FlashAttention, Dao et
+al., 2022). Semantics: reference/attention_prefill.py. Called by kernels/ops/attention_prefill.py
+on a CUDA or ROCm device.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.case import Case, Refused
+from kernels.triton.configs import choose
+from kernels.triton.launch import target_of
+from kernels.triton.plan import (
+    TYPES,
+    Plan,
+    head_size,
+    operands,
+    packed,
+    power,
+    precision,
+    run,
+    shipped,
+)
+from kernels.triton.targets import Target
+from kernels.triton.tile import product, score_factor, softmax_step
+
+
+@triton.jit
+def _sequence(starts, sequences, program, BM: tl.constexpr):
+    """The sequence a program belongs to: the last that begins at or before it.
+
+    Sequence s is given programs starts[s] // BM + s onwards, never fewer than it needs: so the
+    grid depends on shapes only, and nobody waits for the device to say how long sequences are.
+    """
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins = tl.load(starts + middle) // BM + middle
+        if begins <= program:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit(do_not_specialize=["sequences", "window", "sink_tokens"])
+def prefill_attention_kernel(
+    q,
+    k,
+    v,
+    starts,
+    out,
+    factor,
+    sequences,
+    window,
+    sink_tokens,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """Block of queries and head are the program ids; factor turns a product into a score in
+    powers of two. out [T, H, D] is contiguous."""
+    program, head = tl.program_id(0), tl.program_id(1)
+    sequence = _sequence(starts, sequences, program, BM)
+    start = tl.load(starts + sequence)
+    tokens = tl.load(starts + sequence + 1) - start
+    row = (program - start // BM - sequence) * BM
+    if (row < 0) | (row >= tokens):
+        return
+    query = row + tl.arange(0, BM)
+    column = tl.arange(0, DP)[None, :]
+    at = (start + query).to(tl.int64)[:, None]
+    ours = (query < tokens)[:, None] & (column < D)
+    block = tl.load(q + at * q_stride_t + head * q_stride_h + column, mask=ours, other=0.0)
+    k += (head // G).to(tl.int64) * k_stride_h + start.to(tl.int64) * k_stride_t
+    v += (head // G).to(tl.int64) * v_stride_h + start.to(tl.int64) * v_stride_t
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, DP), tl.float32)
+    sinks, first, stop = _key_blocks(row, tokens, window, sink_tokens, CAUSAL, BM, BN)
+    for step in range(sinks + stop - first):
+        key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
+        ok = (key < tokens)[:, None] & (column < D)
+        at_key = key.to(tl.int64)[:, None]
+        keys = tl.load(k + at_key * k_stride_t + column, mask=ok, other=0.0)
+        scores = product(block, tl.trans(keys), tl.zeros((BM, BN), tl.float32), MATRIX)
+        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL)
+        weights, shrink, top, total = softmax_step(scores * factor, seen, top, total)
+        values = tl.load(v + at_key * v_stride_t + column, mask=ok, other=0.0)
+        acc = product(weights.to(values.dtype), values, acc * shrink[:, None], MATRIX)
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    where = (at * tl.num_programs(1) + head) * D + column
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=ours)
+
+
+@triton.jit
+def _key_blocks(
+    row, tokens, window, sink_tokens, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """(sinks, first, stop): the queries from `row` on see blocks 0..sinks and first..stop of BN
+    keys, sinks <= first."""
+    stop = tokens
+    if CAUSAL:
+        stop = tl.minimum(stop, row + BM)
+    first = 0
+    if window > 0:
+        first = tl.maximum(row - window + 1, 0) // BN
+        stop = tl.minimum(stop, tl.maximum(row + BM + window - 1, sink_tokens))
+    return tl.minimum(tl.cdiv(sink_tokens, BN), first), first, tl.cdiv(stop, BN)
+
+
+@triton.jit
+def _seen(query, key, tokens, window, sink_tokens, CAUSAL: tl.constexpr):
+    """bool: whether a query sees a key, by their positions."""
+    seen = key < tokens
+    if CAUSAL:
+        seen = seen & (key <= query)
+    near = (tl.abs(query - key) < window) | (key < sink_tokens)
+    return seen & ((window <= 0) | near)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    causal: bool = True,
+    window: int = 0,
+    sink_tokens: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """See reference/attention_prefill.py. ValueError for float64 and for heads above 256."""
+    target = target_of("prefill_attention", q)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    run(_plan(target, q, k, v, starts, out, causal, window, sink_tokens, scale))
+    return out
+
+
+def _plan(
+    target: Target,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    causal: bool = True,
+    window: int = 0,
+    sink_tokens: int = 0,
+    scale: float | None = None,
+) -> Plan:
+    tokens, heads, width = q.shape
+    tiles = f"{precision('prefill_attention', q.dtype)}-{head_size('prefill_attention', width)}"
+    config = choose(f"prefill_attention/{tiles}", target, tokens)
+    q, k, v, starts = packed(q), packed(k), packed(v), starts.contiguous()
+    sequences = max(starts.shape[0] - 1, 0)
+    blocks = tokens // config.constants["BM"] + sequences if tokens and sequences else 0
+    args: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "starts": starts,
+        "out": out,
+        "factor": score_factor(width, scale),
+        "sequences": sequences,
+        "window": window,
+        "sink_tokens": sink_tokens,
+        "q_stride_t": q.stride(0),
+        "q_stride_h": q.stride(1),
+        "k_stride_t": k.stride(0),
+        "k_stride_h": k.stride(1),
+        "v_stride_t": v.stride(0),
+        "v_stride_h": v.stride(1),
+        "G": heads // k.shape[1],
+        "D": width,
+        "DP": max(power(width), 16),
+        "CAUSAL": causal,
+        **config.constants,
+    }
+    return Plan(prefill_attention_kernel, (blocks, heads), args, config)
+
+
+def cases(target: Target) -> list[Case | Refused]:
+    """4 sequences of 1024 tokens, 32 heads over 8, causal."""
+    made: list[Case | Refused] = []
+    for dtype, width in (
+        (torch.float16, 64),
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+        (torch.float32, 64),
+        (torch.float32, 128),
+        (torch.float32, 256),
+    ):
+        q = torch.empty(4096, 32, width, dtype=dtype, device="meta")
+        k = torch.empty(4096, 8, width, dtype=dtype, device="meta")
+        plan = _plan(target, q, k, k, torch.empty(5, dtype=torch.int32, device="meta"), q)
+        matrix = operands(plan.config, dtype)
+        name = f"prefill_attention/{TYPES[dtype]}-{width}"
+        made.append(shipped(name, plan, 4 * 4 * 32 * width * 1024 * 1024 // 2, matrix))
+    return made

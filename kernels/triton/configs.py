@@ -1,0 +1,63 @@
+"""Tile sizes, warps and stages that ship: by op, GPU target and number of rows, in configs*.json.
+
+Nothing is tuned when it runs: launchers and `cases` read the same table, so that what is launched
+is what was compiled and checked. An op's entries for a target are those under the target's name,
+else those under its family ("turing" for targets without matrix units, else "cuda" or "hip").
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from kernels.triton.targets import Target
+
+TABLES = tuple(sorted(Path(__file__).parent.glob("configs*.json")))
+
+
+class Config(NamedTuple):
+    """rows: the largest number of rows it is for, 0 for any. constants: the kernel's tile sizes,
+    and what else of its constants depends on the GPU."""
+
+    rows: int
+    constants: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def configs(op: str, target: Target) -> tuple[Config, ...]:
+    """All entries of an op for a target, by rising rows, the last one for any number of rows.
+
+    ValueError for an op or a target that has none.
+    """
+    return _entries(op, target.name, target.backend if target.dot else "turing")
+
+
+@functools.cache
+def _entries(op: str, name: str, family: str) -> tuple[Config, ...]:
+    table = _table().get(op, {})
+    found = table.get(name, table.get(family))
+    if not found:
+        raise ValueError(
+            f"configs*.json have no entry for {op} on {name}; its entries: {', '.join(table)}."
+        )
+    made = []
+    for entry in found:
+        tiles = {key: value for key, value in entry.items() if key.isupper()}
+        made.append(Config(entry["rows"], tiles, entry["warps"], entry["stages"]))
+    return tuple(made)
+
+
+def choose(op: str, target: Target, rows: int) -> Config:
+    """The entry for this number of rows: the first that is for as many or more."""
+    entries = configs(op, target)
+    return next((each for each in entries if rows <= each.rows), entries[-1])
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, list[dict[str, int]]]]:
+    every: dict[str, dict[str, list[dict[str, int]]]] = {}
+    for path in TABLES:
+        every |= json.loads(path.read_text("utf-8"))
+    return every

@@ -1,0 +1,234 @@
+"""The kernel of `kv_write`: new keys and values into the pages of a cache, in place.
+
+The forms and their rounding are those of reference/kv_cache.py, bit for bit. Called by
+kernels/ops/kv_cache.py on a CUDA or ROCm device.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.case import Case, Refused
+from kernels.triton.configs import choose
+from kernels.triton.launch import target_of
+from kernels.triton.plan import TYPES, Plan, flat_slots, packed, power, run, shipped
+from kernels.triton.targets import Target
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: float32 numbers of this size are whole
+
+
+@triton.jit
+def _nearest(x):
+    """x float32, below 2 ** 22 in magnitude, to the nearest whole number, of two the even one."""
+    return (x + ROUND) - ROUND
+
+
+@triton.jit
+def _store_float(new, cache, at, to, ok, D: tl.constexpr, DP: tl.constexpr):
+    """Row by row from new + at to cache + to; DP is D, padded to a power of two."""
+    column = tl.arange(0, DP)[None, :]
+    seen = ok[:, None] & (column < D)
+    x = tl.load(new + at[:, None] + column, mask=seen, other=0.0)
+    # Two steps: a half number does not turn into the other half directly.
+    tl.store(cache + to[:, None] + column, x.to(tl.float32).to(cache.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _store_int8(new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr):
+    column = tl.arange(0, DP)[None, :]
+    seen = ok[:, None] & (column < D)
+    x = tl.load(new + at[:, None] + column, mask=seen, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(x), axis=1), 127.0)
+    divisor = tl.where(scale > 0, scale, float("inf"))
+    q = _nearest(tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)))
+    q = tl.minimum(tl.maximum(q, -127.0), 127.0)
+    tl.store(cache + to[:, None] + column, q.to(tl.int8), mask=seen)
+    tl.store(scales + scale_to, scale, mask=ok)
+
+
+@triton.jit
+def _store_int4(new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr):
+    """Groups of 32 are read as two runs of 16, whose numbers share bytes."""
+    group = tl.arange(0, DP // 32)[None, :, None]
+    column = tl.arange(0, 16)[None, None, :]
+    seen = ok[:, None, None] & (group < D // 32)
+    low_at = at[:, None, None] + group * 32 + column
+    first = tl.load(new + low_at, mask=seen, other=0.0).to(tl.float32)
+    second = tl.load(new + low_at + 16, mask=seen, other=0.0).to(tl.float32)
+    least = tl.min(tl.minimum(first, second), axis=2).to(tl.float16)
+    most = tl.max(tl.maximum(first, second), axis=2)
+    base = least.to(tl.float32)
+    scale = tl.div_rn(most - base, 15.0).to(tl.float16)
+    wide = scale.to(tl.float32)
+    divisor = tl.where(wide > 0, wide, float("inf"))[:, :, None]
+    lows = _level(first - base[:, :, None], divisor)
+    highs = _level(second - base[:, :, None], divisor)
+    tl.store(cache + to[:, None, None] + group * 16 + column, lows | (highs << 4), mask=seen)
+    places = scales + scale_to[:, None] + tl.arange(0, DP // 32)[None, :] * 2
+    seen = ok[:, None] & (tl.arange(0, DP // 32)[None, :] < D // 32)
+    tl.store(places, scale, mask=seen)
+    tl.store(places + 1, least, mask=seen)
+
+
+@triton.jit
+def _level(above, divisor):
+    """uint8, 0 to 15: how many steps of `divisor` a number is above the least of its group."""
+    q = _nearest(tl.div_rn(above, tl.broadcast_to(divisor, above.shape)))
+    return tl.minimum(tl.maximum(q, 0.0), 15.0).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def _store(new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr):
+    kept: tl.constexpr = cache.dtype.element_ty
+    if kept == tl.int8:
+        _store_int8(new, cache, scales, at, to, scale_to, ok, D, DP)
+    elif kept == tl.uint8:
+        _store_int4(new, cache, scales, at, to, scale_to, ok, D, DP)
+    else:
+        _store_float(new, cache, at, to, ok, D, DP)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def kv_write_kernel(
+    keys,
+    values,
+    slots,
+    key_cache,
+    value_cache,
+    key_scales,
+    value_scales,
+    rows,
+    key_stride_t,
+    key_stride_h,
+    value_stride_t,
+    value_stride_h,
+    key_cache_stride_s,
+    key_cache_stride_h,
+    value_cache_stride_s,
+    value_cache_stride_h,
+    key_scale_stride_s,
+    key_scale_stride_h,
+    value_scale_stride_s,
+    value_scale_stride_h,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """A program stores BR of the `rows` = T * KH heads; strides of t, h and s (slot) in numbers."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    token = (row // KH).to(tl.int64)
+    head = (row % KH).to(tl.int64)
+    slot = tl.load(slots + token, mask=row < rows, other=-1)
+    ok = slot >= 0
+    _store(
+        keys,
+        key_cache,
+        key_scales,
+        token * key_stride_t + head * key_stride_h,
+        slot * key_cache_stride_s + head * key_cache_stride_h,
+        slot * key_scale_stride_s + head * key_scale_stride_h,
+        ok,
+        D,
+        DP,
+    )
+    _store(
+        values,
+        value_cache,
+        value_scales,
+        token * value_stride_t + head * value_stride_h,
+        slot * value_cache_stride_s + head * value_cache_stride_h,
+        slot * value_scale_stride_s + head * value_scale_stride_h,
+        ok,
+        D,
+        DP,
+    )
+
+
+def kv_write(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> None:
+    """See reference/kv_cache.py. ValueError for a cache with gaps between slots or inside heads."""
+    target = target_of("kv_write", keys)
+    caches = (key_cache, value_cache, key_scales, value_scales)
+    run(_plan(target, keys, values, slots, *caches))
+
+
+def _plan(
+    target: Target,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> Plan:
+    tokens, heads, width = keys.shape
+    config = choose("kv_write", target, tokens)
+    args: dict[str, Any] = {"slots": slots.contiguous(), "rows": tokens * heads}
+    args |= _side("key", packed(keys), key_cache, key_scales)
+    args |= _side("value", packed(values), value_cache, value_scales)
+    padded = max(power(width), 32)
+    rows = max(1, config.constants["BLOCK"] // padded)
+    args |= {"KH": heads, "D": width, "DP": padded, "BR": rows}
+    # The bits are those of the reference: nothing is fused.
+    grid = (triton.cdiv(tokens * heads, rows) if width else 0,)
+    return Plan(kv_write_kernel, grid, args, config, fp_fusion=False)
+
+
+def _side(
+    name: str, new: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None
+) -> dict[str, Any]:
+    """The arguments for the keys, or those for the values."""
+    flat = flat_slots("kv_write", f"{name}_cache", cache, 1)
+    args: dict[str, Any] = {f"{name}s": new, f"{name}_cache": flat, f"{name}_scales": None}
+    steps = [0, 0]
+    if scales is not None:
+        # Those of 4 bits are [.., D / 32, 2]; the other ones have no dimension within a head.
+        inner = flat_slots("kv_write", f"{name}_scales", scales, scales.dim() - 3)
+        args[f"{name}_scales"], steps = inner, [inner.stride(0), inner.stride(1)]
+    args |= {f"{name}_stride_t": new.stride(0), f"{name}_stride_h": new.stride(1)}
+    args |= {f"{name}_cache_stride_s": flat.stride(0), f"{name}_cache_stride_h": flat.stride(1)}
+    args |= {f"{name}_scale_stride_s": steps[0], f"{name}_scale_stride_h": steps[1]}
+    return args
+
+
+def meta_cache(
+    kind: str, dtype: torch.dtype, pages: int, page_tokens: int, heads: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A cache without memory, for cases: (numbers, scales). kind: "float" (of dtype), "int8" or
+    "int4"."""
+    shape = (pages, page_tokens, heads)
+    if kind == "float":
+        return torch.empty(*shape, width, dtype=dtype, device="meta"), None
+    if kind == "int8":
+        numbers = torch.empty(*shape, width, dtype=torch.int8, device="meta")
+        return numbers, torch.empty(*shape, device="meta")
+    numbers = torch.empty(*shape, width // 2, dtype=torch.uint8, device="meta")
+    return numbers, torch.empty(*shape, width // 32, 2, dtype=torch.float16, device="meta")
+
+
+def cases(target: Target) -> list[Case | Refused]:
+    """Each form of cache, for 256 tokens of 8 heads."""
+    made: list[Case | Refused] = []
+    for kind, dtype, width in (
+        ("float", torch.bfloat16, 128),
+        ("float", torch.float16, 64),
+        ("int8", torch.bfloat16, 128),
+        ("int4", torch.float16, 128),
+    ):
+        new = torch.empty(256, 8, width, dtype=dtype, device="meta")
+        slots = torch.empty(256, dtype=torch.int64, device="meta")
+        cache, scales = meta_cache(kind, dtype, 16, 16, 8, width)
+        plan = _plan(target, new, new, slots, cache, cache, scales, scales)
+        made.append(shipped(f"kv_write/{kind}-{TYPES[dtype]}-{width}", plan, 10 * new.numel()))
+    return made

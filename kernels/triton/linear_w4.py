@@ -1,0 +1,247 @@
+"""The kernels of `w4_linear` and `dequantize_w4`: weights of 4 bits, in groups with a scale.
+
+A byte holds two values that stand 16 apart, so a tile of bytes is two tiles of the weight, and x is
+read in the two places that belong to them; nothing is moved around in registers. Semantics:
+reference/linear_w4.py. Called by kernels/ops/linear_w4.py on a CUDA or ROCm device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.case import Case, Refused
+from kernels.triton.launch import need_float, target_of
+from kernels.triton.linear import WIDTH, by_hand, cut, sample
+from kernels.triton.plan import Plan, packed, run, shipped
+from kernels.triton.targets import Target
+
+
+@triton.jit
+def _of_groups(stored, at, wanted, start, K, G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """float32 [BN, BK / 2]: the number of each byte's group, for BK values from `start` on."""
+    if BK <= G:
+        one = tl.load(stored + at + start // G, mask=wanted, other=0.0).to(tl.float32)
+        each = tl.broadcast_to(one, (BN, BK // 2))
+    else:
+        groups: tl.constexpr = BK // G
+        group = start // G + tl.arange(0, groups)[None, :]
+        some = tl.load(stored + at + group, mask=wanted & (group * G < K), other=0.0)
+        spread = tl.broadcast_to(some.to(tl.float32)[:, :, None], (BN, groups, G // 2))
+        each = tl.reshape(spread, (BN, BK // 2))
+    return each
+
+
+@triton.jit
+def _weights(
+    qweight, scales, mins, q_at, s_at, wanted, start, K,
+    G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """(low, high) float32 [BN, BK / 2]: the weights in the low and the high halves of the bytes
+    from value `start` on; zeros past K."""
+    byte = (start // 2 + tl.arange(0, BK // 2))[None, :]
+    levels = tl.load(qweight + q_at + byte, mask=wanted & (byte < K // 2), other=0)
+    low, high = (levels & 15).to(tl.float32), (levels >> 4).to(tl.float32)
+    scale = _of_groups(scales, s_at, wanted, start, K, G, BN, BK)
+    if mins is None:
+        low, high = (low - 8) * scale, (high - 8) * scale
+    else:
+        least = _of_groups(mins, s_at, wanted, start, K, G, BN, BK)
+        low, high = low * scale + least, high * scale + least
+    return low, high
+
+
+@triton.jit
+def _places(start, BK: tl.constexpr):
+    """int32 [BK / 2]: where in K the low halves of the bytes from value `start` on stand."""
+    byte = tl.arange(0, BK // 2)
+    return start + byte // 16 * 32 + byte % 16
+
+
+@triton.jit(do_not_specialize=["M"])
+def w4_linear_kernel(
+    x, qweight, scales, mins, bias, out, M, N, K, x_stride, q_stride, s_stride,
+    G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of rows and of columns are the program ids. out [M, N] is contiguous."""
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    ours, wanted = row < M, (column < N)[:, None]
+    q_at = column.to(tl.int64)[:, None] * q_stride
+    s_at = column.to(tl.int64)[:, None] * s_stride
+    x += row * x_stride
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        low, high = _weights(qweight, scales, mins, q_at, s_at, wanted, start, K, G, BN, BK)
+        k = _places(start, BK)[None, :]
+        ok = ours & (k < K)
+        a = tl.load(x + k, mask=ok, other=0.0)
+        acc = tl.dot(a, tl.trans(low.to(a.dtype)), acc)
+        a = tl.load(x + k + 16, mask=ok, other=0.0)
+        acc = tl.dot(a, tl.trans(high.to(a.dtype)), acc)
+    if bias is not None:
+        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    at = out + row * N + column[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=ours & (column < N)[None, :])
+
+
+@triton.jit
+def w4_vector_kernel(
+    x, qweight, scales, mins, bias, out, N, K, x_stride, q_stride, s_stride,
+    G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Row and tile of columns are the program ids; no matrix unit. out [M, N] is contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    wanted = (column < N)[:, None]
+    q_at = column.to(tl.int64)[:, None] * q_stride
+    s_at = column.to(tl.int64)[:, None] * s_stride
+    x += row * x_stride
+    acc = tl.zeros((BN, BK // 2), tl.float32)
+    for start in range(0, K, BK):
+        low, high = _weights(qweight, scales, mins, q_at, s_at, wanted, start, K, G, BN, BK)
+        k = _places(start, BK)[None, :]
+        acc += low * tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        acc += high * tl.load(x + k + 16, mask=k < K, other=0.0).to(tl.float32)
+    total = tl.sum(acc, axis=1)
+    if bias is not None:
+        total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+    tl.store(out + row * N + column, total.to(out.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def dequantize_w4_kernel(
+    qweight, scales, mins, out, N, K, q_stride, s_stride,
+    G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of rows and of columns are the program ids. out [N, K] is contiguous."""
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+    start = tl.program_id(1) * BK
+    wanted = row < N
+    q_at, s_at = row * q_stride, row * s_stride
+    low, high = _weights(qweight, scales, mins, q_at, s_at, wanted, start, K, G, BN, BK)
+    k = _places(start, BK)[None, :]
+    at = out + row * K + k
+    ok = wanted & (k < K)
+    tl.store(at, low.to(out.dtype.element_ty), mask=ok)
+    tl.store(at + 16, high.to(out.dtype.element_ty), mask=ok)
+
+
+def w4_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As reference/linear_w4.py. Halves of more rows than the table of tile sizes is for, and
+    float32 or any dtype without matrix units above a few, take dequantised weights of x's dtype
+    and torch's product."""
+    target = target_of("w4_linear", x)
+    need_float("w4_linear", x)
+    x = packed(x)
+    out = x.new_empty(x.shape[0], qweight.shape[0])
+    plan = plan_linear(target, x, qweight, scales, mins, bias, out)
+    if plan is None:
+        return by_hand(x, dequantize_w4(qweight, scales, mins, x.dtype), bias)
+    run(plan)
+    return out
+
+
+def dequantize_w4(
+    qweight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """As reference/linear_w4.py, in float32."""
+    target = target_of("dequantize_w4", qweight)
+    out = torch.empty(qweight.shape[0], 2 * qweight.shape[1], dtype=dtype, device=qweight.device)
+    need_float("dequantize_w4", out)
+    run(plan_dequantize(target, qweight, scales, mins, out))
+    return out
+
+
+def plan_linear(
+    target: Target,
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> Plan | None:
+    """None where torch multiplies with dequantised weights."""
+    chosen = cut("w4_linear", target, x)
+    if chosen is None:
+        return None
+    (rows, k), columns = x.shape, qweight.shape[0]
+    scales, mins = _together(scales, mins)
+    qweight = packed(qweight)
+    sizes = {"M": rows, "N": columns, "K": k}
+    strides = {"x_stride": x.stride(0), "q_stride": qweight.stride(0), "s_stride": scales.stride(0)}
+    tensors = dict(x=x, qweight=qweight, scales=scales, mins=mins, bias=bias, out=out)
+    args = {**tensors, **sizes, **strides, "G": _group(k, scales), **chosen.constants}
+    blocks = triton.cdiv(columns, chosen.constants["BN"])
+    if "BM" in chosen.constants:
+        grid = (triton.cdiv(rows, chosen.constants["BM"]), blocks)
+        return Plan(w4_linear_kernel, grid, args, chosen)
+    del args["M"]
+    return Plan(w4_vector_kernel, (rows, blocks), args, chosen)
+
+
+def plan_dequantize(
+    target: Target,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor | None,
+    out: torch.Tensor,
+) -> Plan:
+    config = cut("dequantize_w4", target, out)
+    assert config is not None
+    rows, k = out.shape
+    scales, mins = _together(scales, mins)
+    qweight = packed(qweight)
+    args = dict(
+        qweight=qweight, scales=scales, mins=mins, out=out, N=rows, K=k,
+        q_stride=qweight.stride(0), s_stride=scales.stride(0), G=_group(k, scales),
+        **config.constants,
+    )  # fmt: skip
+    grid = triton.cdiv(rows, config.constants["BN"]), triton.cdiv(k, config.constants["BK"])
+    # Not fused: a weight is a product, rounded, plus a minimum, as whoever stored it computed it.
+    return Plan(dequantize_w4_kernel, grid, args, config, fp_fusion=False)
+
+
+def _group(k: int, scales: torch.Tensor) -> int:
+    return k // scales.shape[1] if k else 32
+
+
+def _together(
+    scales: torch.Tensor, mins: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both with the same strides, the last one 1."""
+    scales = packed(scales)
+    if mins is None or mins.stride() == scales.stride():
+        return scales, mins
+    return scales.contiguous(), mins.contiguous()
+
+
+def cases(target: Target) -> list[Case | Refused]:
+    """Products for every number of rows in the table, over the groups that files have."""
+    made: list[Case | Refused] = []
+    kinds = {
+        "bf16-g32": (torch.bfloat16, 32, None),
+        "bf16-g32-mins": (torch.bfloat16, 32, torch.float32),
+        "fp16-g128-mins": (torch.float16, 128, torch.float16),
+    }
+    for kind, (dtype, group, least) in kinds.items():
+        qweight = torch.empty(WIDTH, WIDTH // 2, dtype=torch.uint8, device="meta")
+        kept = least or torch.float16
+        scales = torch.empty(WIDTH, WIDTH // group, dtype=kept, device="meta")
+        mins = scales.clone() if least else None
+        for x, out in sample("w4_linear", target, dtype):
+            plan = plan_linear(target, x, qweight, scales, mins, None, out)
+            assert plan is not None
+            matrix = "half" if "BM" in plan.config.constants else ""
+            name = f"w4_linear/{kind}-rows{x.shape[0]}"
+            made.append(shipped(name, plan, 2 * x.shape[0] * WIDTH * WIDTH, matrix))
+        out = torch.empty(WIDTH, WIDTH, dtype=dtype, device="meta")
+        plan = plan_dequantize(target, qweight, scales, mins, out)
+        made.append(shipped(f"dequantize_w4/{kind}", plan, 2 * WIDTH * WIDTH))
+    return made
