@@ -1,9 +1,9 @@
 """Makes a decoder in whole numbers of one in floats: ranges first, then points and weights.
 
 `observe` runs the float decoder over some text and notes how large each kind of value becomes;
-`build` gives every kind the finest point at which 8 times that still fits (twice, for the 15 bits of
-attention), and every row of a matrix the scale of its largest weight. Floats end here. Called by
-`serve/perplexity.py`.
+`build` gives every kind the finest point at which 8 times that still fits (twice, for the 15 bits
+of attention), and every row of a matrix the scale of its largest weight. Floats end here. Called
+by `serve/perplexity.py`.
 """
 
 import math
@@ -70,7 +70,7 @@ def build(decoder: Decoder, ranges: Ranges) -> IntegerDecoder:
     embed, head = decoder.embed, decoder.head or decoder.embed
     return IntegerDecoder(
         config,
-        _matrix(embed, 0, residual),
+        _matrix(embed, 0, residual, least_shift=0),
         tuple(_layer(decoder, index, points, residual) for index in range(config.layers)),
         _norm(decoder.norm, residual, last),
         _matrix(head, last, logits),
@@ -139,7 +139,7 @@ def _shifts(
         integer.TABLE_POINT + qkv - key,
         qkv - value,
         int(multiplier),
-        shift,
+        _shift(shift, 0),
         gate,
         2 * gate - product,
     )
@@ -151,10 +151,15 @@ def _norm(norm: Any, point: int, made: int) -> Norm:
     weight = norm.weight.double() * math.sqrt(size)
     multiplier, shift = _dyadic(weight)
     epsilon = round(size * norm.eps * 4.0**point)
-    return Norm(multiplier, max(1, epsilon), integer.ONE_POINT + shift - made)
+    return Norm(multiplier, max(1, epsilon), _shift(integer.ONE_POINT + shift - made, 0))
 
 
-def _matrix(matrix: nn.Linear | nn.Embedding, point: int, made: int) -> Matrix:
+def _matrix(
+    matrix: nn.Linear | nn.Embedding,
+    point: int,
+    made: int,
+    least_shift: int = integer.LEAST_LINEAR_SHIFT,
+) -> Matrix:
     """For x at `point` and a result at `made`."""
     weight = matrix.weight.double()
     scales = weight.abs().amax(1, keepdim=True) / 127
@@ -163,7 +168,7 @@ def _matrix(matrix: nn.Linear | nn.Embedding, point: int, made: int) -> Matrix:
     bias = getattr(matrix, "bias", None)
     if bias is not None:
         bias = integer.narrow((bias.double() * 2.0**made).round().long())
-    return Matrix(rows, multiplier, shift, bias)
+    return Matrix(rows, multiplier, _shift(shift, least_shift), bias)
 
 
 def _dyadic(scales: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -173,14 +178,21 @@ def _dyadic(scales: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (scales * 2.0**shift).round().int(), shift
 
 
+def _shift(shift: int, least: int) -> int:
+    if not least <= shift <= 62:
+        raise ValueError(
+            f"a scale of this model would be a shift by {shift}; {least}..62 are accepted, so its "
+            "values are too large or too small for 32 bits."
+        )
+    return shift
+
+
 def _tables(config: ModelConfig) -> Rotation:
     frequencies = inverse_frequencies(config.rope, config.head_dim)
     places = torch.arange(config.context_tokens, dtype=torch.float64)
     angles = places[:, None, None] * frequencies.inverse.double()
     scale = frequencies.scale * (1 << integer.TABLE_POINT)
-    return Rotation(
-        (angles.cos() * scale).round().int(), (angles.sin() * scale).round().int()
-    )
+    return Rotation((angles.cos() * scale).round().int(), (angles.sin() * scale).round().int())
 
 
 def _note(ranges: Ranges, name: str, values: torch.Tensor) -> None:
@@ -196,8 +208,8 @@ def _noting(
         _note(ranges, f"{name}.in", args[0])
         _note(ranges, f"{name}.out", made)
         if name.endswith("mixer.qkv"):
-            heads = made.unflatten(-1, (sum(sections), -1)).split(sections, -2)
-            for part, rows in zip("qkv", heads, strict=True):
+            heads = made.view(-1, sum(sections), config.head_dim)
+            for part, rows in zip("qkv", torch.split(heads, sections, -2), strict=True):
                 _note(ranges, f"{name}.{part}", rows)
 
     return hook

@@ -19,6 +19,8 @@ PAIR_BITS = 15
 LOW_BITS = 7
 # By how much the result of `attention` is finer than its values.
 MIXED_POINT = 8
+# `linear` takes off it what a row was shifted by, up to 31 - 14 and a rounding.
+LEAST_LINEAR_SHIFT = 18
 # Longest sum of products of two int8 that int32 is sure to hold.
 MOST_TERMS = (1 << 17) - 1
 # Point of an exponent, of a probability, and of the tables of `rotate`.
@@ -62,8 +64,7 @@ def bit_length(values: torch.Tensor) -> torch.Tensor:
 
 def round_shift(values: torch.Tensor, shift: torch.Tensor | int) -> torch.Tensor:
     """values / 2^shift, halves rounded up, int64; |values| < 2^62 and shift in 0..62."""
-    wide = values.long()
-    return (wide + ((torch.ones_like(wide) << shift) >> 1)) >> shift
+    return (values.long() + ((1 << shift) >> 1)) >> shift
 
 
 def narrow(values: torch.Tensor, bits: int = 32) -> torch.Tensor:
@@ -115,7 +116,7 @@ def linear(
     sums = sums + torch._int_mm(low, columns)
     made = round_shift(sums * multiplier, shift - exponent)
     made = narrow(made if bias is None else made + bias)
-    return made.unflatten(0, x.shape[:-1])
+    return made.view(*x.shape[:-1], -1)
 
 
 def pair_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -241,14 +242,12 @@ def attention(
     places = torch.arange(k.shape[0], device=q.device)
     visible = (places <= places[-tokens:, None]).repeat(groups, 1)
     made = []
-    for queries, keys, values in zip(q.split(groups, 1), k.unbind(1), v.unbind(1), strict=True):
+    for queries, keys, values in zip(q.chunk(k.shape[1], 1), k.unbind(1), v.unbind(1), strict=True):
         rows = queries.transpose(0, 1).flatten(0, 1)
         scores = narrow(round_shift(pair_product(rows, keys) * multiplier, shift))
         weights, exponent = quantise(softmax(scores, visible))
-        mixed = round_shift(
-            pair_product(weights, values.t()), ONE_POINT - MIXED_POINT - exponent
-        )
-        made.append(narrow(mixed).unflatten(0, (groups, tokens)).transpose(0, 1))
+        mixed = round_shift(pair_product(weights, values.t()), ONE_POINT - MIXED_POINT - exponent)
+        made.append(narrow(mixed).view(groups, tokens, -1).transpose(0, 1))
     return torch.cat(made, 1)
 
 
