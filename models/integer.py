@@ -107,7 +107,7 @@ class Layer:
     ) -> tuple[torch.Tensor, Past]:
         shifts = self.shifts
         heads = self.qkv(x).view(*x.shape[:-1], self.heads + 2 * self.kv_heads, -1)
-        q, k, v = torch.split(heads, (self.heads, self.kv_heads, self.kv_heads), -2)
+        q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], -2)
         queries = integer.rotate(q, *rotation, shifts.query)
         keys = integer.rotate(k, *rotation, shifts.key).short()
         values = integer.narrow(integer.round_shift(v, shifts.value), integer.PAIR_BITS).short()

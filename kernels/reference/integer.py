@@ -49,11 +49,22 @@ class Pair(NamedTuple):
     low: torch.Tensor
 
 
+def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a int8 [M, K] times b int8 [K, N] -> int32 [M, N], exact; K <= 2^17 - 1 (asserted)."""
+    assert a.shape[1] <= MOST_TERMS
+    if a.shape[1] == 1:
+        # torch 2.13 takes strides of a single column for those of a row.
+        return a.int() * b.int()
+    return torch._int_mm(a, b)
+
+
 def products_are_exact() -> bool:
-    """Whether this machine's int8 product is. (Some libraries add pairs in saturating int16.)"""
+    """Whether this machine's int8 product is: some libraries add pairs in saturating int16."""
     lowest = torch.full((16, 64), -128, dtype=torch.int8)
-    expected = lowest.int() @ lowest.int().t()
-    return torch.equal(torch._int_mm(lowest, lowest.t()), expected)
+    return all(
+        torch.equal(int8_product(lowest, other), lowest.int() @ other.int())
+        for other in (lowest.t(), ~lowest.t())
+    )
 
 
 def bit_length(values: torch.Tensor) -> torch.Tensor:
@@ -89,7 +100,8 @@ def split(values: torch.Tensor) -> Pair:
 
 def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values int32 [..., n] as integers of 15 bits, int32, and the shift of each row, int64
-    [..., 1]: value = integer * 2^shift to within half a step. The shift is the least that fits."""
+    [..., 1]: value = integer * 2^shift, to within half a step (one, where a row's largest is
+    rounded up to 2^14 and saturates). The shift is the least that fits."""
     length = bit_length(values.long().abs().amax(-1, keepdim=True))
     shift = (length - (PAIR_BITS - 1)).clamp(min=0)
     return narrow(round_shift(values, shift), PAIR_BITS), shift
@@ -108,12 +120,11 @@ def linear(
     weight, x and result; bias int32 [N] has the point of the result. K <= 2^17 - 1, so a product of
     int8 matrices fits int32, the sums are below 2^38, and what is shifted below 2^62.
     """
-    assert weight.shape[-1] <= MOST_TERMS
     rows, exponent = quantise(x.flatten(0, -2))
     high, low = split(rows)
     columns = weight.t()
-    sums = torch._int_mm(high, columns).long() << LOW_BITS
-    sums = sums + torch._int_mm(low, columns)
+    sums = int8_product(high, columns).long() << LOW_BITS
+    sums = sums + int8_product(low, columns)
     made = round_shift(sums * multiplier, shift - exponent)
     made = narrow(made if bias is None else made + bias)
     return made.view(*x.shape[:-1], -1)
@@ -121,18 +132,17 @@ def linear(
 
 def pair_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [M, K] times b [N, K], both of 15 bits -> int64 [M, N], exact. K <= 2^17 - 1."""
-    assert a.shape[-1] <= MOST_TERMS
     left, right = split(a), split(b.t())
-    mixed = torch._int_mm(left.high, right.low).long() + torch._int_mm(left.low, right.high)
-    sums = torch._int_mm(left.high, right.high).long() << 2 * LOW_BITS
-    return sums + (mixed << LOW_BITS) + torch._int_mm(left.low, right.low)
+    mixed = int8_product(left.high, right.low).long() + int8_product(left.low, right.high)
+    sums = int8_product(left.high, right.high).long() << 2 * LOW_BITS
+    return sums + (mixed << LOW_BITS) + int8_product(left.low, right.low)
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
     """e^(x / 2^14) * EXP_ONE of x <= 0, int32; EXP_ONE is e^0 and below 2^30.
 
     i-exp: x = p - z ln 2 with p in (-ln 2, 0], then a quadratic of p and a shift by z. Within
-    1.9e-3 of exp. Nothing exceeds int32: (p + b)^2 + c is at most EXP_ONE.
+    1.95e-3 of exp. Nothing exceeds int32: (p + b)^2 + c is at most EXP_ONE.
     """
     x = x.clamp(min=LEAST_EXPONENT)
     halvings = (-x) // LN2

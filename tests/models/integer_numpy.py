@@ -18,7 +18,7 @@ EXP_ONE = EXP_B * EXP_B + EXP_C
 
 
 def array(tensor: Any) -> Array:
-    return tensor.numpy().astype(np.int64)
+    return np.asarray(tensor.numpy(), dtype=np.int64)
 
 
 def rounded(values: Array, shift: Any) -> Array:
@@ -70,7 +70,8 @@ def silu(x: Array, point: int) -> Array:
     exponent = saturated(rounded(x, point - 14), 32)
     small = exp(-abs(exponent))
     above = np.where(exponent < 0, small, EXP_ONE)
-    return rounded(x * (above * 2**30 // (EXP_ONE + small)), 30)
+    sigmoid = np.floor_divide(above * 2**30, EXP_ONE + small, dtype=np.int64)
+    return rounded(x * sigmoid, 30)
 
 
 def rotated(x: Array, cos: Array, sin: Array, shift: int) -> Array:
