@@ -29,17 +29,17 @@ ONE_POINT = 30
 TABLE_POINT = 15
 # exp on (-ln 2, 0] is a (x + b)^2 + c: I-BERT's coefficients; dividing by a leaves integers.
 LN2 = round(math.log(2) * (1 << EXP_POINT))
-_EXP_B = round(1.353 * (1 << EXP_POINT))
-_EXP_C = round(0.344 / 0.3585 * (1 << 2 * EXP_POINT))
-EXP_ONE = _EXP_B**2 + _EXP_C
+EXP_B = round(1.353 * (1 << EXP_POINT))
+EXP_C = round(0.344 / 0.3585 * (1 << 2 * EXP_POINT))
+EXP_ONE = EXP_B**2 + EXP_C
 LEAST_EXPONENT = -31 * LN2
 # erf(x) is sign(x) (1 - a (min(|x|, b) - b)^2): I-BERT's coefficients, divided by a as well.
-_ERF_B = round(1.769 * (1 << EXP_POINT))
-_ERF_ONE = round((1 << 2 * EXP_POINT) / 0.2888)
-_INVERSE_ROOT2 = round((1 << EXP_POINT) / math.sqrt(2))
+ERF_B = round(1.769 * (1 << EXP_POINT))
+ERF_ONE = round((1 << 2 * EXP_POINT) / 0.2888)
+INVERSE_ROOT2 = round((1 << EXP_POINT) / math.sqrt(2))
 # Bits that `rms_norm` keeps of a value before it is squared.
-_NORM_BITS = 22
-_NEWTON_STEPS = 6
+NORM_BITS = 22
+NEWTON_STEPS = 6
 
 
 class Pair(NamedTuple):
@@ -146,8 +146,8 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     """
     x = x.clamp(min=LEAST_EXPONENT)
     halvings = (-x) // LN2
-    shifted = x + halvings * LN2 + _EXP_B
-    return ((shifted * shifted + _EXP_C) >> halvings).int()
+    shifted = x + halvings * LN2 + EXP_B
+    return ((shifted * shifted + EXP_C) >> halvings).int()
 
 
 def softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -173,10 +173,10 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
 
 def normal_cdf(x: torch.Tensor) -> torch.Tensor:
     """(1 + erf(x / sqrt 2)) / 2 of x int32 at point 14, int64 at point 30, by I-BERT's i-erf."""
-    scaled = round_shift(x.long().abs() * _INVERSE_ROOT2, EXP_POINT)
-    distance = scaled.clamp(max=_ERF_B) - _ERF_B
-    erf = (_ERF_ONE - distance * distance) * x.sign()
-    return ((_ERF_ONE + erf) << (ONE_POINT - 1)) // _ERF_ONE
+    scaled = round_shift(x.long().abs() * INVERSE_ROOT2, EXP_POINT)
+    distance = scaled.clamp(max=ERF_B) - ERF_B
+    erf = (ERF_ONE - distance * distance) * x.sign()
+    return ((ERF_ONE + erf) << (ONE_POINT - 1)) // ERF_ONE
 
 
 def silu(x: torch.Tensor, point: int) -> torch.Tensor:
@@ -204,7 +204,7 @@ def isqrt(values: torch.Tensor) -> torch.Tensor:
     """The floor of the square root of int64 values in 0..2^62, exact: i-sqrt, Newton's iteration
     from a power of two at most twice too large, whose error 6 steps bring below 1."""
     root = torch.ones_like(values) << ((bit_length(values) + 1) >> 1)
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS):
         root = torch.minimum(root, (root + values // root.clamp(min=1)) >> 1)
     return root
 
@@ -217,7 +217,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: int, shift: int) ->
     below 22 bits. Squares sum to less than 2^61, and x times the inverse is below 2^54.
     """
     assert x.shape[-1] <= 1 << 16 and 1 <= epsilon <= 1 << 60
-    excess = (bit_length(x.long().abs().amax(-1, keepdim=True)) - _NORM_BITS).clamp(min=0)
+    excess = (bit_length(x.long().abs().amax(-1, keepdim=True)) - NORM_BITS).clamp(min=0)
     kept = round_shift(x, excess)
     total = (kept * kept).sum(-1, keepdim=True)
     # Without what the shift took, a row of large values has no use for it.
