@@ -5,7 +5,7 @@ Imported by the CLI when it is called.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from cluster.options import Resolved, with_settings
 from cluster.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.perplexity import Scored
 
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -36,6 +39,11 @@ def evaluate() -> None:
 @click.option(
     "--reference", is_flag=True, help="Also measure engine.kernels = 'reference', and compare."
 )
+@click.option(
+    "--integer",
+    is_flag=True,
+    help="Measure the integer-only decoder that is made of the model, and compare as --reference.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @with_settings("model")
 def ppl(
@@ -44,11 +52,15 @@ def ppl(
     count: int,
     window_tokens: int,
     reference: bool,
+    integer: bool,
     as_json: bool,
 ) -> None:
     """Perplexity of the model as these settings serve it, and what they cost in quality."""
     text = help_topics() if file is None else file.read_text(encoding="utf-8")
-    report = measure(resolved.settings, text, count, window_tokens, reference)
+    if integer:
+        report = measure_integer(resolved.settings, text, count, window_tokens)
+    else:
+        report = measure(resolved.settings, text, count, window_tokens, reference)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -67,7 +79,7 @@ def measure(
 ) -> dict[str, Any]:
     """Perplexity, tokens scored, and with `reference` what is lost against it."""
     from serve import build
-    from serve.perplexity import loss, score, windows
+    from serve.perplexity import score, windows
 
     model = build.load(settings)
     cut = windows(model.text.tokenizer.encode(text), count, window_tokens)
@@ -81,18 +93,49 @@ def measure(
         "perplexity": scored.perplexity,
     }
     if reference:
-        plain = {"dtype": "float32", "kernels": "reference"}
-        lossless = {"activations": "accurate", "kv_dtype": "float32"}
-        engine = settings.engine.model_copy(update=plain | lossless)
-        exact = settings.model_copy(update={"engine": engine})
-        against = score(exact, build.load(exact), cut)
-        lost = loss(scored, against)
-        report |= {
-            "reference_perplexity": against.perplexity,
-            "ratio": lost.ratio,
-            "agreement": lost.agreement,
-        }
+        exact = exactly(settings)
+        report |= compared(scored, score(exact, build.load(exact), cut))
     return report
+
+
+def measure_integer(
+    settings: Settings, text: str, count: int, window_tokens: int
+) -> dict[str, Any]:
+    """Perplexity of the integer-only decoder, and what is lost against float32; of the settings
+    only the model counts. Its integers are fitted to the end of Python's help topics."""
+    from serve import build
+    from serve.perplexity import integer_decoder, score, score_integer, windows
+
+    exact = exactly(settings)
+    model = build.load(exact)
+    cut = windows(model.text.tokenizer.encode(text), count, window_tokens)
+    scored = score_integer(integer_decoder(model, help_topics()), cut)
+    report = {
+        "kernels": "integer",
+        "tokens": len(scored.logprobs),
+        "perplexity": scored.perplexity,
+    }
+    return report | compared(scored, score(exact, model, cut))
+
+
+def exactly(settings: Settings) -> Settings:
+    """The same model in float32 by the reference kernels."""
+    plain = {"dtype": "float32", "kernels": "reference"}
+    lossless = {"activations": "accurate", "kv_dtype": "float32"}
+    engine = settings.engine.model_copy(update=plain | lossless)
+    return settings.model_copy(update={"engine": engine})
+
+
+def compared(scored: "Scored", against: "Scored") -> dict[str, float]:
+    """What the first loses against the second."""
+    from serve.perplexity import loss
+
+    lost = loss(scored, against)
+    return {
+        "reference_perplexity": against.perplexity,
+        "ratio": lost.ratio,
+        "agreement": lost.agreement,
+    }
 
 
 def table(report: dict[str, Any]) -> Table:

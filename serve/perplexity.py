@@ -3,10 +3,13 @@
 The text is cut into windows that know nothing of each other; in each, every token but the first is
 scored. What a lossy setting costs is the ratio of two perplexities and how often both models think
 the same token likeliest. Called by `sanderling eval ppl`.
+
+The integer-only decoder has no engine: it scores whole windows, on the same scale.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.settings import Settings
 from serve import build
@@ -14,7 +17,13 @@ from serve.engine.engine import Engine
 from serve.engine.sequence import Limits, Request, Sampling, Sequence, TokenLogprob
 from serve.kv.prefix import CacheKey
 
+if TYPE_CHECKING:
+    from models.integer import IntegerDecoder
+
 Windows = list[tuple[int, ...]]
+
+# Of the text that a decoder's integers are fitted to.
+FITTED_WINDOWS, FITTED_WINDOW_TOKENS = 2, 512
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,34 @@ def score(settings: Settings, model: build.Model, texts: Windows) -> Scored:
     return Scored(
         tuple(entry.logprob for entry in entries), tuple(entry.top[0][0] for entry in entries)
     )
+
+
+def integer_decoder(model: build.Model, text: str) -> "IntegerDecoder":
+    """The model's float32 decoder in integers, their ranges taken from the end of a text."""
+    from models.decoder import Decoder
+    from models.integer_build import build as in_integers
+    from models.integer_build import observe
+
+    assert isinstance(model.decoder, Decoder), "made of the float32 reference"
+    tokens = min(FITTED_WINDOW_TOKENS, model.decoder.config.context_tokens)
+    ids = model.text.tokenizer.encode(text)[-FITTED_WINDOWS * tokens :]
+    seen = observe(model.decoder, windows(ids, FITTED_WINDOWS, tokens))
+    return in_integers(model.decoder, seen)
+
+
+def score_integer(decoder: "IntegerDecoder", texts: Windows) -> Scored:
+    """Scores windows by integer logits, which become floats here. ValueError for one beyond the
+    model's context."""
+    import torch
+
+    logprobs, likeliest = [], []
+    for text in texts:
+        ids = torch.tensor([text])
+        logits = decoder(ids)[0][0, :-1]
+        real = torch.log_softmax(logits.double() * 2.0**-decoder.logit_point, -1)
+        logprobs += real.gather(1, ids[0, 1:, None]).flatten().tolist()
+        likeliest += logits.argmax(-1).tolist()
+    return Scored(tuple(logprobs), tuple(likeliest))
 
 
 def loss(of: Scored, against: Scored) -> Loss:

@@ -2,12 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 
 from serve.eval_command import evaluate, help_topics
-from serve.perplexity import Scored, loss, score, windows
+from serve.perplexity import Scored, integer_decoder, loss, score, score_integer, windows
+from tests.models.tiny import write_byte_level
 from tests.serving.tiny import logits_of, settings
 
 TEXT = [(7 * n * n + 3 * n) % 256 for n in range(90)]
@@ -51,3 +55,26 @@ def test_the_command_compares_with_the_reference():
     assert report["ratio"] == pytest.approx(1, abs=3e-3)
     assert report["ratio"] == pytest.approx(report["perplexity"] / report["reference_perplexity"])
     assert report["agreement"] > 0.95
+
+
+def test_the_integer_decoder_is_scored_as_the_engine_is(model):
+    cut = windows(TEXT, 2, 40)
+    decoder = integer_decoder(model, help_topics()[:2000])
+    made = score_integer(decoder, cut)
+    logits = decoder(torch.tensor([cut[1]]))[0][0, :-1].double() * 2.0**-decoder.logit_point
+    chosen = torch.tensor(cut[1][1:])
+    assert made.logprobs[39:] == pytest.approx(-F.cross_entropy(logits, chosen, reduction="none"))
+    assert list(made.likeliest[39:]) == logits.argmax(-1).tolist()
+    lost = loss(made, score(settings(), model, cut))
+    assert lost.ratio == pytest.approx(1, abs=0.05) and lost.agreement > 0.8
+
+
+def test_the_command_measures_the_integer_decoder(tmp_path: Path):
+    path = write_byte_level(tmp_path / "tiny.gguf")
+    flags = ["ppl", "--windows", "2", "--window-tokens", "20", "--integer", "--json"]
+    done = CliRunner().invoke(evaluate, [*flags, "--set", f"model={path}"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output)
+    assert report["kernels"] == "integer" and report["tokens"] == 38
+    assert report["ratio"] == pytest.approx(report["perplexity"] / report["reference_perplexity"])
+    assert report["ratio"] != 1
