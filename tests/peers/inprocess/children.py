@@ -77,7 +77,10 @@ class Child:
         return spent
 
     def _answer(self, deadline_s: float) -> dict[str, object]:
-        answer: dict[str, object] = json.loads(self._line(deadline_s))
+        line = self._line(deadline_s)
+        while not line.startswith(b"{"):  # printed before the process had its output to itself
+            line = self._line(deadline_s)
+        answer: dict[str, object] = json.loads(line)
         if "error" in answer:
             raise ChildError(str(answer["error"]))
         return answer

@@ -63,7 +63,7 @@ class Bare:
         places = torch.arange(start, start + tokens)[None]
         batch = TokenBatch(
             ids=ids.reshape(-1),
-            positions=places.expand(sequences, -1).reshape(-1),
+            positions=places.repeat(sequences, 1).reshape(-1),
             slots=(own * pages * self._page_tokens + places).reshape(-1),
             query_starts=tuple(range(0, sequences * tokens + 1, tokens)),
             context_tokens=(start + tokens,) * sequences,

@@ -1,5 +1,5 @@
-"""`python -m tests.peers.inprocess.run_transformers FOLDER DTYPE`: `generate` of transformers over a
-static batch. Called by tests/peers/inprocess/contenders.py.
+"""`python -m tests.peers.inprocess.run_transformers FOLDER DTYPE`: `generate` of transformers over
+a static batch. Called by tests/peers/inprocess/contenders.py.
 
 Timed by a stopping criterion that never stops anything: it is called after every token.
 """

@@ -1,5 +1,5 @@
-"""`python -m tests.peers.inprocess.run_vllm FOLDER`: vLLM's engine in this process, bfloat16 weights
-from FOLDER. Called by tests/peers/inprocess/contenders.py, in vLLM's environment.
+"""`python -m tests.peers.inprocess.run_vllm FOLDER`: vLLM's engine in this process, with bfloat16
+weights from FOLDER. Called by tests/peers/inprocess/contenders.py, in vLLM's environment.
 
 Its own loop is timed from the step after which every sequence has a token; detokenizing is off, and
 so is its prefix cache. A step may hold all prompts of a cell at once.
