@@ -12,7 +12,7 @@ import pytest
 
 from tests.peers.inprocess import compare as comparison
 from tests.peers.inprocess.children import Asked, ChildError, LlamaCpp, child
-from tests.peers.inprocess.compare import CELLS, ROUNDS, STEP, Source, Table, compare
+from tests.peers.inprocess.compare import CELLS, ROUNDS, STEP, Best, Source, Table, compare
 from tests.peers.inprocess.contenders import OURS, SAME_FILE, Contender
 from tests.peers.inprocess.protocol import Cell, Mark, decode_rate, stepped
 from tests.peers.inprocess.report import draw, plain, text
@@ -140,11 +140,11 @@ class Scripted:
         return 0.0
 
 
-def scripted(name: str, order: list[str], *figures: float | str) -> Contender:
+def scripted(name: str, order: list[str], *figures: float | str, kept: bool = True) -> Contender:
     def run() -> AbstractContextManager[Asked]:
         return contextlib.nullcontext(Scripted(name, order, list(figures)))
 
-    return Contender(name, run, new_tokens=8)
+    return Contender(name, run, new_tokens=8, kept=kept)
 
 
 def test_engines_take_turns_and_a_failure_takes_all_figures_with_it():
@@ -154,15 +154,16 @@ def test_engines_take_turns_and_a_failure_takes_all_figures_with_it():
         scripted("a", order, 0, 0, 1, 2, 3, 4, 9, 6),
         scripted("b", order, 0, 0, 1, 2, 3, "it ended: killed"),
         scripted("c", order, "no such file"),
+        scripted("d", order, 5, 6, 7, 8, 5, 6, kept=False),
     ]
     table = compare(engines, cells, rounds=3)
     warm = ["a 0 16", "a 0 0", "b 0 16", "b 0 0", "c 0 16"]
-    both = ["a {0} 8", "b {0} 8", "a {0} 0", "b {0} 0"]
-    last = ["a 3 8", "a 3 0"]
+    both = ["a {0} 8", "b {0} 8", "d {0} 8", "a {0} 0", "b {0} 0", "d {0} 0"]
+    last = ["a 3 8", "d 3 8", "a 3 0", "d 3 0"]
     assert order == warm + [o.format(t) for t in (1, 2) for o in both] + last
     assert table.values == {
-        "x": {Source("a", "engine"): [1, 3, 9]},
-        "y": {Source("a", "engine"): [2, 4, 6]},
+        "x": {Source("a", "engine"): [1, 3, 9], Source("d", "engine"): [5, 7, 5]},
+        "y": {Source("a", "engine"): [2, 4, 6], Source("d", "engine"): [6, 8, 6]},
     }
     assert table.failed == {"b": "y: it ended: killed", "c": "ChildError: no such file"}
     assert table.median("x", Source("a", "engine")) == 3
@@ -195,10 +196,10 @@ def measured(step: float, engine: float) -> Table:
 def test_like_is_compared_with_like():
     table = measured(step=240, engine=260)
     best = table.best("decode 8", OURS["fast"], lambda name: name in PEERS)
-    assert best == (Source("llama.cpp Q4_0", STEP), 120, 240, 2.0)  # and vLLM's 130 with 260
+    assert best == Best(Source("llama.cpp Q4_0", STEP), 120, 240, 2.0)  # and vLLM's 130 with 260
     table = measured(step=240, engine=195)
     best = table.best("decode 8", OURS["fast"], lambda name: name in PEERS)
-    assert best == (Source("vLLM bfloat16", "engine"), 130, 195, 1.5)
+    assert best == Best(Source("vLLM bfloat16", "engine"), 130, 195, 1.5)
     best = table.best("decode 8", OURS["fast"], lambda name: name == SAME_FILE)
     assert best.ratio == 2.4
 

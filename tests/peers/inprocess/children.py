@@ -92,7 +92,7 @@ class Child:
             ready.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._seen:
                 if not ready.select(max(until_s - time.monotonic(), 0.0)):
-                    _end(self._process)
+                    _kill(self._process)
                     raise ChildError(f"no answer within {deadline_s:g} s")
                 read = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not read:
@@ -178,10 +178,14 @@ class LlamaCpp:
         return made
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _kill(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    _kill(process)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):  # what was still to be written to it

@@ -145,7 +145,7 @@ def _started(
             try:
                 one = stack.enter_context(contender.run())
                 table.versions[contender.name] = one.version
-                for cell in warm_up:
+                for cell in warm_up if contender.kept else []:
                     one.figures(cell)
             # Another person's program, or what installs it: the table says what went wrong.
             except Exception as error:

@@ -29,18 +29,19 @@ SAME_FILE = f"llama.cpp {PUBLISHED}"
 
 
 class Contender(NamedTuple):
-    """An engine with its weights, how to start it for a while, and how many tokens it is asked for
-    where that many show its speed."""
+    """An engine with its weights, how to start it for a while, how many tokens it is asked for
+    (where fewer show its speed as well), and whether it is kept, so that warming it up helps."""
 
     name: str
     run: Callable[[], AbstractContextManager[Asked]]
     new_tokens: int = NEW_TOKENS
+    kept: bool = True
 
 
 def contenders() -> list[Contender]:
     """All of them, ours first."""
     made = [Contender(OURS[mode], _child_of(sys.executable, "sanderling", mode)) for mode in OURS]
-    made += [Contender(f"llama.cpp {form}", _llama_cpp(form)) for form in FORMS]
+    made += [Contender(f"llama.cpp {form}", _llama_cpp(form), kept=False) for form in FORMS]
     made += [Contender(f"OpenVINO {form}", _openvino(form)) for form in FORMS]
     made.append(Contender("vLLM bfloat16", _vllm))
     made += [
