@@ -31,7 +31,7 @@ AS_IT_COMES = "sanderling-cpu-default"
 PEERS = ("llama.cpp", "llama.cpp-Q4_0", "vLLM")
 # By servers with a slot of the model's whole context: whose line they draw.
 LONG = {
-    **{OURS: OURS, AS_IT_COMES: AS_IT_COMES, "vLLM": "vLLM"},
+    **{OURS: OURS, "vLLM": "vLLM"},
     **{"llama.cpp-long": "llama.cpp", "llama.cpp-Q4_0-long": "llama.cpp-Q4_0"},
 }
 RATES = {1: 1.2, 8: 2.0, 32: 1.7}
