@@ -129,6 +129,8 @@ def _take(table: Table, name: str, engine: str, cell: Cell, asked: dict[str, Ask
     table.idlers = max(table.idlers, (sum(one.cpu_s() for one in waiting) - spent_s) / passed_s)
     for way, figure in figures.items():
         table.add(name, Source(engine, way), figure)
+    said = ", ".join(f"{way} {figure:.4g}" for way, figure in figures.items())
+    _tell(f"{name} turn {cell.turn}, {engine}: {said} tokens/s")
 
 
 @contextlib.contextmanager
