@@ -48,14 +48,28 @@ class Model(NamedTuple):
 
 def load(settings: Settings) -> Model:
     """Read the model that the settings name. ValueError with a sentence when it cannot be."""
-    from kernels.reference.stable import rows_agree
-    from models.load import load_for_cpu, load_model, load_text
+    from models.load import NotForCpuError, load_for_cpu, load_text
 
-    cache = Path(settings.data_dir) / "weights"
-    if settings.engine.kernels == "cpu":
-        activations = settings.engine.activations
-        decoder = load_for_cpu(settings.model, activations, cache_dir=cache)
-        return Model(decoder, load_text(settings.model))
+    options = settings.engine
+    if options.kernels == "reference" or options.dtype != "float32":
+        return _load_reference(settings)
+    try:
+        decoder = load_for_cpu(
+            settings.model, options.activations, cache_dir=_weights_folder(settings)
+        )
+    except NotForCpuError as refusal:
+        asked_for_more = (options.activations, options.kv_dtype) != ("accurate", "auto")
+        if options.kernels == "cpu" or asked_for_more:
+            raise
+        log.info("engine.kernels = 'auto' takes the reference kernels: %s", refusal)
+        return _load_reference(settings)
+    return Model(decoder, load_text(settings.model))
+
+
+def _load_reference(settings: Settings) -> Model:
+    from kernels.reference.stable import rows_agree
+    from models.load import load_model, load_text
+
     if settings.engine.dtype == "float32" and not rows_agree():
         log.warning(
             "this machine's matrix library gives a request other last bits in other company, so a "
@@ -63,10 +77,22 @@ def load(settings: Settings) -> Model:
             "Intel's library needs)",
             os.environ.get("MKL_CBWR"),
         )
+    cache = _weights_folder(settings)
     return Model(
         load_model(settings.model, dtype=settings.engine.dtype, cache_dir=cache),
         load_text(settings.model),
     )
+
+
+def _weights_folder(settings: Settings) -> Path:
+    return Path(settings.data_dir) / "weights"
+
+
+def kernels(model: Model) -> str:
+    """What computes: "cpu" or "reference"."""
+    from models.packed import PackedDecoder
+
+    return "cpu" if isinstance(model.decoder, PackedDecoder) else "reference"
 
 
 def step_cost(config: "ModelConfig") -> StepCost:
@@ -77,11 +103,12 @@ def step_cost(config: "ModelConfig") -> StepCost:
 
 
 def kv_format(settings: Settings, model: Model) -> str:
-    """How keys and values are stored: as the decoder computes, unless the settings name something
-    smaller."""
+    """How keys and values are stored, a name in kernels.kv_formats: as the settings say; by default
+    in float16 with the CPU kernels, and as the reference computes with those."""
+    if kernels(model) == "reference":
+        return str(model.decoder.dtype).removeprefix("torch.")
     chosen = settings.engine.kv_dtype
-    computed = str(model.decoder.dtype).removeprefix("torch.")
-    return computed if chosen == "float32" else chosen
+    return "float16" if chosen == "auto" else chosen
 
 
 def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engine, KVStorage]:

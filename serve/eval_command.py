@@ -85,10 +85,10 @@ def measure(
     cut = windows(model.text.tokenizer.encode(text), count, window_tokens)
     scored = score(settings, model, cut)
     report: dict[str, Any] = {
-        "kernels": settings.engine.kernels,
+        "kernels": build.kernels(model),
         "activations": settings.engine.activations,
         "dtype": settings.engine.dtype,
-        "kv_dtype": settings.engine.kv_dtype,
+        "kv_dtype": build.kv_format(settings, model),
         "tokens": len(scored.logprobs),
         "perplexity": scored.perplexity,
     }
@@ -121,7 +121,7 @@ def measure_integer(
 def exactly(settings: Settings) -> Settings:
     """The same model in float32 by the reference kernels."""
     plain = {"dtype": "float32", "kernels": "reference"}
-    lossless = {"activations": "accurate", "kv_dtype": "float32"}
+    lossless = {"activations": "accurate", "kv_dtype": "auto"}
     engine = settings.engine.model_copy(update=plain | lossless)
     return settings.model_copy(update={"engine": engine})
 

@@ -89,19 +89,19 @@ class EngineSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of weights, activations and KV cache."
     )
-    kernels: Literal["reference", "cpu"] = Field(
-        "reference",
-        description="What computes: reference is torch; cpu is C++ on the quantised weights of a "
-        "GGUF file (float32 only).",
+    kernels: Literal["auto", "cpu", "reference"] = Field(
+        "auto",
+        description="What computes: cpu is C++ on the quantised weights of a GGUF file (float32 "
+        "only), reference is torch, auto is cpu where it takes the model and says so where not.",
     )
     activations: Literal["accurate", "fast"] = Field(
         "accurate",
-        description="With kernels = 'cpu': 15-bit activations, or 8-bit ones, which cost quality.",
+        description="Of the CPU kernels: 15-bit activations, or 8-bit ones, which cost quality.",
     )
-    kv_dtype: Literal["float32", "float16", "int8", "int4"] = Field(
-        "float32",
-        description="With kernels = 'cpu': how keys and values are stored; int8 and int4 cost a "
-        "little quality and take about a quarter and a sixth of the memory.",
+    kv_dtype: Literal["auto", "float32", "float16", "int8", "int4"] = Field(
+        "auto",
+        description="How the CPU kernels store keys and values: auto is float16; int8 and int4 take "
+        "about a half and a third of that and cost a little quality. Others store as dtype says.",
     )
     page_tokens: int = Field(16, ge=1, le=256, description="Tokens in one page of the KV cache.")
     kv_tokens: int = Field(
@@ -129,15 +129,9 @@ class EngineSettings(Section):
                 f"engine.kernels = 'cpu' computes in float32, and engine.dtype is {self.dtype!r}; "
                 "'float32' is accepted with it"
             )
-        if self.activations != "accurate" and self.kernels != "cpu":
-            raise ValueError(
-                f"engine.activations = {self.activations!r} is only for engine.kernels = 'cpu'"
-            )
-        if self.kv_dtype != "float32" and self.kernels != "cpu":
-            raise ValueError(
-                f"engine.kv_dtype = {self.kv_dtype!r} is only for engine.kernels = 'cpu'; with "
-                f"{self.kernels!r} keys and values are stored as engine.dtype says"
-            )
+        if self.kernels == "reference" or self.dtype != "float32":
+            self._only_for_cpu("activations", "accurate")
+            self._only_for_cpu("kv_dtype", "auto")
         if self.budget_tokens < self.max_running:
             raise ValueError(
                 f"engine.budget_tokens = {self.budget_tokens} leaves no token for some of "
@@ -145,6 +139,14 @@ class EngineSettings(Section):
                 "sequences are accepted"
             )
         return self
+
+    def _only_for_cpu(self, name: str, otherwise: str) -> None:
+        if getattr(self, name) != otherwise:
+            raise ValueError(
+                f"engine.{name} = {getattr(self, name)!r} is only for the CPU kernels; with "
+                f"engine.kernels = {self.kernels!r} and engine.dtype = {self.dtype!r} "
+                f"{otherwise!r} is accepted"
+            )
 
 
 class RoleSettings(Section):

@@ -7,6 +7,7 @@ sentence that names the file and what is accepted.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.load.refusal import NotForCpuError
 from models.load.text import TextModel
 from models.resolve import resolve
 
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from models.load.weights import WeightSource
     from models.packed import PackedDecoder
 
-__all__ = ["ACTIVATIONS", "DTYPES", "TextModel", "load_for_cpu", "load_model", "load_text"]
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "NotForCpuError",
+    "TextModel",
+    "load_for_cpu",
+    "load_model",
+    "load_text",
+]
 
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("accurate", "fast")
@@ -65,13 +74,13 @@ def load_for_cpu(
     """The decoder of a GGUF file over kernels/cpu, its weights as quantised as they are stored.
 
     cache_dir: as in `load_model`, for the packed weights. ValueError when the model is no GGUF
-    file, or one that those kernels do not take.
+    file, or one that those kernels do not take (a NotForCpuError, which says why).
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r}: {' and '.join(ACTIVATIONS)} are accepted.")
     path = resolve(model)
     if path.is_dir():
-        raise ValueError(
+        raise NotForCpuError(
             f"{path} cannot be computed with engine.kernels = 'cpu', which takes GGUF files; "
             "engine.kernels = 'reference' takes folders."
         )

@@ -14,6 +14,7 @@ from models.config import ModelConfig
 from models.load.cache import cache_name, mapped, store, trim
 from models.load.gguf_file import GGUFFile
 from models.load.gguf_weights import GGUFWeights
+from models.load.refusal import NotForCpuError
 from models.packed import PackedDecoder
 
 MULTIPLE = 32
@@ -103,8 +104,8 @@ def _refuse_shape(file: GGUFFile, config: ModelConfig) -> None:
         raise _refused(file, "its attention's output has a bias")
 
 
-def _refused(file: GGUFFile, reason: str) -> ValueError:
-    return ValueError(
+def _refused(file: GGUFFile, reason: str) -> NotForCpuError:
+    return NotForCpuError(
         f"{file.path} cannot be computed with engine.kernels = 'cpu': {reason}; "
         "engine.kernels = 'reference' takes it."
     )

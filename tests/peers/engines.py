@@ -29,6 +29,7 @@ THREADS = 2
 START_S = 400.0  # vLLM compiles
 SLOTS = 64
 SLOT_TOKENS = 1024  # the longest prompt of the load and its answer
+CONTEXT_TOKENS = 8192  # the model's, for the loads that go up to it
 IGNORE_EOS = {"ignore_eos": True}
 
 
@@ -49,12 +50,15 @@ def sanderling(*settings: str) -> Iterator[Endpoint]:
 
 
 @contextlib.contextmanager
-def llama_cpp() -> Iterator[Endpoint]:
-    """llama-server on the .gguf file as it was published; a slot of its own for each stream."""
-    program, source = environments.llama_cpp() / "llama-server", resolve(Settings().model)
-    command = [str(program), "-m", str(source), "--alias", MODEL, "--no-webui", "--offline"]
+def llama_cpp(
+    source: Path | None = None, slots: int = SLOTS, slot_tokens: int = SLOT_TOKENS
+) -> Iterator[Endpoint]:
+    """llama-server with a slot of its own for each stream; source: a .gguf file, None for the
+    one that was published."""
+    program, path = environments.llama_cpp() / "llama-server", source or resolve(Settings().model)
+    command = [str(program), "-m", str(path), "--alias", MODEL, "--no-webui", "--offline"]
     command += ["-t", str(THREADS), "-tb", str(THREADS), "--no-kv-unified"]
-    command += ["-np", str(SLOTS), "-c", str(SLOTS * SLOT_TOKENS), "--cache-ram", "512"]
+    command += ["-np", str(slots), "-c", str(slots * slot_tokens), "--cache-ram", "512"]
     with _served(command, {}) as url:
         yield Endpoint(url, MODEL, IGNORE_EOS)
 
@@ -66,7 +70,7 @@ def vllm() -> Iterator[Endpoint]:
     # Its command `vllm` asks for the version of a distribution that is called otherwise.
     command = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(weights), "--served-model-name", MODEL]
-    command += ["--max-model-len", "4096", "--dtype", "bfloat16"]
+    command += ["--max-model-len", str(CONTEXT_TOKENS), "--dtype", "bfloat16"]
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:THREADS])
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
@@ -135,22 +139,46 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _alone() -> AbstractContextManager[Endpoint]:
-    return sanderling("prefill.replicas=0", f"decode.threads={THREADS}")
+def _alone(*settings: str) -> AbstractContextManager[Endpoint]:
+    return sanderling("prefill.replicas=0", f"decode.threads={THREADS}", *settings)
+
+
+def _requantised(slots: int, slot_tokens: int) -> AbstractContextManager[Endpoint]:
+    return llama_cpp(environments.requantised("Q4_0"), slots, slot_tokens)
+
+
+def _long() -> AbstractContextManager[Endpoint]:
+    return llama_cpp(None, 1, CONTEXT_TOKENS)
 
 
 def _distribution(name: str) -> str:
     return importlib.metadata.version(name)
 
 
+OWN_VERSION = _distribution("sanderling")
+CPU = "engine.kernels=cpu"
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("sanderling", "Q4_1 read as float32", _distribution("sanderling"), _alone),
-        Engine(
-            "sanderling-default", "Q4_1 read as float32", _distribution("sanderling"), sanderling
-        ),
+        Engine("sanderling", "Q4_1 read as float32", OWN_VERSION, _alone),
+        Engine("sanderling-default", "Q4_1 read as float32", OWN_VERSION, sanderling),
+        Engine("sanderling-cpu", "Q4_1", OWN_VERSION, lambda: _alone(CPU)),
+        Engine("sanderling-cpu-default", "Q4_1", OWN_VERSION, lambda: sanderling(CPU)),
         Engine("llama.cpp", "Q4_1", environments.LLAMA_CPP, llama_cpp),
+        Engine(
+            "llama.cpp-Q4_0",
+            "Q4_0, requantised",
+            environments.LLAMA_CPP,
+            lambda: _requantised(SLOTS, SLOT_TOKENS),
+        ),
+        # A slot as long as the model's context is for one stream only.
+        Engine("llama.cpp-long", "Q4_1", environments.LLAMA_CPP, _long),
+        Engine(
+            "llama.cpp-Q4_0-long",
+            "Q4_0, requantised",
+            environments.LLAMA_CPP,
+            lambda: _requantised(1, CONTEXT_TOKENS),
+        ),
         Engine("vLLM", "bfloat16", environments.VLLM, vllm),
         Engine("transformers", "float32", _distribution("transformers"), transformers),
     )

@@ -85,7 +85,7 @@ def measures() -> list[Measure]:
     ]
     made.append(Measure(f"first token after {PREFILL_TOKENS} new", "s", False, ROUNDS, _cold))
     warm = f"first token after {PREFILL_TOKENS} seen before and {TAIL_TOKENS} new"
-    made.append(Measure(warm, "s", False, ROUNDS, _warm))
+    made.append(Measure(warm, "s", False, ROUNDS, first_after_seen))
     promise = f"first {SLO.first_s:g} s, gaps {SLO.gap_s:g} s"
     replay = f"{REQUESTS} requests of Azure's code trace within {promise}"
     return [*made, Measure(replay, "per s", True, REPLAYS, _replay)]
@@ -102,7 +102,7 @@ def running(names: Sequence[str]) -> Iterator[Running]:
                 _warm_up(endpoint)
             # Another person's program, or what installs it: the table says what went wrong.
             except Exception as error:
-                found.failed[name] = _sentence(error)
+                found.failed[name] = sentence(error)
             else:
                 found.endpoints[name] = endpoint
         yield found
@@ -117,7 +117,7 @@ def compare(peers: Running, measure: Measure) -> Result:
                 try:
                     taken = measure.take(endpoint, f"{measure.name}, round {turn}")
                 except Exception as error:  # as above
-                    result.failed[name] = _sentence(error)
+                    result.failed[name] = sentence(error)
                 else:
                     result.values.setdefault(name, []).append(taken)
     for name in result.failed:
@@ -138,7 +138,8 @@ def _cold(endpoint: Endpoint, seed: str) -> float:
     return _first_s(endpoint, [words(PREFILL_TOKENS, f"{seed}, {n}") for n in range(FIRST_TOKENS)])
 
 
-def _warm(endpoint: Endpoint, seed: str) -> float:
+def first_after_seen(endpoint: Endpoint, seed: str) -> float:
+    """Seconds to the first token of a prompt whose beginning was asked before, a median."""
     common = words(PREFILL_TOKENS, seed)
     prompts = [f"{common} {words(TAIL_TOKENS, f'{seed}, {n}')}" for n in range(FIRST_TOKENS + 1)]
     ask(endpoint, [Question(prompts.pop(), 1)])
@@ -168,6 +169,7 @@ def _warm_up(endpoint: Endpoint) -> None:
     ask(endpoint, [Question(words(PROMPT_TOKENS, f"warm up {n}"), 4) for n in range(8)])
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """The last line of what an error says, for a table."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1][:200]}"

