@@ -101,9 +101,13 @@ def bench_engine(
 @click.option(
     "--rounds", type=COUNT, default=5, show_default=True, help="Of all measures in turns."
 )
+@click.option("--isa", default="auto", show_default=True, help="Instruction set; auto: the best.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--plot", type=FILE, help="Also draw them under both limits to this PNG.")
 @with_settings("model")
-def bench_kernels(resolved: Resolved, rounds: int, as_json: bool) -> None:
+def bench_kernels(
+    resolved: Resolved, rounds: int, isa: str, as_json: bool, plot: Path | None
+) -> None:
     """Measure the CPU kernels on a model's matrices, against memory and arithmetic limits."""
     import torch
 
@@ -111,16 +115,24 @@ def bench_kernels(resolved: Resolved, rounds: int, as_json: bool) -> None:
     from models.load import load_for_cpu
     from serve.view import kernels_table
 
+    if plot is not None:
+        from serve.plot import refuse_without_library
+
+        refuse_without_library()
     model = load_for_cpu(resolved.settings.model)
     threads = resolved.settings.decode.threads or torch.get_num_threads()
     matrices = [*(weight for layer in model.layers for weight in layer[:4]), model.head]
-    report = run_kernels(matrices, threads=threads, rounds=rounds)
+    report = run_kernels(matrices, threads=threads, rounds=rounds, isa=isa)
     if as_json:
         figures = [figure._asdict() for figure in report.figures]
         limits = report.limits._asdict()
         click.echo(json.dumps({"threads": threads, **limits, "figures": figures}, indent=1))
     else:
         Console().print(kernels_table(report, threads))
+    if plot is not None:
+        from serve.plot import draw_kernels
+
+        draw_kernels(report, matrices, plot)
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:
