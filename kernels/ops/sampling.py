@@ -18,9 +18,11 @@ def _sample(
     checks.dtype("sample: logits", logits, checks.FLOATS)
     rows, tokens = logits.shape
     checks.need(tokens > 0, "sample: there should be one token at least to choose from.")
-    for name, given in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
+    for name, given in (("temperature", temperature), ("top_p", top_p)):
         checks.shape(f"sample: {name}", given, rows)
         checks.dtype(f"sample: {name}", given, checks.FLOATS)
+    checks.shape("sample: uniform", uniform, rows)
+    checks.dtype("sample: uniform", uniform, (torch.float32,))
     checks.shape("sample: top_k", top_k, rows)
     checks.dtype("sample: top_k", top_k, checks.INTEGERS)
     return Out((rows,), torch.int64)

@@ -13,7 +13,7 @@ def sample(
     top_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """logits [R, V], temperature, top_p and uniform [R] float, top_k [R] int -> ids [R] int64.
+    """logits [R, V], temperature, top_p [R], top_k [R] int, uniform [R] float32 -> ids [R] int64.
 
     Tokens are ordered by value, of equals the lower id first. Kept are the first top_k of them (all
     if it is 0 or less, or above V), and of those the shortest prefix whose share of their
@@ -35,6 +35,6 @@ def sample(
     by_id = torch.zeros_like(kept).scatter(-1, order, kept)
     reached = by_id.cumsum(-1)
     target = uniform.double()[:, None] * reached[:, -1:]
-    # Rounding of the last sums must not lead past the last token that is kept.
-    drawn = ((reached > target) & (by_id > 0)).int().argmax(-1)
+    # A float32 below 1 times the sum is below the sum in float64, so there is such a token.
+    drawn = (reached > target).int().argmax(-1)
     return torch.where(greedy, order[:, 0], drawn)

@@ -73,7 +73,7 @@ def _query(q, at, ours, first, second, D: tl.constexpr):
 
 @triton.jit
 def _halves(cache, scales, at, scale_at, seen, first, second, D: tl.constexpr, C: tl.constexpr):
-    """Both halves [BN, C] of the tokens at cache + at; floats as they are stored, else float32."""
+    """Both halves [BN, C] of the tokens at cache + at: as they are stored, 4 bits as float32."""
     kept: tl.constexpr = cache.dtype.element_ty
     if kept == tl.uint8:
         byte = tl.arange(0, C)[None, :]
@@ -88,11 +88,23 @@ def _halves(cache, scales, at, scale_at, seen, first, second, D: tl.constexpr, C
         at = at[:, None]
         low = tl.load(cache + at + first, mask=seen[:, None] & (first < D)[None, :], other=0)
         high = tl.load(cache + at + second, mask=seen[:, None] & (second < D)[None, :], other=0)
-        if kept == tl.int8:
-            scale = tl.load(scales + scale_at, mask=seen, other=0.0)[:, None]
-            low = low.to(tl.float32) * scale
-            high = high.to(tl.float32) * scale
     return low, high
+
+
+@triton.jit
+def _weighed(weights, low, high, scales, scale_at, seen, dtype: tl.constexpr):
+    """(weights [GP, BN], low, high [BN, C]) of dtype, the scales of int8 values multiplied in.
+
+    bfloat16 holds an int8 exactly, and any scale as a weight; float16 would lose a small one.
+    """
+    if low.dtype == tl.int8:
+        scale = tl.load(scales + scale_at, mask=seen, other=0.0)
+        if dtype == tl.bfloat16:
+            weights *= scale[None, :]
+        else:
+            low = low.to(tl.float32) * scale[:, None]
+            high = high.to(tl.float32) * scale[:, None]
+    return weights.to(dtype), low.to(dtype), high.to(dtype)
 
 
 @triton.jit
@@ -161,13 +173,16 @@ def paged_attention_kernel(
         scores = tl.zeros((GP, BN), tl.float32)
         scores = product(q_low, tl.trans(low.to(q_low.dtype)), scores, MATRIX)
         scores = product(q_high, tl.trans(high.to(q_low.dtype)), scores, MATRIX)
+        if keys.dtype.element_ty == tl.int8:
+            # Taken as whole numbers until here, which every dtype holds exactly.
+            scores *= tl.load(key_scales + scale_at, mask=seen, other=0.0)[None, :]
         weights, shrink, top, total = softmax_step(scores * factor, seen[None, :], top, total)
-        weights = weights.to(q_low.dtype)
         at = slot * value_stride_t + head * value_stride_h
         scale_at = slot * value_scale_stride_t + head * value_scale_stride_h
         low, high = _halves(values, value_scales, at, scale_at, seen, first, second, D, C)
-        out_low = product(weights, low.to(weights.dtype), out_low * shrink[:, None], MATRIX)
-        out_high = product(weights, high.to(weights.dtype), out_high * shrink[:, None], MATRIX)
+        weights, low, high = _weighed(weights, low, high, value_scales, scale_at, seen, q_low.dtype)
+        out_low = product(weights, low, out_low * shrink[:, None], MATRIX)
+        out_high = product(weights, high, out_high * shrink[:, None], MATRIX)
     row = ((part * tl.num_programs(0) + sequence) * tl.num_programs(1) + head) * G + group
     _finish(outs, lse, row, group < G, top, total, out_low, out_high, first, second, D)
 

@@ -31,8 +31,11 @@ def _store_float(new, cache, at, to, ok, D: tl.constexpr, DP: tl.constexpr):
     column = tl.arange(0, DP)[None, :]
     seen = ok[:, None] & (column < D)
     x = tl.load(new + at[:, None] + column, mask=seen, other=0.0)
-    # Two steps: a half number does not turn into the other half directly.
-    tl.store(cache + to[:, None] + column, x.to(tl.float32).to(cache.dtype.element_ty), mask=seen)
+    kept: tl.constexpr = cache.dtype.element_ty
+    if new.dtype.element_ty != kept:
+        # In two steps: one half form does not turn into the other directly.
+        x = x.to(tl.float32).to(kept)
+    tl.store(cache + to[:, None] + column, x, mask=seen)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ _CARRIED = re.compile(rf"({_NAME}) = ({_NAME})")
 _PASSING = {
     "arith.addi", "arith.subi", "arith.extsi", "arith.extui", "arith.select", "arith.maxsi",
     "arith.minsi", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans",
-    "ttg.convert_layout", "tt.unsplat", "arith.divsi", "arith.trunci",
+    "ttg.convert_layout", "tt.unsplat", "arith.divsi", "arith.trunci", "arith.fptosi",
 }  # fmt: skip
 _LARGE = {"tt.get_program_id", "tt.get_num_programs", "tt.load"}
 

@@ -90,6 +90,9 @@ def test_the_ends_of_chance_are_the_first_and_the_last_kept_token():
     assert draw(LOGITS, ends).tolist() == [0, 7]
     assert draw(LOGITS, ends, top_k=3).tolist() == [2, 6]
     assert draw(LOGITS, ends, top_p=0.0).tolist() == [2, 2]
+    # A sum that is reached exactly is not exceeded.
+    quarters = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    assert draw(torch.zeros(4), quarters).tolist() == [0, 1, 2, 3]
     forbidden = LOGITS.clone()
     forbidden[[0, 7]] = -torch.inf
     assert draw(forbidden, ends).tolist() == [1, 6]

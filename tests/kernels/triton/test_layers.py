@@ -5,35 +5,28 @@ a GPU with matrix units, on Turing, and on AMD's; and larger ones, that take eve
 of tile sizes.
 """
 
-import importlib
-from typing import Any
-
 import pytest
 import torch
 
 from kernels.triton import launch
-from kernels.triton.configs import configs
-from kernels.triton.targets import target
-from tests.kernels.ops import oracles
-from tests.kernels.ops.cases import ROWS, Case, Source, check, eight, four, signed
-from tests.kernels.ops.measure import agree
+from tests.kernels.ops.cases import ROWS, Case, check
 from tests.kernels.ops.table import CASES
+from tests.kernels.triton.ways import launcher, module
 
-MODULES = (
-    "linear_w4 linear_w8 linear_int8 linear_fp8 gguf_split norm rope gated".split()
-)  # whose kernels are tested here
+# Whose kernels are tested here.
+MODULES = [
+    "linear_w4",
+    "linear_w8",
+    "linear_int8",
+    "linear_fp8",
+    "gguf_split",
+    "norm",
+    "rope",
+    "gated",
+]
 
 
-def launcher(case: Case) -> Any:
-    module = case.op._init_fn.__module__.rsplit(".", 1)[-1]  # type: ignore[attr-defined]
-    return getattr(importlib.import_module(f"kernels.triton.{module}"), case.op_name)
-
-
-def ours(case: Case) -> bool:
-    return case.op._init_fn.__module__.rsplit(".", 1)[-1] in MODULES  # type: ignore[attr-defined]
-
-
-OURS = [case for case in CASES if ours(case)]
+OURS = [case for case in CASES if module(case) in MODULES]
 DEVICE = "cpu" if launch.interpreting() else "cuda"
 
 
