@@ -50,7 +50,8 @@ class Pair(NamedTuple):
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a int8 [M, K] times b int8 [K, N] -> int32 [M, N], exact; K <= 2^17 - 1 (asserted)."""
+    """a int8 [M, K] times b int8 [K, N] -> int32 [M, N], exact; K <= 2^17 - 1 (asserted). On a GPU
+    torch takes few shapes, which is what kernels/triton/integer.py is for."""
     assert a.shape[1] <= MOST_TERMS
     if a.shape[1] == 1:
         # torch 2.13 takes strides of a single column for those of a row.

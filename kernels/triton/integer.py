@@ -33,6 +33,13 @@ def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> No
         kernel[grid](*args, **constants, num_warps=4, num_stages=2, enable_fp_fusion=False)
 
 
+def matrix_units(device: torch.device) -> bool:
+    """Whether Triton has int8 products for them: not on CUDA devices before sm_80."""
+    if device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _block(length: int, most: int = 1024) -> int:
     return min(most, 1 << max(length - 1, 0).bit_length())
 
@@ -76,9 +83,11 @@ def linear(
     columns, terms = weight.shape
     rows = exponents.numel()
     made = torch.empty(*x.shape[:-1], columns, dtype=torch.int32, device=x.device)
-    grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 32))
+    matrix = matrix_units(x.device)
+    tile = {"BM": 16, "BN": 32, "BK": 64} if matrix else {"BM": 4, "BN": 32, "BK": 16}
+    grid = (triton.cdiv(rows, tile["BM"]), triton.cdiv(columns, tile["BN"]))
     args = (short, exponents, weight.contiguous(), multiplier.contiguous(), bias, made, rows, shift)
-    _run(linear_kernel, grid, *args, N=columns, K=terms, BM=16, BN=32, BK=64)
+    _run(linear_kernel, grid, *args, N=columns, K=terms, **tile, MATRIX=matrix)
     return made
 
 
@@ -141,7 +150,10 @@ def attention(
     tokens, heads, width = q.shape
     made = _like(q)
     args = (q.contiguous(), k.contiguous(), v.contiguous(), made, tokens, k.shape[0])
-    sizes = {"H": heads, "KH": k.shape[1], "D": width, "BM": 16, "BN": 32}
-    grid = (triton.cdiv(tokens, 16), heads)
-    _run(attention_kernel, grid, *args, multiplier, shift, **sizes, BD=max(32, _block(width)))
+    matrix = matrix_units(q.device)
+    rows, places = (16, 32) if matrix else (2, 16)
+    grid = (triton.cdiv(tokens, rows), heads)
+    sizes = {"H": heads, "KH": k.shape[1], "D": width, "BM": rows, "BN": places}
+    sizes |= {"BD": max(32, _block(width)), "MATRIX": matrix}
+    _run(attention_kernel, grid, *args, multiplier, shift, **sizes)
     return made

@@ -59,14 +59,22 @@ def _exponent_of(largest):
 
 
 @triton.jit
-def _pair_dot(a, b):
+def _dot(a, b, MATRIX: tl.constexpr):
+    """int8 [M, K] times [K, N] -> int32; without matrix units spelled out, for small tiles."""
+    if MATRIX:
+        return tl.dot(a, b, out_dtype=tl.int32)
+    terms = a.to(tl.int32)[:, :, None] * b.to(tl.int32)[None, :, :]
+    return tl.sum(terms, axis=1)
+
+
+@triton.jit
+def _pair_dot(a, b, MATRIX: tl.constexpr):
     """a [M, K] times b [K, N], int32 of 15 bits -> int64."""
     a_high, a_low = (a >> 7).to(tl.int8), (a & 127).to(tl.int8)
     b_high, b_low = (b >> 7).to(tl.int8), (b & 127).to(tl.int8)
-    mixed = tl.dot(a_high, b_low, out_dtype=tl.int32).to(tl.int64)
-    mixed += tl.dot(a_low, b_high, out_dtype=tl.int32)
-    sums = tl.dot(a_high, b_high, out_dtype=tl.int32).to(tl.int64) << 14
-    return sums + (mixed << 7) + tl.dot(a_low, b_low, out_dtype=tl.int32)
+    mixed = _dot(a_high, b_low, MATRIX).to(tl.int64) + _dot(a_low, b_high, MATRIX)
+    sums = _dot(a_high, b_high, MATRIX).to(tl.int64) << 14
+    return sums + (mixed << 7) + _dot(a_low, b_low, MATRIX)
 
 
 @triton.jit
@@ -139,6 +147,7 @@ def linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
     """x int32 [rows, K] of 15 bits, weight int8 [N, K]; a program makes BM rows by BN columns."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -151,8 +160,8 @@ def linear_kernel(
         value = tl.load(x + row[:, None] * K + k[None, :], mask=inside, other=0)
         inside = (k < K)[:, None] & (column < N)[None, :]
         across = tl.load(weight + column[None, :] * K + k[:, None], mask=inside, other=0)
-        high = tl.dot((value >> 7).to(tl.int8), across, high, out_dtype=tl.int32)
-        low = tl.dot((value & 127).to(tl.int8), across, low, out_dtype=tl.int32)
+        high += _dot((value >> 7).to(tl.int8), across, MATRIX)
+        low += _dot((value & 127).to(tl.int8), across, MATRIX)
     sums = (high.to(tl.int64) << 7) + low
     factor = tl.load(multiplier + column, mask=column < N, other=0).to(tl.int64)
     exponent = tl.load(exponents + row, mask=row < rows, other=0)
@@ -265,10 +274,10 @@ def rotate_kernel(x, cos, sin, made, heads, shift, HALF: tl.constexpr, B: tl.con
 
 
 @triton.jit
-def _scores(query, keys, at, k, seen, multiplier, shift):
+def _scores(query, keys, at, k, seen, multiplier, shift, MATRIX: tl.constexpr):
     """Scores int64 of a block of rows with a block of keys, at point 14."""
     key = tl.load(keys + at, mask=k[:, None] & (seen[None, :]), other=0).to(tl.int32)
-    return _narrow(_round_shift(_pair_dot(query, key) * multiplier, shift), TOP)
+    return _narrow(_round_shift(_pair_dot(query, key, MATRIX) * multiplier, shift), TOP)
 
 
 @triton.jit(do_not_specialize=["tokens", "places", "multiplier", "shift"])
@@ -287,6 +296,7 @@ def attention_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
     """BM queries of one head a program, three times over the keys: largest, total, mixture."""
     head = tl.program_id(1)
@@ -302,14 +312,16 @@ def attention_kernel(
     for start in range(0, places, BN):
         place = start + tl.arange(0, BN).to(tl.int64)
         across = place[None, :] * (KH * D) + dim[:, None]
-        score = _scores(query, keys, across, dim < D, place < places, factor, by).to(tl.int64)
+        score = _scores(query, keys, across, dim < D, place < places, factor, by, MATRIX).to(
+            tl.int64
+        )
         score = tl.where(place[None, :] <= last[:, None], score, -(1 << 31))
         most = tl.maximum(most, tl.max(score, axis=1))
     total = tl.full((BM,), 0, tl.int64)
     for start in range(0, places, BN):
         place = start + tl.arange(0, BN).to(tl.int64)
         across = place[None, :] * (KH * D) + dim[:, None]
-        score = _scores(query, keys, across, dim < D, place < places, factor, by)
+        score = _scores(query, keys, across, dim < D, place < places, factor, by, MATRIX)
         seen = (place[None, :] <= last[:, None]) & (place < places)[None, :]
         total += tl.sum(_weights(score, most[:, None], seen), axis=1)
     whole = tl.maximum(total, 1)
@@ -319,12 +331,13 @@ def attention_kernel(
     for start in range(0, places, BN):
         place = start + tl.arange(0, BN).to(tl.int64)
         across = place[None, :] * (KH * D) + dim[:, None]
-        score = _scores(query, keys, across, dim < D, place < places, factor, by)
+        score = _scores(query, keys, across, dim < D, place < places, factor, by, MATRIX)
         seen = (place[None, :] <= last[:, None]) & (place < places)[None, :]
         weight = (_weights(score, most[:, None], seen) << ONE_POINT) // whole[:, None]
         short = _narrow(_round_shift(weight, exponent[:, None]), PAIR_TOP)
         down = place[:, None] * (KH * D) + dim[None, :]
         inside = (place < places)[:, None] & (dim < D)[None, :]
-        mixed += _pair_dot(short, tl.load(values + down, mask=inside, other=0).to(tl.int32))
+        value = tl.load(values + down, mask=inside, other=0).to(tl.int32)
+        mixed += _pair_dot(short, value, MATRIX)
     result = _round_shift(mixed, -exponent[:, None] + (ONE_POINT - MIXED_POINT))
     tl.store(made + at, _narrow(result, TOP), mask=here)

@@ -187,6 +187,7 @@ def test_ranges_are_the_largest_of_every_text(floats: Decoder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_default_model_stays_within_three_percent_of_its_perplexity(smollm2_path: Path):
     """And what else is proved of it: no float, the NumPy model's bits, the functions' errors."""
     missed = [row for row in kernel_integer.rows() if not row.ok]

@@ -64,18 +64,19 @@ def rows() -> Iterator[Call]:
     yield Call("rotate", (drawn(5, 6, 16, most=1 << 16)[:, 1:4], cos, sin, 18))
 
 
-def products() -> Iterator[Call]:
-    for count, terms, columns in ((1, 1, 1), (3, 17, 40), (17, 64, 33), (2, 200, 70)):
+LINEARS = ((3, 17, 40), (1, 1, 1), (17, 64, 33), (2, 200, 70))  # rows, terms, columns
+# Tokens, places, heads, key heads, width.
+ATTENTIONS = ((5, 9, 4, 2, 16), (1, 1, 1, 1, 2), (18, 40, 3, 1, 24), (2, 65, 2, 2, 40))
+
+
+def products(most: int) -> Iterator[Call]:
+    """Of the first shapes of both lists."""
+    for count, terms, columns in LINEARS[:most]:
         x, weight = unlike(count, terms)[None], drawn(columns, terms, most=128, seed=1)
         shared = x, weight.clamp(max=127).to(torch.int8), drawn(columns, most=1 << 24)
         yield Call("linear", (*shared, 30))
         yield Call("linear", (*shared, 40, drawn(columns, seed=2)))
-    for tokens, places, heads, kv_heads, width in (
-        (1, 1, 1, 1, 2),
-        (5, 5, 4, 2, 16),
-        (18, 40, 3, 1, 24),
-        (2, 65, 2, 2, 40),
-    ):
+    for tokens, places, heads, kv_heads, width in ATTENTIONS[:most]:
         q = drawn(tokens, heads, width, most=16383)
         k, v = (drawn(places, kv_heads, width, most=16383, seed=seed).short() for seed in (1, 2))
         for shift in (30, 37):
@@ -91,8 +92,15 @@ def same(call: Call, device: str) -> bool:
 
 def compared(device: str, begins: str) -> list[tuple[str, bool]]:
     torch.set_num_threads(1)
-    calls = (call for group in (elementwise(), rows(), products()) for call in group)
-    return [(call.op, same(call, device)) for call in calls if call.op.startswith(begins)]
+    made = []
+    for call in (call for group in (elementwise(), rows(), products(4)) for call in group):
+        if call.op.startswith(begins):
+            made.append((call.op, same(call, device)))
+    twins.matrix_units = lambda device: False
+    for call in products(1):
+        if call.op.startswith(begins):
+            made.append((f"{call.op} without matrix units", same(call, device)))
+    return made
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).parents[3]
 OPS = {
     *("requantise", "quantise", "linear", "softmax", "silu", "gelu", "gated", "rms_norm"),
-    *("rotate", "attention"),
+    *("rotate", "attention", "linear without matrix units", "attention without matrix units"),
 }
 LAUNCH = (
     "import torch; from kernels.triton import integer; integer.quantise(torch.ones(2, 2).int())"
