@@ -12,6 +12,7 @@ python -m tests.prove.kernel_http --plot FOLDER       the same, and nothing else
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -154,4 +155,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with us
     sys.exit(main())

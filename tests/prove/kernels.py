@@ -6,6 +6,7 @@ python -m tests.prove.kernels --only kernel_linears
 Not in here yet: Triton, quantised KV, integer-only kernels.
 """
 
+import signal
 import sys
 
 from tests.prove.table import main
@@ -13,4 +14,5 @@ from tests.prove.table import main
 MODULES = ("kernel_linears", "kernel_suites", "kernel_quality", "kernel_peers", "kernel_http")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # engines and servers end with us
     sys.exit(main("prove-kernels", MODULES))
