@@ -3,6 +3,8 @@ engines in process makes of figures."""
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -147,7 +149,10 @@ def scripted(name: str, order: list[str], *figures: float | str, kept: bool = Tr
     return Contender(name, run, new_tokens=8, kept=kept)
 
 
-def test_engines_take_turns_and_a_failure_takes_all_figures_with_it():
+def test_engines_take_turns_and_a_failure_takes_all_figures_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(comparison, "busy_cores", lambda: 0.25)
     order: list[str] = []
     cells = {"x": Cell(1, 4, 64), "y": Cell(1, 4, 0)}
     engines = [
@@ -167,6 +172,7 @@ def test_engines_take_turns_and_a_failure_takes_all_figures_with_it():
     }
     assert table.failed == {"b": "y: it ended: killed", "c": "ChildError: no such file"}
     assert table.median("x", Source("a", "engine")) == 3
+    assert table.foreign == [0.25] * 6  # before each cell of each round
 
 
 def test_a_round_without_time_is_not_begun(monkeypatch: pytest.MonkeyPatch):
@@ -181,7 +187,7 @@ PEERS = ("llama.cpp Q4_1", "llama.cpp Q4_0", "vLLM bfloat16")
 
 def measured(step: float, engine: float) -> Table:
     """Of ours `step` and `engine` everywhere; of peers 100, 120 and 130."""
-    table = Table(rounds=ROUNDS)
+    table = Table(rounds=ROUNDS, foreign=[0.0, 0.2])
     for name in (*OURS.values(), *PEERS):
         table.versions[name] = "1"
     for cell in CELLS:
@@ -210,7 +216,7 @@ def found(table: Table) -> dict[str, bool]:
 
 def test_every_target_is_a_row_and_can_be_missed():
     made = found(measured(step=400, engine=400))
-    assert len(made) == 2 + 2 * 4 + 2 * 3 and all(made.values())
+    assert len(made) == 3 + 2 * 4 + 2 * 3 and all(made.values())
     assert not any(ok for check, ok in found(measured(80, 80)).items() if "over" in check)
     for mode, cells in BEST.items():
         for cell, target in cells.items():
@@ -235,7 +241,20 @@ def test_what_is_not_there_is_missed():
     table = measured(400, 400)
     table.idlers = 0.5
     assert not found(table)["the others wait while one is measured"]
+    table = measured(400, 400)
+    table.foreign.append(0.4)
+    assert not found(table)["the machine is otherwise idle"]
     assert not any(found(Table()).values())
+
+
+def test_busy_cores_are_counted():
+    script = "import time\nuntil = time.monotonic() + 20\nwhile time.monotonic() < until: pass"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        assert 0.2 < comparison.busy_cores(1.0) <= (os.cpu_count() or 1) + 0.1
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_table_is_told_as_text_json_and_picture(tmp_path: Path):

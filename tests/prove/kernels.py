@@ -4,6 +4,7 @@ python -m tests.prove.kernels                    all of it, about forty minutes
 python -m tests.prove.kernels --only kernel_linears
 """
 
+import signal
 import sys
 
 from tests.prove.table import main
@@ -18,4 +19,5 @@ MODULES = (
 )
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # engines and servers end with us
     sys.exit(main("prove-kernels", MODULES))

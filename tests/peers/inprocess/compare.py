@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import psutil
+
 from tests.peers.inprocess.children import Asked, ChildError
 from tests.peers.inprocess.contenders import Contender
 from tests.peers.inprocess.protocol import Cell
@@ -27,6 +29,7 @@ CELLS = {
 ROUNDS = 3
 # A round that would end later than this is not begun, and the table says that it is missing.
 WHOLE_S = 690.0
+LOOK_S = 0.5
 STEP = "step"
 ENGINE = "engine"
 
@@ -51,13 +54,15 @@ class Best(NamedTuple):
 @dataclass
 class Table:
     """The figures of each cell and source, one a round; what went wrong, by engine; how much
-    processor time the waiting ones took at most, of that which passed."""
+    processor time the waiting ones took at most, of that which passed; and how many cores were
+    busy each time that nobody was measured."""
 
     values: dict[str, dict[Source, list[float]]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
     idlers: float = 0.0
+    foreign: list[float] = field(default_factory=list)
 
     def add(self, cell: str, source: Source, figure: float) -> None:
         self.values.setdefault(cell, {}).setdefault(source, []).append(figure)
@@ -103,6 +108,7 @@ def compare(
         for turn in range(rounds):
             round_s = time.monotonic()
             for name, cell in cells.items():
+                table.foreign.append(busy_cores())
                 for contender in contenders:
                     if contender.name in asked and contender.name not in table.failed:
                         tokens = min(cell.new_tokens, contender.new_tokens)
@@ -114,6 +120,12 @@ def compare(
             if now_s - begun_s + (now_s - round_s) > WHOLE_S:
                 break
     return table
+
+
+def busy_cores(during_s: float = LOOK_S) -> float:
+    """How many of this machine's cores were busy for a moment, with whatever it was."""
+    share: float = psutil.cpu_percent(during_s)
+    return share / 100 * (psutil.cpu_count() or 1)
 
 
 def _take(table: Table, name: str, engine: str, cell: Cell, asked: dict[str, Asked]) -> None:

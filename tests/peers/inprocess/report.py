@@ -32,6 +32,7 @@ def plain(table: Table) -> dict[str, object]:
         "failed": table.failed,
         "rounds": table.rounds,
         "waiting_share": table.idlers,
+        "foreign_cores": table.foreign,
         "figures": figures,
     }
 
