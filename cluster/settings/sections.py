@@ -100,8 +100,8 @@ class EngineSettings(Section):
     )
     kv_dtype: Literal["auto", "float32", "float16", "int8", "int4"] = Field(
         "auto",
-        description="How the CPU kernels store keys and values: auto is float16; int8 and int4 take "
-        "about a half and a third of that and cost a little quality. Others store as dtype says.",
+        description="How the CPU kernels store keys and values: auto is float16; int8 and int4 "
+        "take about half and a third of that and cost a little quality.",
     )
     page_tokens: int = Field(16, ge=1, le=256, description="Tokens in one page of the KV cache.")
     kv_tokens: int = Field(
