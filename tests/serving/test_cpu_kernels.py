@@ -9,6 +9,7 @@ import pytest
 from cluster.settings import Settings
 from models.resolve import resolve
 from serve import build
+from tests.models.tiny import write_byte_level
 from tests.serving.tiny import (
     collect,
     decode,
@@ -97,13 +98,31 @@ def test_a_hand_off_moves_what_the_format_takes(
     run(work())
 
 
+def test_auto_takes_the_cpu_kernels_where_they_take_the_model(packed, tmp_path, caplog):
+    """The default model runs on them, with float16 keys and values. A file of another shape runs on
+    the reference, which is said; asked for what only they can do, it is refused."""
+    chosen = Settings()
+    model = build.load(chosen)
+    assert (build.kernels(model), build.kv_format(chosen, model)) == ("cpu", "float16")
+    exact = Settings.model_validate({"engine": {"kernels": "reference"}})
+    model = build.load(exact)
+    assert (build.kernels(model), build.kv_format(exact, model)) == ("reference", "float32")
+    other = str(write_byte_level(tmp_path / "other.gguf"))
+    with caplog.at_level("INFO", logger="serve.build"):
+        odd = Settings.model_validate({"model": other})
+        assert build.kernels(build.load(odd)) == "reference"
+    assert "takes the reference kernels" in caplog.text
+    with pytest.raises(ValueError, match="cannot be computed with engine.kernels = 'cpu'"):
+        build.load(Settings.model_validate({"model": other, "engine": {"kv_dtype": "int8"}}))
+
+
 def test_settings_that_contradict_are_refused():
     wrong = {"kernels": "cpu", "dtype": "bfloat16"}
     with pytest.raises(ValueError, match="computes in float32, and engine.dtype is 'bfloat16'"):
         Settings.model_validate({"engine": wrong})
-    with pytest.raises(ValueError, match="is only for engine.kernels = 'cpu'"):
-        Settings.model_validate({"engine": {"activations": "fast"}})
-    with pytest.raises(ValueError, match="kv_dtype = 'int8' is only for engine.kernels = 'cpu'"):
-        Settings.model_validate({"engine": {"kv_dtype": "int8"}})
+    with pytest.raises(ValueError, match="activations = 'fast' is only for the CPU kernels"):
+        Settings.model_validate({"engine": {"activations": "fast", "kernels": "reference"}})
+    with pytest.raises(ValueError, match="kv_dtype = 'int8' is only for the CPU kernels"):
+        Settings.model_validate({"engine": {"kv_dtype": "int8", "dtype": "bfloat16"}})
     with pytest.raises(ValueError, match="'float32', 'float16', 'int8' or 'int4'"):
         Settings.model_validate({"engine": {"kernels": "cpu", "kv_dtype": "fp8"}})
