@@ -113,10 +113,30 @@ void norm(Pool& pool, const float* weight, float eps, int64_t size, const float*
     });
 }
 
-// One product after another, each of the same x [m, widest] (of which it reads its own columns).
+// Values [rows, columns] as the products come: sixteen columns of all rows next to each other. Row by
+// row, eight results of a product would lie in as many pages, and often in one set of the cache; for the
+// same reason the number of lines is odd.
+struct Columns {
+    Buffer<float> memory;
+    int64_t lines;
+    Columns(int64_t rows, int64_t columns) : memory((rows | 1) * columns), lines(rows | 1) {}
+    SANDERLING_INLINE float* at(int64_t tile, int64_t row) const { return memory.at + (tile * lines + row) * LANES; }
+    void take(int64_t row, const float* from, int64_t columns) const {
+        for (int64_t tile = 0; tile < columns / LANES; tile++) store(at(tile, row), load(from + tile * LANES));
+    }
+    void give(int64_t row, float* to, int64_t columns) const {
+        for (int64_t tile = 0; tile < columns / LANES; tile++) store(to + tile * LANES, load(at(tile, row)));
+    }
+};
+
+// One product after another, each of the same x [m, widest] (of which it reads its own columns). Without
+// y the results are left as a layer takes them.
 void linears(Pool& pool, const Matrix* matrices, int64_t count, const float* x, int64_t widest, int64_t m,
              float* y, bool accurate) {
     const ActivationBuffer buffer(m, widest, accurate);
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) most = matrices[i].rows > most ? matrices[i].rows : most;
+    const Columns dropped(y == nullptr ? m : 0, most);
     on_all(pool, 2 * count, [&](Phases phases, int thread) {
         const MatrixUnits units(accurate);
         for (int64_t i = 0; i < count; i++) {
@@ -129,7 +149,9 @@ void linears(Pool& pool, const Matrix* matrices, int64_t count, const float* x, 
                 pairs_of_tiles(w, a, m, chunks.begin(chunk), chunks.end(chunk),
                                [&](int64_t number, int64_t row, int rows, const F* acc) {
                                    for (int j = 0; j < rows; j++)
-                                       store(y + (row + j) * w.rows + number * TILE_ROWS, acc[j]);
+                                       store(y == nullptr ? dropped.at(number, row + j)
+                                                          : y + (row + j) * w.rows + number * TILE_ROWS,
+                                             acc[j]);
                                });
             });
         }

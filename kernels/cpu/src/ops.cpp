@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -102,17 +101,14 @@ void linears(const at::Tensor& x, const std::vector<at::Tensor>& packed, at::Int
     TORCH_CHECK_VALUE(kinds.size() == packed.size() && rows.size() == packed.size() && columns.size() == packed.size(),
                       "a kind, rows and columns are wanted for each of ", packed.size(), " matrices");
     std::vector<Matrix> matrices;
-    int64_t most = 0;
     for (size_t i = 0; i < packed.size(); i++) {
         matrices.push_back(matrix(packed[i], kinds[i], rows[i], columns[i]));
         TORCH_CHECK_VALUE(columns[i] <= x.size(1), "x has too few columns for a matrix of ", columns[i]);
-        most = std::max(most, rows[i]);
     }
-    at::Tensor y = at::empty({x.size(0) * most}, x.options());
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     table.linears(pool_of(threads), matrices.data(), int64_t(matrices.size()), x.const_data_ptr<float>(), x.size(1),
-                  x.size(0), y.data_ptr<float>(), accurate);
+                  x.size(0), nullptr, accurate);
 }
 
 at::Tensor gather(const at::Tensor& ids, const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns,

@@ -75,7 +75,8 @@ struct Table {
     const char* name;
     bool (*supported)();
     // y[m, rows] = x[m, columns] W^T for one matrix after another, of the first columns of the same x
-    // [m, widest] into the same y; accurate: 15-bit activations, else 8-bit.
+    // [m, widest] into the same y, or dropped where y is nullptr;
+    // accurate: 15-bit activations, else 8-bit.
     void (*linears)(Pool&, const Matrix*, int64_t count, const float* x, int64_t widest, int64_t m, float* y,
                     bool accurate);
     // out[M, columns] = the M rows of W that ids name.
