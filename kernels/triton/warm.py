@@ -53,7 +53,9 @@ class Warmed(NamedTuple):
     seconds: float
 
 
-def warm_up(layers: Layers, device: torch.device | str, others: Sequence[Any] = ()) -> list[Warmed]:
+def warm_up(
+    layers: Layers, device: torch.device | str, others: Sequence[Callable[[], object]] = ()
+) -> list[Warmed]:
     """Launches what the layers need, and `others`: functions without arguments that launch kernels
     of a shape which only their caller knows, such as attention over its own pages."""
     done = [_linear(each, layers.dtype, device) for each in dict.fromkeys(layers.linears)]
@@ -70,9 +72,7 @@ def warm_up(layers: Layers, device: torch.device | str, others: Sequence[Any] = 
     done.append(_timed("rope", (2,), lambda _: rope.rope(q, k, angles, angles)))
     both = x.new_zeros(2, 2 * layers.feed_forward)
     done.append(_timed("gated", (2,), lambda _: gated.gated(both, layers.activation)))
-    done += [
-        _timed(getattr(each, "__name__", "other"), (), lambda _, f=each: f()) for each in others
-    ]
+    done += [_once(each) for each in others]
     return done
 
 
@@ -100,6 +100,10 @@ def _linear(each: Linear, dtype: torch.dtype, device: torch.device | str) -> War
             linear_w8.w8_linear(x, whole, scales, bias)
 
     return _timed(op, rows, multiply)
+
+
+def _once(launch: Callable[[], object]) -> Warmed:
+    return _timed(getattr(launch, "__name__", "other"), (), lambda _: launch())
 
 
 def _timed(op: str, rows: tuple[int, ...], launch: Callable[[int], object]) -> Warmed:

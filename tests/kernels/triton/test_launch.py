@@ -111,7 +111,7 @@ def recorded(monkeypatch) -> list[tuple[Any, ...]]:
 
 
 def special(kernel: Any, args: dict[str, Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
-    said = []
+    said: list[tuple[str, Any]] = []
     for each in launch.parameters(kernel):
         value = args[each.name]
         if isinstance(value, torch.Tensor):

@@ -4,6 +4,8 @@ The cases are those of the ops (tests/kernels/ops), put through the launchers as
 a GPU with all units, on Turing, and on AMD's.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -91,11 +93,11 @@ FORM_BYTES = {
 def test_weights_are_dequantised_to_the_bits_of_the_reference(symmetric: bool):
     from kernels.reference.linear_w4 import dequantize_w4
 
-    weight = four(Source(1, torch.float32), 19, 256, 64, symmetric)
-    moved = [each if each is None else each.to(DEVICE) for each in weight]
+    weight: Any = four(Source(1, torch.float32), 19, 256, 64, symmetric)
+    moved: Any = [each if each is None else each.to(DEVICE) for each in weight]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        made = linear_w4.dequantize_w4(*moved, dtype)
-        assert torch.equal(made.cpu(), dequantize_w4(*weight, dtype))
+        made = linear_w4.dequantize_w4(moved[0], moved[1], moved[2], dtype)
+        assert torch.equal(made.cpu(), dequantize_w4(weight[0], weight[1], weight[2], dtype))
 
 
 @pytest.mark.parametrize("columns", [1, 33, 2048, 2049])
@@ -126,10 +128,10 @@ def test_a_residual_is_the_norm_of_the_rounded_sum():
 @pytest.mark.parametrize("rows", [2, 16, 20, 64, 70])
 def test_every_tile_of_the_table_gives_the_same_product(rows: int):
     """On one-hot rows a product is a row of the dequantised weight, without rounding of a sum."""
-    weight = four(Source(4, torch.float16), 40, 128, 32, True)
-    moved = [each if each is None else each.to(DEVICE) for each in weight]
+    weight: Any = four(Source(4, torch.float16), 40, 128, 32, True)
+    moved: Any = [each if each is None else each.to(DEVICE) for each in weight]
     x = torch.eye(128, dtype=torch.float16)[torch.arange(rows) * 3 % 128].to(DEVICE)
-    dense = linear_w4.dequantize_w4(*moved, torch.float16)
+    dense = linear_w4.dequantize_w4(moved[0], moved[1], moved[2], torch.float16)
     with watched("sm_90"):
         made = linear_w4.w4_linear(x, *moved)
     assert torch.equal(made, dense.T[torch.arange(rows) * 3 % 128])
