@@ -152,7 +152,8 @@ def paged_attention_kernel(
     """Sequence, key head and part are the program ids; factor turns a product into a score in
     powers of two. outs [splits, S, H, D] and lse [splits, S, H] are contiguous; strides are of
     s (sequence), t (slot) and h."""
-    sequence, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
     PACKED: tl.constexpr = keys.dtype.element_ty == tl.uint8
     first, second = _columns(PACKED, D, C)
     group = tl.arange(0, GP)
@@ -183,7 +184,7 @@ def paged_attention_kernel(
         weights, low, high = _weighed(weights, low, high, value_scales, scale_at, seen, q_low.dtype)
         out_low = product(weights, low, out_low * shrink[:, None], MATRIX)
         out_high = product(weights, high, out_high * shrink[:, None], MATRIX)
-    row = ((part * tl.num_programs(0) + sequence) * tl.num_programs(1) + head) * G + group
+    row = ((part.to(tl.int64) * tl.num_programs(0) + sequence) * tl.num_programs(1) + head) * G + group
     _finish(outs, lse, row, group < G, top, total, out_low, out_high, first, second, D)
 
 

@@ -75,7 +75,7 @@ def prefill_attention_kernel(
 ):
     """Block of queries and head are the program ids; factor turns a product into a score in
     powers of two. out [T, H, D] is contiguous."""
-    program, head = tl.program_id(0), tl.program_id(1)
+    program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = _sequence(starts, sequences, program, BM)
     start = tl.load(starts + sequence)
     tokens = tl.load(starts + sequence + 1) - start
@@ -87,8 +87,8 @@ def prefill_attention_kernel(
     at = (start + query).to(tl.int64)[:, None]
     ours = (query < tokens)[:, None] & (column < D)
     block = tl.load(q + at * q_stride_t + head * q_stride_h + column, mask=ours, other=0.0)
-    k += (head // G).to(tl.int64) * k_stride_h + start.to(tl.int64) * k_stride_t
-    v += (head // G).to(tl.int64) * v_stride_h + start.to(tl.int64) * v_stride_t
+    k += head // G * k_stride_h + start.to(tl.int64) * k_stride_t
+    v += head // G * v_stride_h + start.to(tl.int64) * v_stride_t
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)

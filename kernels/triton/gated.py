@@ -11,7 +11,7 @@ import triton.language as tl
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import Config
 from kernels.triton.launch import need_float, target_of
-from kernels.triton.plan import Plan, packed, run, shipped
+from kernels.triton.plan import Arguments, Plan, packed, run, shipped
 from kernels.triton.targets import Target
 
 BLOCK = 1024
@@ -46,7 +46,7 @@ def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 def plan(x: torch.Tensor, activation: str, out: torch.Tensor) -> Plan:
     rows, columns = out.shape
-    args = dict(
+    args: Arguments = dict(
         x=x, out=out, F=columns, x_stride=x.stride(0), GELU=activation == "gelu_tanh", BLOCK=BLOCK
     )
     return Plan(gated_kernel, (rows, triton.cdiv(columns, BLOCK)), args, Config(0, {}, 4, 1))

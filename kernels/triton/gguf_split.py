@@ -15,7 +15,7 @@ from kernels.formats import FORMATS
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import choose
 from kernels.triton.launch import need_float, target_of
-from kernels.triton.plan import Plan, run, shipped
+from kernels.triton.plan import Arguments, Plan, run, shipped
 from kernels.triton.targets import Target
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -142,7 +142,7 @@ def plan(target: Target, stored: torch.Tensor, form: str, out: torch.Tensor) -> 
     blocks = out.shape[0] // FORMATS[form].block_values
     config = choose("dequantize_blocks", target, blocks)
     each = config.constants["VALUES"] // FORMATS[form].block_values
-    args = dict(stored=stored, out=out, blocks=blocks, BB=each)
+    args: Arguments = dict(stored=stored, out=out, blocks=blocks, BB=each)
     return Plan(_kernel(form), (triton.cdiv(blocks, each),), args, config, fp_fusion=False)
 
 

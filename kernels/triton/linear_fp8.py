@@ -12,7 +12,7 @@ from kernels.triton.case import Case, Refused
 from kernels.triton.configs import choose, configs
 from kernels.triton.launch import need_float, target_of
 from kernels.triton.linear import WIDTH
-from kernels.triton.plan import Plan, packed, run, shipped
+from kernels.triton.plan import Arguments, Plan, packed, run, shipped
 from kernels.triton.targets import Target
 
 
@@ -78,7 +78,7 @@ def plan_product(
     if no := refused(target):
         raise no.error()
     config = choose("fp8_linear", target, x.shape[0])
-    args = dict(
+    args: Arguments = dict(
         x=x, w=w, x_scales=x_scales, w_scales=w_scales, out=out, M=x.shape[0], N=w.shape[0],
         K=x.shape[1], x_stride=x.stride(0), w_stride=w.stride(0), **config.constants,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from kernels.triton.case import Case, Refused
 from kernels.triton.configs import choose, configs
 from kernels.triton.launch import need_float, target_of
 from kernels.triton.linear import WIDTH
-from kernels.triton.plan import Plan, packed, run, shipped
+from kernels.triton.plan import Arguments, Plan, packed, run, shipped
 from kernels.triton.targets import Target
 
 # Adding and subtracting 1.5 * 2^23 leaves a float32 rounded to a whole number, half to even.
@@ -108,7 +108,9 @@ def int8_linear(
 
 def plan_quantize(target: Target, x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor) -> Plan:
     config = choose("quantize_rowwise_int8", target, x.shape[0])
-    args = dict(x=x, q=q, scales=scales, K=x.shape[1], x_stride=x.stride(0), **config.constants)
+    args: Arguments = dict(
+        x=x, q=q, scales=scales, K=x.shape[1], x_stride=x.stride(0), **config.constants
+    )
     return Plan(quantize_rowwise_int8_kernel, (x.shape[0],), args, config, fp_fusion=False)
 
 
@@ -132,7 +134,7 @@ def plan_product(
     if no := refused(op, target):
         raise no.error()
     config = choose("int8_matmul", target, a.shape[0])
-    args = dict(
+    args: Arguments = dict(
         a=a, b=b, scales=scales, weight_scales=weight_scales, bias=bias, out=out, M=a.shape[0],
         N=b.shape[0], K=a.shape[1], a_stride=a.stride(0), b_stride=b.stride(0), **config.constants,
     )  # fmt: skip

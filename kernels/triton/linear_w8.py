@@ -11,7 +11,7 @@ import triton.language as tl
 from kernels.triton.case import Case, Refused
 from kernels.triton.launch import need_float, target_of
 from kernels.triton.linear import WIDTH, by_hand, cut, sample
-from kernels.triton.plan import Plan, packed, run, shipped
+from kernels.triton.plan import Arguments, Plan, packed, run, shipped
 from kernels.triton.targets import Target
 
 
@@ -168,7 +168,7 @@ def plan_dequantize(
     assert config is not None
     rows, k = out.shape
     qweight, scales = packed(qweight), packed(scales)
-    args = dict(
+    args: Arguments = dict(
         qweight=qweight, scales=scales, out=out, N=rows, K=k, q_stride=qweight.stride(0),
         s_stride=scales.stride(0), G=_group(k, scales), **config.constants,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def expand_kernel(
         ok = ours & (rank < R)[None, :]
         left = tl.zeros((BM, BR), tl.float32)
         for part in range(splits):
-            at = (row + part * routed)[:, None] * R + rank[None, :]
+            at = ((row + part * routed.to(tl.int64)) * R)[:, None] + rank[None, :]
             left += tl.load(inner + at, mask=ok, other=0.0)
         right = tl.load(b + rank[:, None], mask=wanted & (rank < R)[:, None], other=0.0)
         acc = product(left, right.to(tl.float32), acc, MATRIX)

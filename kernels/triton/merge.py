@@ -39,7 +39,7 @@ def merge_states_kernel(
     acc = tl.zeros((BR, DP), tl.float32)
     for part in range(parts):
         share = tl.exp(_part_lse(lse, part, rows, row) - base)
-        at = (part * rows + row)[:, None] * D + column[None, :]
+        at = (part * rows.to(tl.int64) + row)[:, None] * D + column[None, :]
         # A part without tokens may hold anything, NaN too: it is not read.
         counts = (ours & (share > 0))[:, None] & (column < D)[None, :]
         acc += share[:, None] * tl.load(outs + at, mask=counts, other=0.0).to(tl.float32)
@@ -53,7 +53,7 @@ def merge_states_kernel(
 
 @triton.jit
 def _part_lse(lse, part, rows, row):
-    return tl.load(lse + part * rows + row, mask=row < rows, other=float("-inf"))
+    return tl.load(lse + part * rows.to(tl.int64) + row, mask=row < rows, other=float("-inf"))
 
 
 def merge_states(outs: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

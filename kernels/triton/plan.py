@@ -27,13 +27,16 @@ TYPES = {
 HEAD_SIZES = (64, 128, 256)  # that tiles are chosen for; others take those of the next one
 
 
+Arguments = Mapping[str, torch.Tensor | Constant]
+
+
 class Plan(NamedTuple):
     """kernel: the function under `@triton.jit`. args: all of its arguments by name, the tile sizes
     among them; None for a tensor that is left out."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: Mapping[str, torch.Tensor | Constant]
+    args: Arguments
     config: Config
     fp_fusion: bool = True
 

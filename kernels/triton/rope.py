@@ -11,7 +11,7 @@ import triton.language as tl
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import Config
 from kernels.triton.launch import need_float, target_of
-from kernels.triton.plan import Plan, packed, power, run, shipped
+from kernels.triton.plan import Arguments, Plan, packed, power, run, shipped
 from kernels.triton.targets import Target
 
 HEADS = 4  # that one program rotates
@@ -73,7 +73,7 @@ def plan(
     k_out: torch.Tensor,
 ) -> Plan:
     (tokens, heads, width), kv_heads = q.shape, k.shape[1]
-    args = dict(
+    args: Arguments = dict(
         q=q, k=k, cos=cos, sin=sin, q_out=q_out, k_out=k_out, q_stride_t=q.stride(0),
         q_stride_h=q.stride(1), k_stride_t=k.stride(0), k_stride_h=k.stride(1),
         cos_stride=cos.stride(0), sin_stride=sin.stride(0), H=heads, KH=kv_heads, HALF=width // 2,

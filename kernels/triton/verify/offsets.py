@@ -30,7 +30,7 @@ class _Value(NamedTuple):
     overflown: str = ""
     constant: int | None = None
 
-    def __or__(self, other: "_Value") -> "_Value":  # type: ignore[override]
+    def __or__(self, other: "_Value") -> "_Value":
         return _Value(self.large or other.large, self.overflown or other.overflown)
 
 

@@ -158,10 +158,13 @@ def _elementwise(builder: Any, handle: Any, tl: Any, wide: Any, narrow: Any) -> 
             return narrow(wide(x).data * wide(y).data + wide(z).data)
         return handle(x.data * y.data + z.data, z.dtype.scalar)
 
-    made = {"unary_op": unary_op, "binary_op": binary_op, "ternary_op": ternary_op}
-    return [(builder, name, each) for name, each in made.items()] + [
-        (builder, "create_fma", create_fma)
-    ]
+    made: dict[str, Callable[..., Any]] = {
+        "unary_op": unary_op,
+        "binary_op": binary_op,
+        "ternary_op": ternary_op,
+        "create_fma": create_fma,
+    }
+    return [(builder, name, each) for name, each in made.items()]
 
 
 def _cast(builder: Any, handle: Any, tl: Any, wide: Any, narrow: Any) -> Callable[..., Any]:
