@@ -113,7 +113,7 @@ def bench_kernels(resolved: Resolved, rounds: int, as_json: bool) -> None:
 
     model = load_for_cpu(resolved.settings.model)
     threads = resolved.settings.decode.threads or torch.get_num_threads()
-    matrices = [*(weight for layer in model.layers for weight in layer[:4]), model.head]
+    matrices = [*(weight for layer in model.layers for weight in layer.matrices), model.head]
     report = run_kernels(matrices, threads=threads, rounds=rounds)
     if as_json:
         figures = [figure._asdict() for figure in report.figures]

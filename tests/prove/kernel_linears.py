@@ -20,7 +20,7 @@ ROWS = (1, 32, 512)
 def rows() -> Iterator[Row]:
     """Every row of this module."""
     model = load_for_cpu(MODEL)
-    matrices = [*(weight for layer in model.layers for weight in layer[:4]), model.head]
+    matrices = [*(weight for layer in model.layers for weight in layer.matrices), model.head]
     report = bench.run(matrices, ROWS, threads=THREADS, rounds=ROUNDS)
     limits = report.limits
     machine = f"{limits.bytes_per_s / 1e9:.1f} GB/s and {limits.products_per_s / 1e9:.0f} G/s"
