@@ -121,7 +121,7 @@ def bench_kernels(
         refuse_without_library()
     model = load_for_cpu(resolved.settings.model)
     threads = resolved.settings.decode.threads or torch.get_num_threads()
-    matrices = [*(weight for layer in model.layers for weight in layer[:4]), model.head]
+    matrices = [*(weight for layer in model.layers for weight in layer.matrices), model.head]
     report = run_kernels(matrices, threads=threads, rounds=rounds, isa=isa)
     if as_json:
         figures = [figure._asdict() for figure in report.figures]

@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 LIBRARY = Path(__file__).parent / "native.so"
-KINDS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 1}  # affine 4-bit, signed 8-bit
+# affine 4-bit, signed 8-bit, and both with scales that are themselves scaled (GGUF's K-quants)
+KINDS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 1, "Q4_K": 2, "Q6_K": 3}
 TILE_ROWS = 16
-GROUP = 32
-BLOCK_BYTES = {0: 320, 1: 544}  # of a tile's 16 rows and 32 columns, by kind; see src/table.h
+TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384)}  # columns and their bytes
 LINE_BYTES = 64  # a tile is a whole number of them
-LAYOUT_VERSION = 2  # of packed data, where it is kept in files
+LAYOUT_VERSION = 3  # of packed data, where it is kept in files
 Activations = Literal["accurate", "fast"]
 
 
@@ -48,9 +48,10 @@ class Packed(NamedTuple):
         return -(-self.rows // TILE_ROWS) * TILE_ROWS
 
 
-def packed_bytes(form: str, rows: int, columns: int) -> int:
-    """The size of a matrix once it is packed."""
-    tile = columns // GROUP * BLOCK_BYTES[KINDS[form]]
+def packed_bytes(kind: int, rows: int, columns: int) -> int:
+    """The size of a matrix once it is packed; see Matrix::tile_bytes of src/table.h."""
+    block_columns, block_bytes = TILE_BYTES[kind]
+    tile = columns // block_columns * block_bytes
     return -(-rows // TILE_ROWS) * -(-tile // LINE_BYTES) * LINE_BYTES
 
 
@@ -93,8 +94,8 @@ def linears(
     threads: int = 1,
     isa: str = "auto",
 ) -> None:
-    """The products of x [M, widest] float32 with one matrix after another, each of as many columns as
-    the matrix has, in one call; results are dropped. A benchmark's."""
+    """The products of x [M, widest] float32 with one matrix after another, in one call, each of as
+    many columns as the matrix has. Results are dropped. A benchmark's."""
     _ops().packed_linears(
         x,
         [w.data for w in weights],
@@ -135,15 +136,23 @@ def multiply_bytes(rounds: int, *, threads: int = 1, isa: str = "auto") -> int:
 
 class LayerWeights(NamedTuple):
     """What one decoder layer computes with; qkv and gate_up as in models.mixers and feedforward.
-    qkv_bias: [rows of qkv] float32, or empty for none."""
 
-    qkv: Packed
+    qkv: one matrix, or up to three that lie one below the other, where a file has stored queries,
+    keys and values in formats of unlike kinds. qkv_bias: [rows of qkv] float32, or empty for none.
+    """
+
+    qkv: tuple[Packed, ...]
     out: Packed
     gate_up: Packed
     down: Packed
     mixer_norm: torch.Tensor
     feedforward_norm: torch.Tensor
     qkv_bias: torch.Tensor
+
+    @property
+    def matrices(self) -> tuple[Packed, ...]:
+        """All packed ones, in the order in which the layer reads them."""
+        return (*self.qkv, self.out, self.gate_up, self.down)
 
 
 class LayerShape(NamedTuple):
@@ -184,13 +193,15 @@ def layers(
     each token's position. Any range will do, so
     an exit or an adapter can sit between two calls. IndexError for a place outside the cache.
     """
-    matrices = [m for layer in weights for m in layer[:4]]
+    matrices = [m for layer in weights for m in layer.matrices]
     norms = [n for layer in weights for n in (layer.mixer_norm, layer.feedforward_norm)]
     _ops().layers(
         x,
         kv,
         [m.data for m in matrices],
         [m.kind for m in matrices],
+        [m.padded_rows for m in matrices],
+        [len(layer.qkv) for layer in weights],
         norms,
         [layer.qkv_bias for layer in weights],
         shape.heads,

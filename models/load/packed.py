@@ -4,6 +4,7 @@ Accepts what `kernels.cpu` packs; anything else is a ValueError that says what t
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,11 @@ HEAD: Names = ("lm_head.weight",)
 
 
 class Place(NamedTuple):
-    """One packed matrix: the tensors that lie one below the other in it, and what it will be."""
+    """One packed matrix: the tensors that lie one below the other in it, and what it will be.
+    kind: see ops.KINDS."""
 
-    names: tuple[str, ...]
-    form: str
+    names: Names
+    kind: int
     rows: int
     columns: int
 
@@ -44,7 +46,7 @@ def load_packed(
     """
     _refuse_shape(file, config)
     source = GGUFWeights(file, config)
-    names = list(_names(config))
+    names = list(_names(source, config))
     places = [_place(source, group) for group in names]
     matrices = dict(zip(names, _packed(source, places, config, cache_dir), strict=True))
     layers = [_layer(source, matrices, index, config.qkv_bias) for index in range(config.layers)]
@@ -53,24 +55,44 @@ def load_packed(
     return PackedDecoder(config, embed, layers, norm, matrices.get(HEAD, embed), activations)
 
 
-def _names(config: ModelConfig) -> Iterator[Names]:
+def _names(source: GGUFWeights, config: ModelConfig) -> Iterator[Names]:
     """Every packed matrix of the decoder, by the tensors that it is made of."""
     yield EMBED
     if not config.tied_head:
         yield HEAD
     for index in range(config.layers):
-        yield from _layer_names(index)
+        yield from _qkv_names(source, index)
+        yield from _other_names(index)
 
 
-def _layer_names(index: int) -> tuple[Names, Names, Names, Names]:
+def _qkv_names(source: GGUFWeights, index: int) -> Iterator[Names]:
+    """One group for all parts of a layer's qkv, or more where they are of unlike kinds: files of
+    mixed formats keep values finer than queries and keys."""
+    prefix = f"model.layers.{index}.self_attn"
+    names = (f"{prefix}.{letter}_proj.weight" for letter in "qkv")
+    for _, group in groupby(names, key=lambda name: _kind(source, name)):
+        yield tuple(group)
+
+
+def _other_names(index: int) -> tuple[Names, Names, Names]:
     """Of one layer, in the order of ops.LayerWeights."""
     prefix = f"model.layers.{index}"
     return (
-        tuple(f"{prefix}.self_attn.{letter}_proj.weight" for letter in "qkv"),
         (f"{prefix}.self_attn.o_proj.weight",),
         tuple(f"{prefix}.mlp.{name}_proj.weight" for name in ("gate", "up")),
         (f"{prefix}.mlp.down_proj.weight",),
     )
+
+
+def _kind(source: GGUFWeights, name: str) -> int:
+    """Of the tensor once it is packed. ValueError when it is missing, or of another format."""
+    source.shape(name)
+    form = source.form(name)
+    if form not in ops.KINDS:
+        raise _refused(
+            source.file, f"{name} is stored as {form}; {', '.join(ops.KINDS)} are accepted"
+        )
+    return ops.KINDS[form]
 
 
 def _packed(
@@ -88,9 +110,9 @@ def _packed(
             trim()
         except OSError as error:
             raise ValueError(f"{cache_dir} cannot hold packed weights: {error}.") from None
-    sizes = [ops.packed_bytes(place.form, place.rows, place.columns) for place in places]
+    sizes = [ops.packed_bytes(place.kind, place.rows, place.columns) for place in places]
     return [
-        ops.Packed(data, ops.KINDS[place.form], place.rows, place.columns)
+        ops.Packed(data, place.kind, place.rows, place.columns)
         for data, place in zip(mapped(kept, sizes), places, strict=True)
     ]
 
@@ -114,7 +136,8 @@ def _refused(file: GGUFFile, reason: str) -> NotForCpuError:
 def _layer(
     source: GGUFWeights, matrices: Mapping[Names, ops.Packed], index: int, bias: bool
 ) -> ops.LayerWeights:
-    qkv, out, gate_up, down = (matrices[names] for names in _layer_names(index))
+    qkv = tuple(matrices[names] for names in _qkv_names(source, index))
+    out, gate_up, down = (matrices[names] for names in _other_names(index))
     prefix = f"model.layers.{index}"
     return ops.LayerWeights(
         qkv,
@@ -132,22 +155,27 @@ def _bias(source: GGUFWeights, prefix: str) -> torch.Tensor:
 
 
 def _place(source: GGUFWeights, names: Names) -> Place:
-    """ValueError when a tensor is missing, or they are not all of one accepted format."""
-    shapes = [source.shape(name) for name in names]
-    forms = {source.form(name) for name in names}
-    if len(forms) != 1 or not forms <= set(ops.KINDS):
-        found = " and ".join(sorted(forms))
+    """ValueError when a tensor is missing, or they are not all of one kind."""
+    kinds = {_kind(source, name) for name in names}
+    if len(kinds) != 1:
+        found = " and ".join(source.form(name) for name in names)
         raise _refused(
             source.file,
-            f"{names[0]} is stored as {found}; {', '.join(ops.KINDS)} are accepted, "
-            "one for all parts of a fused matrix",
+            f"{' and '.join(names)} are stored as {found}; one format is accepted for both",
         )
-    return Place(names, forms.pop(), sum(shape[0] for shape in shapes), shapes[0][1])
+    shapes = [source.shape(name) for name in names]
+    return Place(names, kinds.pop(), sum(shape[0] for shape in shapes), shapes[0][1])
 
 
 def _pack(source: GGUFWeights, place: Place) -> ops.Packed:
-    blocks = torch.cat([source.blocks(name).data.flatten() for name in place.names])
-    return ops.pack(blocks, place.form, place.rows, place.columns)
+    """Parts are whole tiles (MULTIPLE sees to that), so they are packed one by one, each from its
+    own format."""
+    parts = [
+        ops.pack(stored.data.flatten(), stored.form, stored.rows, stored.columns).data
+        for stored in map(source.blocks, place.names)
+    ]
+    data = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return ops.Packed(data, place.kind, place.rows, place.columns)
 
 
 def _vector(source: GGUFWeights, name: str) -> torch.Tensor:

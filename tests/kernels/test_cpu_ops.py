@@ -7,29 +7,26 @@ import pytest
 import torch
 
 from kernels.cpu import ops
+from kernels.formats import FORMATS
 from kernels.reference.dequantize import dequantize
 from kernels.reference.norm import rms_norm
+from tests.kernels.blocks import flat, random_blocks
 
 ROWS, COLUMNS = 40, 96  # 40 is not a whole number of tiles
 FORMS = tuple(ops.KINDS)
 
 
-def stored(form: str, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> torch.Tensor:
-    """Blocks of a random matrix, as llama.cpp quantises it."""
-    values = np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32)
-    blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType[form])
-    return torch.from_numpy(np.ascontiguousarray(blocks)).flatten()
-
-
-def decoded(form: str, blocks: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
-    out = torch.empty(rows, COLUMNS)
-    return dequantize(blocks, form, out)
+def columns_of(form: str) -> int:
+    """Some groups, or some blocks where those are larger."""
+    return max(COLUMNS, 3 * FORMATS[form].block_values)
 
 
 def packed(form: str, seed: int = 0) -> tuple[ops.Packed, torch.Tensor]:
-    """A packed matrix, and what it is decoded to."""
-    blocks = stored(form, seed=seed)
-    return ops.pack(blocks, form, ROWS, COLUMNS), decoded(form, blocks)
+    """A packed matrix, and what the gguf library decodes it to."""
+    columns = columns_of(form)
+    blocks = random_blocks(form, ROWS, columns, seed)
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[form])
+    return ops.pack(flat(blocks), form, ROWS, columns), torch.from_numpy(values.copy())
 
 
 def randomly(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -51,7 +48,7 @@ def test_rows_are_the_decoded_ones_bit_for_bit(form: str, isa: str):
 @pytest.mark.parametrize("activations,bound", [("accurate", 2e-4), ("fast", 2e-2)])
 def test_products_are_those_of_the_decoded_weights(form: str, m: int, activations, bound: float):
     weight, decoded_weight = packed(form)
-    x = randomly(m, COLUMNS)
+    x = randomly(m, weight.columns)
     y = ops.linear(x, weight, activations=activations)
     wanted = x.double() @ decoded_weight.double().T
     assert y.shape == (m, ROWS)
@@ -67,7 +64,8 @@ def test_products_are_those_of_the_decoded_weights(form: str, m: int, activation
 @pytest.mark.parametrize("activations,levels", [("accurate", 16256), ("fast", 127)])
 def test_products_of_activations_that_need_no_rounding_are_exact(form, activations, levels: int):
     weight, decoded_weight = packed(form)
-    x = torch.randint(-levels, levels + 1, (5, COLUMNS), generator=torch.Generator().manual_seed(2))
+    chance = torch.Generator().manual_seed(2)
+    x = torch.randint(-levels, levels + 1, (5, weight.columns), generator=chance)
     x[:, ::32] = levels  # the largest of each group, so that a step is 1
     y = ops.linear(x.float(), weight, activations=activations)
     wanted = x.double() @ decoded_weight.double().T
@@ -79,7 +77,7 @@ def test_products_of_activations_that_need_no_rounding_are_exact(form, activatio
 @pytest.mark.parametrize("activations", ["accurate", "fast"])
 def test_instruction_sets_threads_and_company_change_no_bit(form: str, activations):
     weight, _ = packed(form)
-    x = randomly(9, COLUMNS)
+    x = randomly(41, weight.columns)  # enough that matrix units are used, and a block not full
     first = ops.linear(x, weight, activations=activations)
     for isa in ops.instruction_sets():
         for threads in (1, 2, 3):
@@ -125,12 +123,31 @@ def test_q4_0_scales_of_any_size_are_packed_without_loss():
         ops.pack(too_large, "Q4_0", 1, 32)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_matrix_has_the_size_that_is_foretold(form: str):
+    weight, _ = packed(form)
+    assert weight.data.numel() == ops.packed_bytes(weight.kind, weight.rows, weight.columns)
+
+
+@pytest.mark.parametrize("form", ["Q4_K", "Q6_K"])
+def test_scales_of_k_quants_take_all_their_bits(form: str):
+    """Largest and smallest of them, in blocks of one value each."""
+    blocks = random_blocks(form, 16, 256)
+    inner = slice(4, 16) if form == "Q4_K" else slice(192, 208)
+    blocks[0, inner], blocks[1, inner], blocks[2, inner] = 255, 0, 128
+    weight = ops.pack(flat(blocks), form, 16, 256)
+    wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[form])
+    assert torch.equal(ops.rows(torch.arange(16), weight), torch.from_numpy(wanted.copy()))
+
+
 def test_refusals():
     weight, _ = packed("Q8_0")
     with pytest.raises(
-        ValueError, match="Q6_K is not packed for the CPU kernels; Q4_0, Q4_1, Q8_0"
+        ValueError, match="BF16 is not packed for the CPU kernels; Q4_0, Q4_1, Q8_0, Q4_K, Q6_K"
     ):
-        ops.pack(torch.zeros(210, dtype=torch.uint8), "Q6_K", 1, 256)
+        ops.pack(torch.zeros(64, dtype=torch.uint8), "BF16", 1, 32)
+    with pytest.raises(ValueError, match="columns should be a multiple of 256, not 128"):
+        ops.pack(torch.zeros(105, dtype=torch.uint8), "Q6_K", 1, 128)
     with pytest.raises(ValueError, match="blocks should be 34 contiguous bytes"):
         ops.pack(torch.zeros(33, dtype=torch.uint8), "Q8_0", 1, 32)
     with pytest.raises(ValueError, match="'mmx' is not known; auto and"):

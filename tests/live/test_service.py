@@ -128,9 +128,9 @@ def test_a_client_that_leaves_stops_its_work(live: LiveService, streamed: bool):
 
 
 def test_decode_replica_killed_in_mid_stream(live: LiveService):
-    undisturbed = "".join(stream(live, 60))
+    undisturbed = "".join(stream(live, 400))
     pid = live.pid("decode")
-    pieces = stream(live, 60)
+    pieces = stream(live, 400)
     seen = [next(pieces) for _ in range(8)]
     kill(pid)
     assert "".join([*seen, *pieces]) == undisturbed

@@ -5,8 +5,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.load import TextModel, load_for_cpu, load_model
 from models.packed import PackedDecoder
+from tests.kernels.blocks import flat, random_blocks
 from tests.models import tiny
 from tests.models.sequences import Sequences
 from tests.models.test_smollm2 import PROMPTS, greedy, prompt_ids
@@ -34,22 +33,28 @@ CONFIG = ModelConfig(
     rms_eps=1e-5,
     tied_head=True,
 )
+# Whole blocks of 256.
+LARGER = replace(CONFIG, layers=2, hidden=256, heads=8, ff=512)
 
 
 class Twins:
-    """One random model, packed and decoded."""
+    """One random model, packed and decoded. form: of every matrix, or "mixed" for what files of
+    K-quants have."""
 
     def __init__(self, config: ModelConfig = CONFIG, form: str = "Q4_1") -> None:
-        self.form, self.seed = form, 0
+        self.seed = 0
         self.reference = Decoder(config).requires_grad_(False).eval()
         values = dict(self.reference.named_parameters())
-        embed = self._matrix(values["embed.weight"], "Q8_0")
+        mixed = form == "mixed"
+        values_form, form = ("Q6_K", "Q4_K") if mixed else (form, form)
+        embed = self._matrix(values["embed.weight"], "Q6_K" if mixed else "Q8_0")
         layers = []
         for layer in range(config.layers):
             names = ("mixer.qkv", "mixer.out", "feedforward.gate_up", "feedforward.down")
-            qkv, out, gate_up, down = (
-                self._matrix(values[f"layers.{layer}.{n}.weight"], form) for n in names
-            )
+            fused, *others = (values[f"layers.{layer}.{n}.weight"] for n in names)
+            qkv = self._fused(fused, config, [form, form, values_form])
+            out, gate_up = (self._matrix(each, form) for each in others[:2])
+            down = self._matrix(others[2], values_form)
             before, between = (
                 self._vector(values[f"layers.{layer}.{n}.weight"])
                 for n in ("mixer_norm", "feedforward_norm")
@@ -62,14 +67,24 @@ class Twins:
         norm = self._vector(values["norm.weight"])
         self.packed = PackedDecoder(config, embed, layers, norm, embed)
 
+    def _fused(
+        self, parameter: torch.nn.Parameter, config: ModelConfig, forms: list[str]
+    ) -> tuple[ops.Packed, ...]:
+        """Queries, keys and values: one matrix if they are of one format, else one each."""
+        if len(set(forms)) == 1:
+            return (self._matrix(parameter, forms[0]),)
+        heads = (config.heads, config.kv_heads, config.kv_heads)
+        parts = [
+            torch.nn.Parameter(p) for p in parameter.split([n * config.head_dim for n in heads])
+        ]
+        made = tuple(self._matrix(p, form) for p, form in zip(parts, forms, strict=True))
+        parameter.data = torch.cat([p.data for p in parts])
+        return made
+
     def _matrix(self, parameter: torch.nn.Parameter, form: str) -> ops.Packed:
         rows, columns = parameter.shape
         self.seed += 1
-        chance = np.random.default_rng(self.seed)
-        drawn = chance.standard_normal((rows, columns)) / math.sqrt(columns)
-        kind = gguf.GGMLQuantizationType[form]
-        blocks = gguf.quants.quantize(drawn.astype(np.float32), kind)
-        raw = torch.from_numpy(np.ascontiguousarray(blocks)).flatten()
+        raw = flat(random_blocks(form, rows, columns, self.seed, 1 / math.sqrt(columns)))
         parameter.data = dequantize(raw, form, torch.empty(rows, columns))
         return ops.pack(raw, form, rows, columns)
 
@@ -85,21 +100,28 @@ def twins() -> Twins:
     return Twins()
 
 
+@pytest.fixture(scope="module")
+def mixed_twins() -> Twins:
+    return Twins(LARGER, "mixed")
+
+
 def ids(count: int, seed: int = 0) -> list[int]:
     return [(17 * n + 5 * seed + n * n) % CONFIG.vocab for n in range(count)]
 
 
-@pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "mixed"])
 @pytest.mark.parametrize("qkv_bias", [False, True])
 def test_logits_are_the_reference_decoder_s(form: str, qkv_bias: bool):
-    twins = Twins(replace(CONFIG, qkv_bias=qkv_bias), form)
+    twins = Twins(replace(LARGER if form == "mixed" else CONFIG, qkv_bias=qkv_bias), form)
     ours, theirs = (Sequences(d, 2, 60) for d in (twins.packed, twins.reference))
     work = [(0, ids(37)), (1, ids(20, 1))]
     for step in (work, [(1, ids(1, 2)), (0, ids(3, 3))], [(0, ids(1, 4)), (1, ids(1, 5))]):
         assert torch.allclose(ours.step(step), theirs.step(step), atol=2e-3)
 
 
-def test_chunks_batches_threads_and_instruction_sets_change_no_bit(twins: Twins, monkeypatch):
+@pytest.mark.parametrize("which", ["twins", "mixed_twins"])
+def test_chunks_batches_threads_and_instruction_sets_change_no_bit(which, request, monkeypatch):
+    twins = request.getfixturevalue(which)
     whole = Sequences(twins.packed, 1, 50).step([(0, ids(50))])
     for cut in (1, 16, 17, 31):
         sequences = Sequences(twins.packed, 3, 64, page_tokens=4, seed=cut)
@@ -190,6 +212,61 @@ def test_a_file_is_computed_as_the_reference_does(architecture: str, tmp_path: P
     assert torch.equal(ours.argmax(1), theirs.argmax(1))
 
 
+# What llama.cpp's Q4_K_M has: values and a layer's last matrix finer than the others.
+K_MIX = dict.fromkeys(tiny.FORMATS, "Q4_K") | dict.fromkeys(
+    ("token_embd", "attn_v", "ffn_down"), "Q6_K"
+)
+
+
+def tiny_of(monkeypatch, folder: Path, formats: dict[str, str], architecture="llama") -> str:
+    sizes = {"HIDDEN": 256, "HEADS": 8, "KV_HEADS": 2, "FF": 512, "FORMATS": formats}
+    for name, value in sizes.items():
+        monkeypatch.setattr(tiny, name, value)
+    return str(write_byte_level(folder / "tiny.gguf", architecture=architecture))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "formats,parts",
+    [(K_MIX, 2), (K_MIX | {"attn_k": "Q4_0"}, 3), (K_MIX | {"attn_v": "Q4_K"}, 1)],
+)
+def test_a_file_of_mixed_formats_is_computed_as_the_reference_does(
+    architecture: str, formats, parts: int, tmp_path: Path, monkeypatch
+):
+    path = tiny_of(monkeypatch, tmp_path, formats, architecture)
+    packed, reference = load_for_cpu(path), load_model(path)
+    assert [len(layer.qkv) for layer in packed.layers] == [parts] * tiny.LAYERS
+    ours, theirs = (
+        Sequences(decoder, 1, 40).step([(0, ids(40))]) for decoder in (packed, reference)
+    )
+    assert torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max()))
+    kept = [load_for_cpu(path, cache_dir=tmp_path / "kept") for _ in range(2)][1]
+    assert torch.equal(Sequences(kept, 1, 40).step([(0, ids(40))]), ours)
+
+
+def test_parts_of_formats_of_one_kind_are_fused(tmp_path: Path, monkeypatch):
+    """Q4_0 and Q4_1 are packed alike; gate and up have to be."""
+    formats = dict.fromkeys(tiny.FORMATS, "Q4_1") | {"attn_k": "Q4_0", "ffn_up": "Q4_0"}
+    path = tiny_of(monkeypatch, tmp_path, formats)
+    packed, reference = load_for_cpu(path), load_model(path)
+    assert len(packed.layers[0].qkv) == 1
+    ours, theirs = (
+        Sequences(decoder, 1, 40).step([(0, ids(40))]) for decoder in (packed, reference)
+    )
+    assert torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max()))
+
+
+def test_formats_that_are_not_taken_are_refused_by_name(tmp_path: Path, monkeypatch):
+    path = tiny_of(monkeypatch, tmp_path, K_MIX | {"ffn_up": "Q8_0"})
+    with pytest.raises(ValueError, match="are stored as Q4_K and Q8_0; one format is accepted for"):
+        load_for_cpu(path)
+    path = tiny_of(monkeypatch, tmp_path, K_MIX | {"attn_q": "BF16"})
+    with pytest.raises(
+        ValueError, match="q_proj.weight is stored as BF16; Q4_0, Q4_1, Q8_0, Q4_K, Q6_K are acc"
+    ):
+        load_for_cpu(path)
+
+
 def test_packed_weights_are_kept_and_mapped(
     smollm2_text: TextModel, smollm2_path: Path, tmp_path: Path, monkeypatch
 ):
@@ -197,7 +274,7 @@ def test_packed_weights_are_kept_and_mapped(
     monkeypatch.setattr(ops, "pack", None)  # the second time nothing is packed
     second = load_for_cpu(str(smollm2_path), cache_dir=tmp_path)
     for ours, theirs in zip(first.layers, second.layers, strict=True):
-        for a, b in zip(ours[:4], theirs[:4], strict=True):
+        for a, b in zip(ours.matrices, theirs.matrices, strict=True):
             assert torch.equal(a.data, b.data) and a[1:] == b[1:]
     monkeypatch.undo()
     fresh = load_for_cpu(str(smollm2_path))

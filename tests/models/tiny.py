@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from models.detokenize import BYTE_OF_CHARACTER
+from tests.kernels.blocks import K_SPREAD, random_blocks
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, FF = 64, 4, 2, 2, 96
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġ Ġ"]
@@ -18,6 +19,7 @@ TEMPLATE = (
 )
 # Enough formats to cross every branch of the loader; rows of 64 fit blocks of 32.
 FORMATS = {
+    "token_embd": "Q8_0",
     "attn_q": "Q4_1",
     "attn_k": "Q8_0",
     "attn_v": "Q4_0",
@@ -96,7 +98,8 @@ def _writer(path: Path, architecture: str, vocab: int) -> Any:
         "ffn_up": (FF, HIDDEN),
         "ffn_down": (HIDDEN, FF),
     }
-    _tensor(writer, "token_embd.weight", random.normal(size=(vocab, HIDDEN)), "Q8_0")
+    embed = random.normal(size=(vocab, HIDDEN))
+    _tensor(writer, "token_embd.weight", embed, FORMATS["token_embd"])
     _tensor(writer, "output_norm.weight", random.normal(1, 0.1, HIDDEN), "F32")
     for layer in range(LAYERS):
         for name in ("attn_norm", "ffn_norm"):
@@ -112,7 +115,11 @@ def _writer(path: Path, architecture: str, vocab: int) -> Any:
 
 def _tensor(writer: Any, name: str, values: np.ndarray, form: str) -> None:
     kind = gguf.GGMLQuantizationType[form]
-    raw = gguf.quants.quantize(values.astype(np.float32), kind)
+    if form in K_SPREAD:  # drawn anew: nobody here can quantise to them
+        rows, columns = values.shape
+        raw = random_blocks(form, rows, columns, len(name) + rows, float(values.std()))
+    else:
+        raw = gguf.quants.quantize(values.astype(np.float32), kind)
     writer.add_tensor(name, raw, raw_dtype=None if form in ("F32", "F16") else kind)
 
 

@@ -21,7 +21,7 @@ ROWS = {"lanes": (1, 32, 512), "amx": (512,)}
 def rows() -> Iterator[Row]:
     """Every row of this module."""
     model = load_for_cpu(MODEL)
-    matrices = [*(weight for layer in model.layers for weight in layer[:4]), model.head]
+    matrices = [*(weight for layer in model.layers for weight in layer.matrices), model.head]
     lanes = next(isa for isa in ops.instruction_sets() if isa != "amx")
     chosen = {lanes: ROWS["lanes"]}
     if "amx" in ops.instruction_sets():

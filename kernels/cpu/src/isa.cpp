@@ -75,6 +75,7 @@ class Chunks {
 };
 
 #include "activations.inc"
+#include "kinds.inc"
 #include "products.inc"
 #include "amx.inc"
 
@@ -160,26 +161,7 @@ void linears(Pool& pool, const Matrix* matrices, int64_t count, const float* x, 
 
 void gather_row(const Matrix& w, int64_t id, float* out) {
     const uint8_t* tile = w.data + size_t(id / TILE_ROWS) * w.tile_bytes();
-    const int64_t lane = id % TILE_ROWS, groups = w.columns / GROUP;
-    auto half_at = [](const uint8_t* p) {
-        uint16_t half;
-        std::memcpy(&half, p, 2);
-        return half_to_float(half);
-    };
-    for (int64_t g = 0; g < groups; g++, out += GROUP) {
-        if (w.kind == Kind::signed8) {
-            const uint8_t* bytes = tile + g * int64_t(SIGNED8_BYTES) + 4 * lane;
-            const float scale = half_at(tile + groups * int64_t(SIGNED8_BYTES) + g * int64_t(SCALES_BYTES) + 2 * lane);
-            for (int k = 0; k < GROUP; k++) out[k] = scale * float(int8_t(bytes[64 * (k / 4) + k % 4]));
-        } else {
-            const uint8_t* block = tile + g * int64_t(AFFINE4_BYTES);
-            const float scale = half_at(block + 256 + 2 * lane), minimum = half_at(block + 288 + 2 * lane);
-            for (int k = 0; k < GROUP; k++) {
-                uint8_t byte = block[64 * (k / 8) + 4 * lane + k % 4];
-                out[k] = scale * float(k % 8 < 4 ? byte & 15 : byte >> 4) + minimum;
-            }
-        }
-    }
+    for (int64_t g = 0; g < w.columns / GROUP; g++) decode_group(w, tile, g, id % TILE_ROWS, out + g * GROUP);
 }
 
 void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* out) {

@@ -65,9 +65,11 @@ const int64_t* indices(const at::Tensor& t, int64_t count, const char* name) {
 }
 
 Matrix matrix(const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns) {
-    TORCH_CHECK_VALUE(kind == 0 || kind == 1, "kind is ", kind, "; 0 and 1 are accepted");
-    TORCH_CHECK_VALUE(rows > 0 && rows % TILE_ROWS == 0 && columns > 0 && columns % GROUP == 0,
-                      "a packed matrix has a multiple of 16 rows and of 32 columns, not ", rows, " x ", columns);
+    TORCH_CHECK_VALUE(kind >= 0 && kind < KINDS, "kind is ", kind, "; 0 to ", KINDS - 1, " are accepted");
+    const int multiple = Kind(kind) == Kind::nested4 || Kind(kind) == Kind::nested8 ? SUPER : GROUP;
+    TORCH_CHECK_VALUE(rows > 0 && rows % TILE_ROWS == 0 && columns > 0 && columns % multiple == 0,
+                      "a packed matrix of kind ", kind, " has a multiple of 16 rows and of ", multiple,
+                      " columns, not ", rows, " x ", columns);
     Matrix made{packed.const_data_ptr<uint8_t>(), Kind(kind), rows, columns};
     int64_t bytes = rows / TILE_ROWS * int64_t(made.tile_bytes());
     TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == bytes, "a packed matrix of ", rows, " x ",
@@ -206,9 +208,44 @@ at::Tensor attention(at::Tensor& qkv, at::Tensor& kv, int64_t heads, const at::T
     return out;
 }
 
+// Takes the matrices of one layer after another, as they are asked for.
+struct Matrices {
+    const std::vector<at::Tensor>& packed;
+    at::IntArrayRef kinds, rows;
+    size_t taken = 0;
+
+    Matrix next(int64_t columns) {
+        TORCH_CHECK_VALUE(taken < packed.size(), "there are too few packed matrices for the layers");
+        const size_t at = taken++;
+        return matrix(packed[at], kinds[at], rows[at], columns);
+    }
+    Matrix next(int64_t wanted_rows, int64_t columns) {
+        const Matrix made = next(columns);
+        TORCH_CHECK_VALUE(made.rows == wanted_rows, "a matrix of ", wanted_rows, " rows is wanted, not of ", made.rows);
+        return made;
+    }
+};
+
+LayerWeights weights_of(const Shape& shape, Matrices& matrices, int64_t qkv_parts) {
+    const int64_t inner = shape.heads * shape.head_dim, wide = inner + 2 * shape.kv_heads * shape.head_dim;
+    TORCH_CHECK_VALUE(qkv_parts >= 1 && qkv_parts <= 3, "qkv_parts is ", qkv_parts, "; 1 to 3 are accepted");
+    LayerWeights made{};
+    made.qkv_parts = int(qkv_parts);
+    int64_t rows = 0;
+    for (int part = 0; part < made.qkv_parts; part++) {
+        made.qkv[part] = matrices.next(shape.hidden);
+        rows += made.qkv[part].rows;
+    }
+    TORCH_CHECK_VALUE(rows == wide, "the parts of qkv should have ", wide, " rows together, not ", rows);
+    made.out = matrices.next(shape.hidden, inner);
+    made.gate_up = matrices.next(2 * shape.ff, shape.hidden);
+    made.down = matrices.next(shape.hidden, shape.ff);
+    return made;
+}
+
 void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed,
-            at::IntArrayRef kinds, const std::vector<at::Tensor>& norms,
-            const std::vector<at::Tensor>& biases, int64_t heads, int64_t ff, double eps,
+            at::IntArrayRef kinds, at::IntArrayRef rows, at::IntArrayRef qkv_parts,
+            const std::vector<at::Tensor>& norms, const std::vector<at::Tensor>& biases, int64_t heads, int64_t ff, double eps,
             const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& sequences,
             const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines, bool accurate,
             int64_t threads, std::string isa) {
@@ -219,12 +256,15 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     const Shape shape{hidden, heads, kv.size(4), dim, ff, kv.size(2), kv.size(3), float(eps), format_of(kv, dim)};
     TORCH_CHECK_VALUE(dim % 32 == 0 && hidden % 32 == 0 && ff % 32 == 0 && heads % shape.kv_heads == 0,
                       "head_dim, hidden and ff should be multiples of 32, heads of kv_heads");
-    TORCH_CHECK_VALUE(int64_t(packed.size()) == 4 * count && int64_t(kinds.size()) == 4 * count &&
-                          int64_t(norms.size()) == 2 * count && int64_t(biases.size()) == count,
-                      "four packed matrices, two norms and a bias are wanted for each of ", count, " layers");
+    TORCH_CHECK_VALUE(kinds.size() == packed.size() && rows.size() == packed.size(),
+                      "a kind and rows are wanted for each of ", packed.size(), " matrices");
+    TORCH_CHECK_VALUE(int64_t(norms.size()) == 2 * count && int64_t(biases.size()) == count &&
+                          int64_t(qkv_parts.size()) == count,
+                      "two norms, a bias and the parts of qkv are wanted for each of ", count, " layers");
     const Step step = step_of(positions, slots, sequences, tables_, cosines, sines, shape);
     TORCH_CHECK_VALUE(step.tokens == tokens, "x should have as many rows as there are positions");
-    const int64_t inner = heads * dim, wide = inner + 2 * shape.kv_heads * dim;
+    const int64_t wide = heads * dim + 2 * shape.kv_heads * dim;
+    Matrices matrices{packed, kinds, rows};
     std::vector<LayerWeights> weights;
     for (int64_t layer = 0; layer < count; layer++) {
         for (int part = 0; part < 2; part++) {
@@ -234,14 +274,13 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
         const at::Tensor& bias = biases[size_t(layer)];
         check_float(bias, "a bias");
         TORCH_CHECK_VALUE(bias.numel() == 0 || bias.numel() == wide, "a bias should have 0 or ", wide, " values");
-        const size_t at = size_t(4 * layer);
-        weights.push_back({matrix(packed[at], kinds[at], wide, hidden),
-                           matrix(packed[at + 1], kinds[at + 1], hidden, inner),
-                           matrix(packed[at + 2], kinds[at + 2], 2 * ff, hidden),
-                           matrix(packed[at + 3], kinds[at + 3], hidden, ff),
-                           norms[2 * layer].const_data_ptr<float>(), norms[2 * layer + 1].const_data_ptr<float>(),
-                           bias.numel() == 0 ? nullptr : bias.const_data_ptr<float>()});
+        LayerWeights of_layer = weights_of(shape, matrices, qkv_parts[size_t(layer)]);
+        of_layer.mixer_norm = norms[2 * layer].const_data_ptr<float>();
+        of_layer.feedforward_norm = norms[2 * layer + 1].const_data_ptr<float>();
+        of_layer.qkv_bias = bias.numel() == 0 ? nullptr : bias.const_data_ptr<float>();
+        weights.push_back(of_layer);
     }
+    TORCH_CHECK_VALUE(matrices.taken == packed.size(), "there are more packed matrices than ", count, " layers have");
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     if (tokens > 0)
@@ -284,7 +323,8 @@ TORCH_LIBRARY(sanderling_cpu, m) {
     m.def("packed_rows(Tensor ids, Tensor packed, int kind, int rows, int columns, int threads, str isa) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads, str isa) -> Tensor");
     m.def(
-        "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, Tensor[] norms, Tensor[] biases, "
+        "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, int[] rows, int[] qkv_parts, "
+        "Tensor[] norms, Tensor[] biases, "
         "int heads, int ff, float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
         "bool accurate, int threads, str isa) -> ()");
     m.def(

@@ -7,8 +7,22 @@
 namespace sanderling {
 namespace {
 
-// The nibble of value k in a block of 32: ggml keeps k and k + 16 in one byte.
-uint8_t nibble(const uint8_t* nibbles, int k) { return k < 16 ? nibbles[k] & 15 : nibbles[k - 16] >> 4; }
+void put_nibble(uint8_t* group, int lane, int k, int value) {
+    uint8_t& byte = group[64 * (k / 8) + 4 * lane + k % 4];
+    byte = uint8_t(k % 8 < 4 ? (byte & 0xf0) | value : (byte & 15) | (value << 4));
+}
+
+void put_byte(uint8_t* tile, int lane, int column, int value) {
+    tile[column / GROUP * int(SIGNED8_BYTES) + column % GROUP / 4 * 64 + 4 * lane + column % 4] = uint8_t(value);
+}
+
+uint16_t half_at(const uint8_t* p) {
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    return half;
+}
+
+void put_half(uint8_t* scales, int lane, uint16_t half) { std::memcpy(scales + 2 * lane, &half, 2); }
 
 // -8 times a half: exact, but where that is beyond what a half can hold.
 uint16_t minus_eight_times(uint16_t half, bool& exact) {
@@ -24,54 +38,107 @@ uint16_t minus_eight_times(uint16_t half, bool& exact) {
     return uint16_t((half ^ 0x8000) + (3 << 10));
 }
 
-void pack_affine(const uint8_t* block, int lane, bool with_minimum, uint8_t* to, bool& exact) {
+// One block of a row; it begins at `column` of lane `lane` of a tile of `columns`.
+struct Place {
+    uint8_t* tile;
+    int lane;
+    int64_t column, columns;
+};
+
+void pack_affine(const uint8_t* block, const Place& to, bool with_minimum, bool& exact) {
     const uint8_t* nibbles = block + (with_minimum ? 4 : 2);
-    for (int k = 0; k < GROUP; k++) {
-        uint8_t& byte = to[64 * (k / 8) + 4 * lane + k % 4];
-        byte = uint8_t(k % 8 < 4 ? (byte & 0xf0) | nibble(nibbles, k) : (byte & 15) | (nibble(nibbles, k) << 4));
+    uint8_t* group = to.tile + to.column / GROUP * int64_t(AFFINE4_BYTES);
+    for (int k = 0; k < 16; k++) {  // k and k + 16 are in one byte
+        put_nibble(group, to.lane, k, nibbles[k] & 15);
+        put_nibble(group, to.lane, k + 16, nibbles[k] >> 4);
     }
-    uint16_t scale, minimum;
-    std::memcpy(&scale, block, 2);
-    if (with_minimum)
-        std::memcpy(&minimum, block + 2, 2);
-    else
-        minimum = minus_eight_times(scale, exact);
-    std::memcpy(to + 256 + 2 * lane, &scale, 2);
-    std::memcpy(to + 288 + 2 * lane, &minimum, 2);
+    const uint16_t scale = half_at(block);
+    put_half(group + 256, to.lane, scale);
+    put_half(group + 288, to.lane, with_minimum ? half_at(block + 2) : minus_eight_times(scale, exact));
 }
 
-void pack_signed(const uint8_t* block, int lane, uint8_t* bytes, uint8_t* scales) {
-    for (int k = 0; k < GROUP; k++) bytes[64 * (k / 4) + 4 * lane + k % 4] = block[2 + k];
-    std::memcpy(scales + 2 * lane, block, 2);
+void pack_signed(const uint8_t* block, const Place& to) {
+    const int64_t group = to.column / GROUP;
+    uint8_t* bytes = to.tile + group * int64_t(SIGNED8_BYTES);
+    for (int k = 0; k < GROUP; k++) put_byte(bytes, to.lane, k, block[2 + k]);
+    put_half(to.tile + to.columns / GROUP * int64_t(SIGNED8_BYTES) + group * int64_t(SCALES_BYTES), to.lane, half_at(block));
+}
+
+// Q4_K: two halves, eight scales and eight minima of 6 bits in 12 bytes, and nibbles: each 32 bytes have
+// one group in their low halves and the next in their high ones. Minima are subtracted.
+void pack_q4_k(const uint8_t* block, const Place& to) {
+    uint8_t* super = to.tile + to.column / SUPER * int64_t(NESTED4_BYTES);
+    uint8_t* inner = super + NESTED4_SCALES;
+    const uint8_t *six = block + 4, *nibbles = block + 16;
+    for (int g = 0; g < SUPER_GROUPS; g++) {
+        for (int k = 0; k < GROUP; k++)
+            put_nibble(super + 256 * g, to.lane, k, (nibbles[g / 2 * 32 + k] >> (g % 2 * 4)) & 15);
+        inner[32 * g + to.lane] = g < 4 ? six[g] & 63 : uint8_t((six[g + 4] & 15) | (six[g - 4] >> 6 << 4));
+        inner[32 * g + 16 + to.lane] = g < 4 ? six[g + 4] & 63 : uint8_t((six[g + 4] >> 4) | (six[g] >> 6 << 4));
+    }
+    uint8_t* outer = super + NESTED4_BYTES - 2 * SCALES_BYTES;
+    put_half(outer, to.lane, half_at(block));
+    put_half(outer + SCALES_BYTES, to.lane, half_at(block + 2) ^ 0x8000);
+}
+
+// Q6_K: of each 128 values 64 bytes with low nibbles of the first and the last 64, 32 bytes with two high
+// bits of each 32; then sixteen scales of 8 bits, and a half. Values are 32 less than what is stored.
+void pack_q6_k(const uint8_t* block, const Place& to) {
+    uint8_t* bytes = to.tile + to.column / GROUP * int64_t(SIGNED8_BYTES);
+    for (int k = 0; k < SUPER; k++) {
+        const int part = k / 128, at = k % 128;
+        const int low = (block[64 * part + at % 64] >> (at / 64 * 4)) & 15;
+        const int high = (block[128 + 32 * part + at % 32] >> (at / 32 * 2)) & 3;
+        put_byte(bytes, to.lane, k, (low | high << 4) - 32);
+    }
+    uint8_t* super = to.tile + to.columns / GROUP * int64_t(SIGNED8_BYTES) + to.column / SUPER * int64_t(NESTED8_BYTES);
+    for (int i = 0; i < 16; i++) super[16 * i + to.lane] = block[192 + i];
+    put_half(super + NESTED8_BYTES - SCALES_BYTES, to.lane, half_at(block + 208));
+}
+
+struct Format {
+    const char* name;
+    Kind kind;
+    int64_t values, bytes;  // of a block
+};
+
+constexpr Format FORMATS[] = {{"Q4_0", Kind::affine4, 32, 18},
+                              {"Q4_1", Kind::affine4, 32, 20},
+                              {"Q8_0", Kind::signed8, 32, 34},
+                              {"Q4_K", Kind::nested4, 256, 144},
+                              {"Q6_K", Kind::nested8, 256, 210}};
+
+void pack_block(const Format& format, const uint8_t* block, const Place& to, bool& exact) {
+    switch (format.kind) {
+        case Kind::affine4: return pack_affine(block, to, format.bytes == 20, exact);
+        case Kind::signed8: return pack_signed(block, to);
+        case Kind::nested4: return pack_q4_k(block, to);
+        case Kind::nested8: return pack_q6_k(block, to);
+    }
 }
 
 }  // namespace
 
-at::Tensor pack_blocks(const at::Tensor& blocks, const std::string& format, int64_t rows, int64_t columns) {
-    const int64_t size = format == "Q4_0" ? 18 : format == "Q4_1" ? 20 : format == "Q8_0" ? 34 : 0;
-    TORCH_CHECK_VALUE(size != 0, "format ", format, " is not packed; Q4_0, Q4_1 and Q8_0 are");
-    TORCH_CHECK_VALUE(rows > 0 && columns > 0 && columns % GROUP == 0, "columns should be a multiple of 32, not ", columns);
-    const int64_t groups = columns / GROUP, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    TORCH_CHECK_VALUE(blocks.scalar_type() == at::kByte && blocks.is_contiguous() && blocks.numel() == rows * groups * size,
-                      "blocks should be ", rows * groups * size, " contiguous bytes");
-    const bool affine = format != "Q8_0";
-    const int64_t bytes = int64_t(Matrix{nullptr, affine ? Kind::affine4 : Kind::signed8, rows, columns}.tile_bytes());
+at::Tensor pack_blocks(const at::Tensor& blocks, const std::string& name, int64_t rows, int64_t columns) {
+    const Format* format = nullptr;
+    for (const Format& known : FORMATS)
+        if (name == known.name) format = &known;
+    TORCH_CHECK_VALUE(format != nullptr, "format ", name, " is not packed; Q4_0, Q4_1, Q8_0, Q4_K and Q6_K are");
+    TORCH_CHECK_VALUE(rows > 0 && columns > 0 && columns % format->values == 0, "columns should be a multiple of ",
+                      format->values, ", not ", columns);
+    const int64_t in_row = columns / format->values, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    TORCH_CHECK_VALUE(blocks.scalar_type() == at::kByte && blocks.is_contiguous() &&
+                          blocks.numel() == rows * in_row * format->bytes,
+                      "blocks should be ", rows * in_row * format->bytes, " contiguous bytes");
+    const int64_t bytes = int64_t(Matrix{nullptr, format->kind, rows, columns}.tile_bytes());
     at::Tensor packed = at::zeros({tiles * bytes}, blocks.options());
     const uint8_t* from = blocks.const_data_ptr<uint8_t>();
     uint8_t* to = packed.data_ptr<uint8_t>();
     bool exact = true;
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t g = 0; g < groups; g++) {
-            const uint8_t* block = from + (row * groups + g) * size;
-            uint8_t* tile = to + row / TILE_ROWS * bytes;
-            const int lane = int(row % TILE_ROWS);
-            if (affine)
-                pack_affine(block, lane, format == "Q4_1", tile + g * int64_t(AFFINE4_BYTES), exact);
-            else
-                pack_signed(block, lane, tile + g * int64_t(SIGNED8_BYTES),
-                            tile + groups * int64_t(SIGNED8_BYTES) + g * int64_t(SCALES_BYTES));
-        }
-    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < in_row; i++, from += format->bytes)
+            pack_block(*format, from, {to + row / TILE_ROWS * bytes, int(row % TILE_ROWS), i * format->values, columns},
+                       exact);
     TORCH_CHECK_VALUE(exact, "a scale of the matrix is too large to be packed without loss");
     return packed;
 }

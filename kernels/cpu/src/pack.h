@@ -7,8 +7,8 @@
 
 namespace sanderling {
 
-// blocks: uint8, `rows` rows of columns / 32 blocks in format Q4_0, Q4_1 or Q8_0. Rows are padded with
-// zeros to a multiple of 16. ValueError for any other format or size.
+// blocks: uint8, `rows` rows of blocks in format Q4_0, Q4_1, Q8_0, Q4_K or Q6_K. Rows are padded with zeros
+// to a multiple of 16. ValueError for any other format or size.
 at::Tensor pack_blocks(const at::Tensor& blocks, const std::string& format, int64_t rows, int64_t columns);
 
 }  // namespace sanderling

@@ -15,10 +15,20 @@ constexpr int GROUP = 32;
 constexpr size_t AFFINE4_BYTES = 16 * 32 / 2 + 2 * 16 * 2;     // nibbles, scales, minima
 constexpr size_t SIGNED8_BYTES = 16 * 32;                      // bytes; the tile's scales follow the last
 constexpr size_t SCALES_BYTES = 16 * 2;
+// Of the nested kinds, whose scales are small integers times a half that 256 columns share.
+constexpr int SUPER = 256;
+constexpr int SUPER_GROUPS = SUPER / GROUP;
+constexpr size_t NESTED4_SCALES = 16 * SUPER / 2;              // nibbles come first in a super-group
+constexpr size_t NESTED4_BYTES = NESTED4_SCALES + SUPER_GROUPS * 2 * 16 + 2 * SCALES_BYTES;
+constexpr size_t NESTED8_BYTES = SUPER_GROUPS * 2 * 16 + SCALES_BYTES;  // scales behind the tile's bytes
 
 constexpr int64_t PEAK_MACS = 16 * 64;  // of one round of Table::multiply
 
-enum class Kind { affine4 = 0, signed8 = 1 };
+// affine4 (Q4_0, Q4_1): nibbles, a scale and a minimum as halves. signed8 (Q8_0): bytes, a scale as a half.
+// nested4 (Q4_K): nibbles, scale and minimum 6-bit integers times halves of the super-group. nested8 (Q6_K):
+// bytes, of each 16 columns an 8-bit scale times a half of the super-group.
+enum class Kind { affine4 = 0, signed8 = 1, nested4 = 2, nested8 = 3 };
+constexpr int KINDS = 4;
 
 // A packed matrix [rows, columns]: rows a multiple of 16 (padded with zeros), columns of 32.
 struct Matrix {
@@ -27,9 +37,13 @@ struct Matrix {
     int64_t rows, columns;
     // A whole number of cache lines.
     SANDERLING_INLINE size_t tile_bytes() const {
-        const size_t groups = size_t(columns / GROUP);
-        return kind == Kind::affine4 ? groups * AFFINE4_BYTES
-                                     : (groups * (SIGNED8_BYTES + SCALES_BYTES) + 63) / 64 * 64;
+        const size_t groups = size_t(columns / GROUP), supers = size_t(columns / SUPER);
+        switch (kind) {
+            case Kind::affine4: return groups * AFFINE4_BYTES;
+            case Kind::signed8: return (groups * (SIGNED8_BYTES + SCALES_BYTES) + 63) / 64 * 64;
+            case Kind::nested4: return supers * NESTED4_BYTES;
+            default: return (groups * SIGNED8_BYTES + supers * NESTED8_BYTES + 63) / 64 * 64;
+        }
     }
 };
 
@@ -65,8 +79,11 @@ struct Step {
     const float *cosines, *sines;  // [N, head_dim / 2]
 };
 
+// qkv lies in one matrix, or in up to three, one below the other, where its parts are of unlike kinds.
 struct LayerWeights {
-    Matrix qkv, out, gate_up, down;
+    Matrix qkv[3];
+    int qkv_parts;
+    Matrix out, gate_up, down;
     const float *mixer_norm, *feedforward_norm;
     const float* qkv_bias;  // nullptr for none
 };
