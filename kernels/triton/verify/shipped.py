@@ -4,6 +4,7 @@ Works with and without the interpreter. Called by `aot.py`, `worker.py`, `roofli
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
@@ -60,10 +61,8 @@ def _sources(kernel: Any) -> set[str]:
         name = f"{fn.__module__}.{fn.__qualname__}"
         if name in found:
             continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
-        _strip(tree)
-        found[name] = f"{name}: {ast.unparse(tree)}"
-        used = {each.id for each in ast.walk(tree) if isinstance(each, ast.Name)}
+        text, used = _written(fn)
+        found[name] = f"{name}: {text}"
         for each in used & set(fn.__globals__):
             value = fn.__globals__[each]
             if hasattr(value, "fn") and value.fn.__module__.startswith(kernels.triton.__name__):
@@ -73,7 +72,12 @@ def _sources(kernel: Any) -> set[str]:
     return set(found.values())
 
 
-def _strip(tree: ast.Module) -> None:
+@functools.cache
+def _written(fn: Any) -> tuple[str, frozenset[str]]:
+    """A function's source without comments and docstrings, and the names in it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+    names = frozenset(each.id for each in ast.walk(tree) if isinstance(each, ast.Name))
+    return ast.unparse(tree), names

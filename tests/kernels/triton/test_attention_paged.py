@@ -64,13 +64,13 @@ def test_what_no_sequence_has_is_never_read(kind):
     """NaN in pages that no table names, and past the end of the last one; a wild table beyond."""
     args = inputs(kind)
     wanted = run(args)
-    wild = [each if each is None else each.clone() for each in args]
+    wild: list[Any] = [each if each is None else each.clone() for each in args]
     for each in wild[1:5]:
         if each is not None and each.is_floating_point():
             each[4, 5:], each[2, 1:] = torch.nan, torch.nan
     assert torch.equal(run(wild), wanted)
     alone = [wild[0][:1], *wild[1:5], wild[5][:1], wild[6][:1]]
-    for each in alone[1:5]:
+    for each in wild[1:5]:
         if each is not None and each.is_floating_point():
             each[1:3] = torch.nan
     assert torch.equal(run(alone), wanted[:1])
@@ -93,7 +93,7 @@ def test_parts_are_those_of_the_context():
     """Each part and its log-sum-exp, and more parts than tiles: zeros and -inf."""
     args = inputs("float", page_tokens=8)
     with watched():
-        outs, lse = paged_attention_parts(*args, 0, 3)
+        outs, lse = paged_attention_parts(*[*args, 0, 3])
     assert outs.dtype == lse.dtype == torch.float32
     assert (lse[2] == -torch.inf).all() and not outs[2].any()
     right, right_lse = reference.merge_states(outs.double(), lse.double())

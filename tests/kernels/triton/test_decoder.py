@@ -48,7 +48,7 @@ class Model(NamedTuple):
 
 
 def implementation(package: str) -> dict[str, Callable[..., Any]]:
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     for module, names in OPS.items():
         loaded = importlib.import_module(f"{package}.{module}")
         found |= {name: getattr(loaded, name) for name in names}
@@ -112,7 +112,10 @@ def step(
         normed, x = ops["rms_norm_residual"](attended, x, layer.norms[1], EPS)
         inner = ops["gated"](ops["w4_linear"](normed, *layer.up), "silu")
         added = ops["w4_linear"](inner, *layer.down)
-    return ops["w4_linear"](ops["rms_norm"](x + added, model.norm, EPS), *model.head)
+    logits: torch.Tensor = ops["w4_linear"](
+        ops["rms_norm"](x + added, model.norm, EPS), *model.head
+    )
+    return logits
 
 
 def decode(package: str, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -32,8 +32,15 @@ def exact(args):
     return reference.sgmv(*(each.double() if each.is_floating_point() else each for each in args))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_75", "gfx1100"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("sm_80", torch.float32),
+        ("sm_80", torch.bfloat16),
+        ("sm_75", torch.bfloat16),
+        ("gfx1100", torch.float32),
+    ],
+)
 def test_several_tiles_and_parts_of_k(target, dtype):
     """Ranks above a tile, two parts of K of which the last one is short, two tiles of columns."""
     args = inputs(rank=33, columns=140, width=70, dtype=dtype)
