@@ -94,9 +94,10 @@ class EngineSettings(Section):
         description="What computes: cpu is C++ on the quantised weights of a GGUF file (float32 "
         "only), reference is torch, auto is cpu where it takes the model and says so where not.",
     )
-    activations: Literal["accurate", "fast"] = Field(
+    activations: Literal["accurate", "fast", "float32"] = Field(
         "accurate",
-        description="Of the CPU kernels: 15-bit activations, or 8-bit ones, which cost quality.",
+        description="Of the CPU kernels: 15-bit activations; 8-bit ones, which cost quality; or "
+        "float32 ones, which are not rounded at all and cost speed.",
     )
     kv_dtype: Literal["auto", "float32", "float16", "int8", "int4"] = Field(
         "auto",

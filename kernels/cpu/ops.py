@@ -1,8 +1,9 @@
 """The compiled ops of kernels/cpu as Python sees them: packed matrices, and functions over them.
 
 A matrix keeps the numbers of its GGUF blocks, in another order. Activations are float32 outside
-and quantised inside, by groups of 32: `accurate` to 15 bits, else to 8. A row's result depends
-neither on the other rows, nor on the number of threads, nor on the instruction set.
+and quantised inside, by groups of 32: `accurate` to 15 bits, `fast` to 8, `float32` not at all
+(slower: weights are decoded). A row's result depends neither on the other rows, nor on the number
+of threads, nor on the instruction set.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ TILE_ROWS = 16
 TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384)}  # columns and their bytes
 LINE_BYTES = 64  # a tile is a whole number of them
 LAYOUT_VERSION = 3  # of packed data, where it is kept in files
-Activations = Literal["accurate", "fast"]
+Activations = Literal["accurate", "fast", "float32"]
 
 
 @cache
@@ -78,10 +79,9 @@ def linear(
     threads: int = 1,
     isa: str = "auto",
 ) -> torch.Tensor:
-    """x [M, columns] float32 -> [M, rows] float32."""
-    accurate = activations == "accurate"
+    """x [M, columns] float32 -> [M, rows] float32. ValueError for unknown activations."""
     y = _ops().packed_linear(
-        x, weight.data, weight.kind, weight.padded_rows, accurate, threads, isa
+        x, weight.data, weight.kind, weight.padded_rows, activations, threads, isa
     )
     return cast(torch.Tensor, y[:, : weight.rows])
 
@@ -102,7 +102,7 @@ def linears(
         [w.kind for w in weights],
         [w.padded_rows for w in weights],
         [w.columns for w in weights],
-        activations == "accurate",
+        activations,
         threads,
         isa,
     )
@@ -208,7 +208,7 @@ def layers(
         shape.ff,
         shape.eps,
         *step,
-        activations == "accurate",
+        activations,
         threads,
         isa,
     )

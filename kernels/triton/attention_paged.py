@@ -184,7 +184,8 @@ def paged_attention_kernel(
         weights, low, high = _weighed(weights, low, high, value_scales, scale_at, seen, q_low.dtype)
         out_low = product(weights, low, out_low * shrink[:, None], MATRIX)
         out_high = product(weights, high, out_high * shrink[:, None], MATRIX)
-    row = ((part.to(tl.int64) * tl.num_programs(0) + sequence) * tl.num_programs(1) + head) * G + group
+    row = (part.to(tl.int64) * tl.num_programs(0) + sequence) * tl.num_programs(1) + head
+    row = row * G + group
     _finish(outs, lse, row, group < G, top, total, out_low, out_high, first, second, D)
 
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16")
-ACTIVATIONS = ("accurate", "fast")
+ACTIVATIONS = ("accurate", "fast", "float32")
 
 
 def load_text(model: str) -> TextModel:
@@ -77,7 +77,7 @@ def load_for_cpu(
     file, or one that those kernels do not take (a NotForCpuError, which says why).
     """
     if activations not in ACTIVATIONS:
-        raise ValueError(f"activations {activations!r}: {' and '.join(ACTIVATIONS)} are accepted.")
+        raise ValueError(f"activations {activations!r}: {', '.join(ACTIVATIONS)} are accepted.")
     path = resolve(model)
     if path.is_dir():
         raise NotForCpuError(

@@ -45,7 +45,9 @@ def test_rows_are_the_decoded_ones_bit_for_bit(form: str, isa: str):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 7, 17])
-@pytest.mark.parametrize("activations,bound", [("accurate", 2e-4), ("fast", 2e-2)])
+@pytest.mark.parametrize(
+    "activations,bound", [("accurate", 2e-4), ("fast", 2e-2), ("float32", 1e-6)]
+)
 def test_products_are_those_of_the_decoded_weights(form: str, m: int, activations, bound: float):
     weight, decoded_weight = packed(form)
     x = randomly(m, weight.columns)
@@ -61,11 +63,13 @@ def test_products_are_those_of_the_decoded_weights(form: str, m: int, activation
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("activations,levels", [("accurate", 16256), ("fast", 127)])
-def test_products_of_activations_that_need_no_rounding_are_exact(form, activations, levels: int):
+@pytest.mark.parametrize(
+    "activations,levels", [("accurate", 16256), ("fast", 127), ("float32", 1e6)]
+)
+def test_products_of_activations_that_need_no_rounding_are_exact(form, activations, levels):
     weight, decoded_weight = packed(form)
     chance = torch.Generator().manual_seed(2)
-    x = torch.randint(-levels, levels + 1, (5, weight.columns), generator=chance)
+    x = torch.randint(-int(levels), int(levels) + 1, (5, weight.columns), generator=chance)
     x[:, ::32] = levels  # the largest of each group, so that a step is 1
     y = ops.linear(x.float(), weight, activations=activations)
     wanted = x.double() @ decoded_weight.double().T
@@ -74,7 +78,7 @@ def test_products_of_activations_that_need_no_rounding_are_exact(form, activatio
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("activations", ["accurate", "fast"])
+@pytest.mark.parametrize("activations", ["accurate", "fast", "float32"])
 def test_instruction_sets_threads_and_company_change_no_bit(form: str, activations):
     weight, _ = packed(form)
     x = randomly(41, weight.columns)  # enough that matrix units are used, and a block not full
@@ -152,7 +156,9 @@ def test_refusals():
         ops.pack(torch.zeros(33, dtype=torch.uint8), "Q8_0", 1, 32)
     with pytest.raises(ValueError, match="'mmx' is not known; auto and"):
         ops.linear(randomly(1, COLUMNS), weight, isa="mmx")
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(ValueError, match="'slow'; accurate, fast and float32 are accepted"):
+        ops.linear(randomly(1, COLUMNS), weight, activations="slow")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x should be a contiguous float32"):
         ops.linear(randomly(1, COLUMNS).double(), weight)
     with pytest.raises(ValueError, match="threads is 0"):
         ops.linear(randomly(1, COLUMNS), weight, threads=0)
@@ -165,7 +171,7 @@ def test_opcheck():
     native = ops._ops()
     x = randomly(3, COLUMNS)
     tests = ("test_schema", "test_faketensor")
-    linear = (x, weight.data, 0, weight.padded_rows, True, 1, "auto")
+    linear = (x, weight.data, 0, weight.padded_rows, "accurate", 1, "auto")
     torch.library.opcheck(native.packed_linear, linear, test_utils=tests)
     ids = (torch.tensor([1, 2]), weight.data, 0, weight.padded_rows, COLUMNS, 1, "auto")
     torch.library.opcheck(native.packed_rows, ids, test_utils=tests)

@@ -105,6 +105,13 @@ def mixed_twins() -> Twins:
     return Twins(LARGER, "mixed")
 
 
+@pytest.fixture(scope="module")
+def plain_twins() -> Twins:
+    made = Twins(LARGER, "mixed")
+    made.packed.activations = "float32"
+    return made
+
+
 def ids(count: int, seed: int = 0) -> list[int]:
     return [(17 * n + 5 * seed + n * n) % CONFIG.vocab for n in range(count)]
 
@@ -119,7 +126,13 @@ def test_logits_are_the_reference_decoder_s(form: str, qkv_bias: bool):
         assert torch.allclose(ours.step(step), theirs.step(step), atol=2e-3)
 
 
-@pytest.mark.parametrize("which", ["twins", "mixed_twins"])
+def test_float32_activations_are_not_rounded(plain_twins: Twins):
+    """A hundred times nearer to the reference than 15 bits are asked to be."""
+    ours, theirs = (Sequences(d, 1, 40) for d in (plain_twins.packed, plain_twins.reference))
+    assert torch.allclose(ours.step([(0, ids(40))]), theirs.step([(0, ids(40))]), atol=2e-5)
+
+
+@pytest.mark.parametrize("which", ["twins", "mixed_twins", "plain_twins"])
 def test_chunks_batches_threads_and_instruction_sets_change_no_bit(which, request, monkeypatch):
     twins = request.getfixturevalue(which)
     whole = Sequences(twins.packed, 1, 50).step([(0, ids(50))])
@@ -192,7 +205,7 @@ def test_files_that_are_not_taken_are_refused_in_a_sentence(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="takes GGUF files"):
         load_for_cpu(str(tmp_path / "folder"))
-    with pytest.raises(ValueError, match="accurate and fast are accepted"):
+    with pytest.raises(ValueError, match="accurate, fast, float32 are accepted"):
         load_for_cpu(str(path), "slow")
 
 
@@ -296,3 +309,8 @@ def test_the_default_model_answers_as_the_reference_does(
         assert made == wanted, words
         assert (ours - logits).abs().max() < 2e-2
     assert replace(packed.config) == smollm2.config
+    packed.activations = "float32"
+    prompt = prompt_ids(smollm2_text, PROMPTS[0])
+    wanted, logits = greedy(smollm2, prompt, 8)
+    made, ours = greedy(packed, prompt, 8)
+    assert made == wanted and (ours - logits).abs().max() < 1e-3

@@ -1,7 +1,7 @@
 // The kernels, in sixteen lanes. Compiled once for each instruction set, with SANDERLING_ISA its name.
 //
 // Activations are quantised by groups of 32 values: accurate to 15 bits, as a signed high and an
-// unsigned low part of 7 bits, or fast to 8. A product's sums over a group are exact integers; scales
+// unsigned low part of 7 bits, or fast to 8; or they are left as they are (plain.inc). A product's sums over a group are exact integers; scales
 // and minima come in afterwards, group by group. So a row's result depends neither on the other rows
 // nor on threads, tiles or the instruction set.
 #include "table.h"
@@ -133,13 +133,13 @@ struct Columns {
 // One product after another, each of the same x [m, widest] (of which it reads its own columns). Without
 // y the results are left as a layer takes them.
 void linears(Pool& pool, const Matrix* matrices, int64_t count, const float* x, int64_t widest, int64_t m,
-             float* y, bool accurate) {
-    const ActivationBuffer buffer(m, widest, accurate);
+             float* y, Precision precision) {
+    const ActivationBuffer buffer(m, widest, precision);
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) most = matrices[i].rows > most ? matrices[i].rows : most;
     const Columns dropped(y == nullptr ? m : 0, most);
     on_all(pool, 2 * count, [&](Phases phases, int thread) {
-        const MatrixUnits units(accurate);
+        const MatrixUnits units(precision);
         for (int64_t i = 0; i < count; i++) {
             const Matrix& w = matrices[i];
             const Activations a = buffer.of(w.columns);

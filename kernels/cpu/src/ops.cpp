@@ -36,6 +36,14 @@ const Table& choose(const std::string& isa) {
     TORCH_CHECK_VALUE(false, "instruction set '", isa, "' is not known; auto and ", known, " are");
 }
 
+Precision precision_of(const std::string& activations) {
+    if (activations == "accurate") return Precision::accurate;
+    if (activations == "fast") return Precision::fast;
+    TORCH_CHECK_VALUE(activations == "float32", "activations is '", activations,
+                      "'; accurate, fast and float32 are accepted");
+    return Precision::float32;
+}
+
 // One pool for each number of threads, kept: an op is called hundreds of times a second.
 Pool& pool_of(int64_t threads) {
     TORCH_CHECK_VALUE(threads >= 1 && threads <= 1024, "threads is ", threads, "; 1 to 1024 are accepted");
@@ -81,23 +89,25 @@ at::Tensor pack(const at::Tensor& blocks, std::string format, int64_t rows, int6
     return pack_blocks(blocks, format, rows, columns);
 }
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t kind, int64_t rows, bool accurate,
-                  int64_t threads, std::string isa) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t kind, int64_t rows,
+                  std::string activations, int64_t threads, std::string isa) {
     check_float(x, "x");
     TORCH_CHECK_VALUE(x.dim() == 2, "x should have two dimensions");
     const Matrix w = matrix(packed, kind, rows, x.size(1));
+    const Precision precision = precision_of(activations);
     at::Tensor y = at::empty({x.size(0), rows}, x.options());
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     if (x.size(0) > 0)
         table.linears(pool_of(threads), &w, 1, x.const_data_ptr<float>(), x.size(1), x.size(0), y.data_ptr<float>(),
-                      accurate);
+                      precision);
     return y;
 }
 
 // All products of a step and nothing else: a benchmark's. x [m, the widest's columns].
 void linears(const at::Tensor& x, const std::vector<at::Tensor>& packed, at::IntArrayRef kinds,
-             at::IntArrayRef rows, at::IntArrayRef columns, bool accurate, int64_t threads, std::string isa) {
+             at::IntArrayRef rows, at::IntArrayRef columns, std::string activations, int64_t threads,
+             std::string isa) {
     check_float(x, "x");
     TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0, "x should have two dimensions and at least one row");
     TORCH_CHECK_VALUE(kinds.size() == packed.size() && rows.size() == packed.size() && columns.size() == packed.size(),
@@ -107,10 +117,11 @@ void linears(const at::Tensor& x, const std::vector<at::Tensor>& packed, at::Int
         matrices.push_back(matrix(packed[i], kinds[i], rows[i], columns[i]));
         TORCH_CHECK_VALUE(columns[i] <= x.size(1), "x has too few columns for a matrix of ", columns[i]);
     }
+    const Precision precision = precision_of(activations);
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     table.linears(pool_of(threads), matrices.data(), int64_t(matrices.size()), x.const_data_ptr<float>(), x.size(1),
-                  x.size(0), nullptr, accurate);
+                  x.size(0), nullptr, precision);
 }
 
 at::Tensor gather(const at::Tensor& ids, const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns,
@@ -247,8 +258,8 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
             at::IntArrayRef kinds, at::IntArrayRef rows, at::IntArrayRef qkv_parts,
             const std::vector<at::Tensor>& norms, const std::vector<at::Tensor>& biases, int64_t heads, int64_t ff, double eps,
             const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& sequences,
-            const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines, bool accurate,
-            int64_t threads, std::string isa) {
+            const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines,
+            std::string activations, int64_t threads, std::string isa) {
     check_float(x, "x");
     TORCH_CHECK_VALUE(kv.dim() == 6 && kv.size(1) == 2,
                       "kv should be [layers, 2, pages, page_tokens, heads, elements]");
@@ -261,6 +272,7 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     TORCH_CHECK_VALUE(int64_t(norms.size()) == 2 * count && int64_t(biases.size()) == count &&
                           int64_t(qkv_parts.size()) == count,
                       "two norms, a bias and the parts of qkv are wanted for each of ", count, " layers");
+    const Precision precision = precision_of(activations);
     const Step step = step_of(positions, slots, sequences, tables_, cosines, sines, shape);
     TORCH_CHECK_VALUE(step.tokens == tokens, "x should have as many rows as there are positions");
     const int64_t wide = heads * dim + 2 * shape.kv_heads * dim;
@@ -285,7 +297,7 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     std::lock_guard<std::mutex> lock(computing());
     if (tokens > 0)
         table.layers(pool_of(threads), shape, step, weights.data(), count, bytes_of(kv),
-                     x.data_ptr<float>(), accurate);
+                     x.data_ptr<float>(), precision);
 }
 
 int64_t read_bytes(const at::Tensor& data, int64_t threads, std::string isa) {
@@ -316,9 +328,9 @@ std::vector<std::string> instruction_sets() {
 
 TORCH_LIBRARY(sanderling_cpu, m) {
     m.def("pack(Tensor blocks, str format, int rows, int columns) -> Tensor");
-    m.def("packed_linear(Tensor x, Tensor packed, int kind, int rows, bool accurate, int threads, str isa) -> Tensor");
+    m.def("packed_linear(Tensor x, Tensor packed, int kind, int rows, str activations, int threads, str isa) -> Tensor");
     m.def(
-        "packed_linears(Tensor x, Tensor[] packed, int[] kinds, int[] rows, int[] columns, bool accurate, "
+        "packed_linears(Tensor x, Tensor[] packed, int[] kinds, int[] rows, int[] columns, str activations, "
         "int threads, str isa) -> ()");
     m.def("packed_rows(Tensor ids, Tensor packed, int kind, int rows, int columns, int threads, str isa) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads, str isa) -> Tensor");
@@ -326,7 +338,7 @@ TORCH_LIBRARY(sanderling_cpu, m) {
         "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, int[] rows, int[] qkv_parts, "
         "Tensor[] norms, Tensor[] biases, "
         "int heads, int ff, float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
-        "bool accurate, int threads, str isa) -> ()");
+        "str activations, int threads, str isa) -> ()");
     m.def(
         "attention(Tensor(a!) qkv, Tensor(b!) kv, int heads, Tensor positions, Tensor slots, Tensor sequences, "
         "Tensor tables, Tensor cosines, Tensor sines, int threads, str isa) -> Tensor");
