@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-LARGEST_E4M3 = 448.0
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -36,13 +35,12 @@ class Floats:
 
     def convert(self, data: Any, source: Any, wanted: Any) -> Any:
         """data, numbers of Triton's type `source` -> the bits of those of type `wanted`, an
-        unsigned array of the same shape; rounded half to even, e4m3fn without infinities."""
+        unsigned array of the same shape; rounded half to even. What is too large for e4m3fn
+        becomes its largest number, in torch as on GPUs."""
         bits = np.ascontiguousarray(data)
         plain = bits.view(f"i{bits.dtype.itemsize}" if bits.dtype.itemsize > 1 else "u1").copy()
         given = torch.from_numpy(plain).view(self.dtypes[source])
         kind = self.dtypes[wanted]
-        if kind == torch.float8_e4m3fn:
-            given = given.float().clamp(-LARGEST_E4M3, LARGEST_E4M3)
         made = given.to(kind).contiguous()
         size = made.element_size()
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

@@ -99,10 +99,11 @@ def bound(target: Target, card: Card, case: Case, compiled: dict[str, Any]) -> B
 
 
 def _in_flight(case: Case, compiled: dict[str, Any], target: Target) -> float:
-    """Bytes that a program can have asked for and not yet got: what its shared memory is there to
-    take, where tiles are loaded ahead, and at least 16 bytes for each thread."""
-    least = case.num_warps * target.warp_threads * 16.0
-    return max(least, compiled["shared_bytes"]) if case.num_stages > 1 else least
+    """The most bytes that a program can have asked for and not yet used: all that it moves, or
+    what its registers and its shared memory hold."""
+    threads = case.num_warps * target.warp_threads
+    room = 4 * compiled["registers"] * threads + compiled["shared_bytes"]
+    return min(float(room), case.work.moved_bytes / math.prod(case.work.grid))
 
 
 class Line(NamedTuple):

@@ -46,10 +46,18 @@ def test_a_grid_that_does_not_fill_the_card_wastes_it():
 
 
 def test_few_programs_cannot_ask_for_all_bytes_at_once():
-    """Little's law: ten programs of 256 threads ask for 16 bytes each, and wait 0.7 us."""
+    """Little's law: ten programs of 256 threads have room for 32 numbers of 4 bytes each, and wait
+    0.7 us for them."""
     made = bound(case(10**6, 1, 10))
     assert made.limiter == "delay of memory"
-    assert made.seconds == pytest.approx(10**6 / (10 * 256 * 16) * 0.7e-6)
+    assert made.seconds == pytest.approx(10**6 / (10 * 256 * 32 * 4) * 0.7e-6)
+
+
+def test_nothing_is_quicker_than_memory_answers():
+    """However few bytes there are, once for each round of programs that the card holds."""
+    assert bound(case(64, 1, 1)).seconds == pytest.approx(0.7e-6)
+    # 8 warps of 32 registers: 8 programs of 256 threads on each of the 100 multiprocessors.
+    assert bound(case(64 * 1600, 1, 1600)).seconds == pytest.approx(2 * 0.7e-6)
 
 
 @pytest.mark.parametrize(
