@@ -42,9 +42,11 @@ class Cache:
         return pages * self.page_tokens + place % self.page_tokens
 
     def read(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [tokens, KV_HEADS, DIM] float32 of a sequence, as they are stored."""
+        """Keys and values [tokens, KV_HEADS, DIM] of a sequence, as they are stored; int4 stores
+        them turned."""
         flat = self.kv.flatten(1, 2)[:, self.slots(number, 0, self.lengths[number])]
-        keys, values = decoded(flat, self.kv_format)
+        both = decoded(flat, self.kv_format).double()
+        keys, values = spread(both) if self.kv_format == "int4" else both
         return keys, values
 
     def step(self, work: list[tuple[int, torch.Tensor]], heads: int = HEADS, **how) -> torch.Tensor:
@@ -108,14 +110,52 @@ def encoded(x: torch.Tensor, kv_format: str) -> torch.Tensor:
         scale = x.abs().amax(-1, keepdim=True) / 127
         levels = torch.where(scale > 0, x / scale, 0.0).round().clamp(-127, 127).to(torch.int8)
         return torch.cat([levels.view(torch.uint8), scale.contiguous().view(torch.uint8)], -1)
-    grouped = x.unflatten(-1, (-1, 32))
-    least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    scale, minimum = (each.clamp(-65504, 65504).half() for each in ((most - least) / 15, least))
-    levels = (grouped - minimum.float()) / scale.float()
-    levels = torch.where(scale > 0, levels, 0.0).round().clamp(0, 15).to(torch.uint8)
+    levels, scale, minimum = fitted(x.unflatten(-1, (-1, 32)))
+    levels = levels.to(torch.uint8)
     packed = levels[..., :16] | levels[..., 16:] << 4
-    facts = torch.cat([scale, minimum], -1).contiguous().view(torch.uint8)
+    facts = torch.cat([scale, minimum], -1).half().contiguous().view(torch.uint8)
     return torch.cat([packed.flatten(-2), facts.flatten(-2)], -1)
+
+
+def fitted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels 0..15 of groups x [.., 32], and the line on which they lie: scales and minima, which
+    are halves. From least and largest on, four times the line of least squares, then the levels
+    nearest to it."""
+
+    def half(value: torch.Tensor) -> torch.Tensor:
+        return value.clamp(-65504, 65504).half().float()
+
+    def nearest(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        return torch.where(scale > 0, (x - minimum) / scale, 0.0).round().clamp(0, 15)
+
+    least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale, minimum = half((most - least) / 15), half(least)
+    levels, going = nearest(scale, minimum), scale > 0
+    for _ in range(4):
+        count, squares = levels.sum(-1, keepdim=True), levels.square().sum(-1, keepdim=True)
+        width = 32 * squares - count * count
+        slope = half((32 * halved(levels * x) - count * halved(x)) / width)
+        going = going & (width > 0) & (slope > 0)
+        start = half((halved(x) - slope * count) / 32)
+        scale, minimum = torch.where(going, slope, scale), torch.where(going, start, minimum)
+        levels = torch.where(going, nearest(scale, minimum), levels)
+    return levels, scale, minimum
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x [.., 32], one half added to the other until one value is left: [.., 1]."""
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """x [.., DIM] times Hadamard's matrix over sqrt(DIM), its own inverse: as int4 turns heads."""
+    for stride in (1 << n for n in range(DIM.bit_length() - 1)):
+        pairs = x.unflatten(-1, (-1, 2, stride))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+    return x / DIM**0.5
 
 
 def decoded(stored: torch.Tensor, kv_format: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tests.kernels.caches import (
     drawn,
     encoded,
     rotated,
+    spread,
 )
 
 FORMATS = ("float16", "int8", "int4")
@@ -35,6 +36,7 @@ def test_what_is_stored_is_what_the_format_says(kv_format: str, isa: str):
     flat = cache.kv.flatten(1, 2)[:, cache.slots(0, 0, 40)]
     _, keys, values = rotated(qkv)
     for made, wanted in zip(flat, (keys, values), strict=True):
+        wanted = spread(wanted) if kv_format == "int4" else wanted
         assert torch.equal(made.view(torch.uint8), encoded(wanted, kv_format).view(torch.uint8))
 
 
@@ -45,11 +47,14 @@ def test_a_round_trip_loses_half_a_step(kv_format: str):
         half_step = x.abs() * 2**-11
     elif kv_format == "int8":
         half_step = x.abs().amax((1, 2), keepdim=True) / 254
-    else:  # scale and minimum are halves, which moves every level a little
-        half_step = 1.1 * (x.amax(2, keepdim=True) - x.amin(2, keepdim=True)) / 30
+    else:  # on average: what is far from the rest may be cut for the others' sake
+        half_step = (x.amax(2, keepdim=True) - x.amin(2, keepdim=True)) / 30
     made = decoded(encoded(x.flatten(1), kv_format), kv_format).view_as(x)
     lost = (made - x).abs() / half_step
-    assert 0.85 < lost.max() <= 1.0001
+    if kv_format == "int4":  # 1/sqrt(3) without the fit
+        assert 0.3 < lost.square().mean().sqrt() < 0.55
+    else:
+        assert 0.85 < lost.max() <= 1.0001
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)

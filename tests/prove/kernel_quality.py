@@ -1,5 +1,6 @@
-"""Proof rows of what the CPU kernels cost in quality: perplexity on two texts, and how long greedy
-answers stay those of the float32 reference, with transformers in bfloat16 as the measure."""
+"""Proof rows of what the CPU kernels cost in quality: perplexity on two texts, of smaller KV caches
+too, and how long greedy answers stay those of the float32 reference, with transformers in bfloat16
+as the measure."""
 
 import argparse
 import inspect
@@ -19,6 +20,7 @@ from tests.prove.row import Row
 
 WINDOWS, WINDOW_TOKENS = 4, 512
 MOST_RATIO = {"accurate": 1.003, "fast": 1.02}
+MOST_KV_RATIO = {"float16": 1.001, "int8": 1.005, "int4": 1.03}
 
 
 def rows() -> Iterator[Row]:
@@ -38,12 +40,18 @@ def rows() -> Iterator[Row]:
         for name, each in cut.items():
             yield perplexity(settings, packed, name, each, against[name])
         common[activations] = common_prefix(generate(settings, packed, prompts), wanted)
+        if activations == "accurate":
+            for kv_dtype in MOST_KV_RATIO:
+                small = with_kernels(activations, kv_dtype)
+                for name, each in cut.items():
+                    yield kv_perplexity(small, packed, name, each, against[name])
     yield from prefixes(common, common_prefix(bfloat16(exact, prompts), wanted))
 
 
-def with_kernels(activations: str) -> Settings:
+def with_kernels(activations: str, kv_dtype: str = "float32") -> Settings:
     """The default settings over the CPU kernels."""
-    return Settings.model_validate({"engine": {"kernels": "cpu", "activations": activations}})
+    engine = {"kernels": "cpu", "activations": activations, "kv_dtype": kv_dtype}
+    return Settings.model_validate({"engine": engine})
 
 
 def perplexity(
@@ -51,10 +59,24 @@ def perplexity(
 ) -> Row:
     """Against the float32 reference on the same windows."""
     activations = settings.engine.activations
-    lost: Loss = loss(score(settings, model, cut), against)
-    most = MOST_RATIO[activations]
+    lost = loss(score(settings, model, cut), against)
+    return lost_row(f"perplexity, {activations}: {name}", lost, against, MOST_RATIO[activations])
+
+
+def kv_perplexity(
+    settings: Settings, model: build.Model, name: str, cut: Windows, against: Scored
+) -> Row:
+    """Of a smaller KV cache, against the float32 reference too."""
+    kv_dtype = settings.engine.kv_dtype
+    lost = loss(score(settings, model, cut), against)
+    title = f"perplexity, accurate, KV in {kv_dtype}: {name}"
+    return lost_row(title, lost, against, MOST_KV_RATIO[kv_dtype])
+
+
+def lost_row(title: str, lost: Loss, against: Scored, most: float) -> Row:
+    """The row of one loss."""
     measured = f"x {lost.ratio:.4f} of {against.perplexity:.2f}, {lost.agreement:.1%} likeliest"
-    return Row(f"perplexity, {activations}: {name}", f"<= x {most}", measured, lost.ratio <= most)
+    return Row(title, f"<= x {most}", measured, lost.ratio <= most)
 
 
 def common_prefix(made: list[list[int]], wanted: list[list[int]]) -> float:

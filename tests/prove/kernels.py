@@ -14,6 +14,7 @@ MODULES = (
     "kernel_suites",
     "kernel_quality",
     "kernel_integer",
+    "kernel_memory",
     "kernel_peers",
     "kernel_http",
 )
