@@ -40,6 +40,11 @@ INSTRUCTION_SETS = {
         InstructionSet("avx2", AVX2),
         InstructionSet("portable"),
     ),
+    "aarch64": (
+        InstructionSet("dotprod", ("-march=armv8.2-a+dotprod",)),
+        InstructionSet("neon"),  # which every such machine has
+        InstructionSet("portable", ("-DSANDERLING_PLAIN",)),
+    ),
 }
 
 

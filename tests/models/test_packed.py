@@ -132,6 +132,21 @@ def test_float32_activations_are_not_rounded(plain_twins: Twins):
     assert torch.allclose(ours.step([(0, ids(40))]), theirs.step([(0, ids(40))]), atol=2e-5)
 
 
+def test_gates_of_any_size_are_closed_or_open(monkeypatch):
+    """Far below -88 e^-x is more than a float holds; the gate is closed all the same."""
+    twins = Twins()
+    for layer in twins.packed.layers:
+        layer.feedforward_norm.mul_(200)  # the reference's, too: they share it
+    whole = Sequences(twins.packed, 1, 40).step([(0, ids(40))])
+    wanted = Sequences(twins.reference, 1, 40).step([(0, ids(40))])
+    assert torch.allclose(whole, wanted, atol=1e-2 * float(wanted.abs().max()))
+    layers = ops.layers
+    for isa in ops.instruction_sets():
+        forced = lambda *args, isa=isa, **terms: layers(*args, **terms | {"isa": isa})  # noqa: E731
+        monkeypatch.setattr("models.packed.ops.layers", forced)
+        assert torch.equal(Sequences(twins.packed, 1, 40).step([(0, ids(40))]), whole), isa
+
+
 @pytest.mark.parametrize("which", ["twins", "mixed_twins", "plain_twins"])
 def test_chunks_batches_threads_and_instruction_sets_change_no_bit(which, request, monkeypatch):
     twins = request.getfixturevalue(which)

@@ -14,6 +14,11 @@
 #include <unistd.h>
 #endif
 
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "lanes.h"
 #include "lanes_attention.h"
 
@@ -195,6 +200,8 @@ static bool supported() {
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else
     return true;
 #endif

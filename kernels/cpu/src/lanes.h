@@ -12,6 +12,9 @@
 
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && !defined(SANDERLING_PLAIN)
+#define SANDERLING_NEON
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -75,10 +78,10 @@ template <int N> inline I right(I a) { return {_mm512_srai_epi32(a.v, N)}; }
 inline I both(I a, int bits) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(bits))}; }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I rounded(F a) { return {_mm512_cvtps_epi32(a.v)}; }
-inline I load_unsigned(const uint8_t* p) {
+inline I load_unsigned_bytes(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline I load_signed(const uint8_t* p) {
+inline I load_signed_bytes(const uint8_t* p) {
     return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
@@ -174,10 +177,10 @@ inline I both(I x, int bits) {
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I rounded(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline __m128i eight(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
-inline I load_unsigned(const uint8_t* p) {
+inline I load_unsigned_bytes(const uint8_t* p) {
     return {_mm256_cvtepu8_epi32(eight(p)), _mm256_cvtepu8_epi32(eight(p + 8))};
 }
-inline I load_signed(const uint8_t* p) {
+inline I load_signed_bytes(const uint8_t* p) {
     return {_mm256_cvtepi8_epi32(eight(p)), _mm256_cvtepi8_epi32(eight(p + 8))};
 }
 inline void unpack(I x, int32_t* out) {
@@ -227,6 +230,10 @@ inline I dot_signed(I acc, Bytes w, int32_t s) {
 inline I add_correction(I acc, Bytes) { return acc; }
 inline I corrected(I acc, I) { return acc; }
 
+#elif defined(SANDERLING_NEON)
+
+#include "lanes_neon.inc"
+
 #else  // any other machine: plain C++
 
 struct F { float v[LANES]; };
@@ -264,8 +271,8 @@ template <int N> inline I right(I a) { EACH a.v[i] >>= N; return a; }
 inline I both(I a, int bits) { EACH a.v[i] &= bits; return a; }
 inline F to_float(I a) { F r; EACH r.v[i] = float(a.v[i]); return r; }
 inline I rounded(F a) { I r; EACH r.v[i] = int32_t(std::nearbyint(a.v[i])); return r; }
-inline I load_unsigned(const uint8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
-inline I load_signed(const uint8_t* p) { I r; EACH r.v[i] = int8_t(p[i]); return r; }
+inline I load_unsigned_bytes(const uint8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
+inline I load_signed_bytes(const uint8_t* p) { I r; EACH r.v[i] = int8_t(p[i]); return r; }
 inline int32_t sum(I a) { int32_t t = 0; EACH t += a.v[i]; return t; }
 inline void store_bytes(int8_t* p, I a) { EACH p[i] = int8_t(a.v[i]); }
 inline F power_of_two(I n) { F r; EACH r.v[i] = std::ldexp(1.f, n.v[i]); return r; }
@@ -289,7 +296,7 @@ inline I corrected(I acc, I) { return acc; }
 
 inline F operator-(F a) { return zero() - a; }
 
-// e^x to about 2 ulp for x <= 88; below -87 it is that of -87, which no sum feels. Cephes' polynomial.
+// e^x to about 2 ulp for x <= 88 (beyond, it may be anything); below -87 it is that of -87, which no sum feels. Cephes' polynomial.
 inline F exp(F x) {
     x = max(x, set(-87.f));
     I whole = rounded(x * set(1.44269504f));

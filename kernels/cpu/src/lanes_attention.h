@@ -53,12 +53,6 @@ inline __m512 four_rows(const float* const* rows, int first, int64_t at) {
     return _mm512_insertf32x4(a, _mm_loadu_ps(rows[first + 12] + at), 3);
 }
 
-inline I load_signed_bytes(const uint8_t* p) {
-    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-inline I load_unsigned_bytes(const uint8_t* p) {
-    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
 inline void store_half(uint8_t* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -85,15 +79,6 @@ inline F keep_first(F x, int64_t count, float other) {
             _mm256_blendv_ps(o, x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, later)))};
 }
 
-inline __m256i wide(__m128i bytes, bool is_signed) {
-    return is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
-}
-inline I load_bytes16(const uint8_t* p, bool is_signed) {
-    return {wide(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), is_signed),
-            wide(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)), is_signed)};
-}
-inline I load_signed_bytes(const uint8_t* p) { return load_bytes16(p, true); }
-inline I load_unsigned_bytes(const uint8_t* p) { return load_bytes16(p, false); }
 inline void store_half(uint8_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
@@ -117,23 +102,13 @@ inline void transpose4(const float* const* rows, int64_t at, float* out, int64_t
     }
 }
 
-#else
+#elif !defined(SANDERLING_NEON)
 
 inline F keep_first(F x, int64_t count, float other) {
     for (int64_t i = count < 0 ? 0 : count; i < LANES; i++) x.v[i] = other;
     return x;
 }
 
-inline I load_signed_bytes(const uint8_t* p) {
-    I r;
-    for (int i = 0; i < LANES; i++) r.v[i] = int8_t(p[i]);
-    return r;
-}
-inline I load_unsigned_bytes(const uint8_t* p) {
-    I r;
-    for (int i = 0; i < LANES; i++) r.v[i] = p[i];
-    return r;
-}
 inline void store_half(uint8_t* p, F x) {
     for (int i = 0; i < LANES; i++) {
         uint16_t half = float_to_half(x.v[i]);

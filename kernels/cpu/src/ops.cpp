@@ -18,6 +18,8 @@ namespace {
 std::vector<const Table*> tables() {
 #if defined(__x86_64__)
     return {&table_amx(), &table_vnni(), &table_avx512(), &table_avx2(), &table_portable()};
+#elif defined(__aarch64__)
+    return {&table_dotprod(), &table_neon(), &table_portable()};
 #else
     return {&table_portable()};
 #endif

@@ -117,6 +117,8 @@ const Table& table_amx();
 const Table& table_vnni();
 const Table& table_avx512();
 const Table& table_avx2();
+const Table& table_dotprod();
+const Table& table_neon();
 const Table& table_portable();
 
 }  // namespace sanderling
