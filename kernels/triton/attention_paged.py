@@ -118,37 +118,13 @@ def _span(context, window, part, splits, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "splits"])
 def paged_attention_kernel(
-    q,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    page_tables,
-    context_tokens,
-    outs,
-    lse,
-    factor,
-    window,
-    splits,
-    table_stride,
-    q_stride_s,
-    q_stride_h,
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    key_scale_stride_t,
-    key_scale_stride_h,
-    value_scale_stride_t,
-    value_scale_stride_h,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    PAGE: tl.constexpr,
-    BN: tl.constexpr,
-    MATRIX: tl.constexpr,
-):
+    q, keys, values, key_scales, value_scales, page_tables, context_tokens, outs, lse,
+    factor, window, splits, table_stride, q_stride_s, q_stride_h,
+    key_stride_t, key_stride_h, value_stride_t, value_stride_h,
+    key_scale_stride_t, key_scale_stride_h, value_scale_stride_t, value_scale_stride_h,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
     """Sequence, key head and part are the program ids; factor turns a product into a score in
     powers of two. outs [splits, S, H, D] and lse [splits, S, H] are contiguous; strides are of
     s (sequence), t (slot) and h."""
@@ -184,8 +160,9 @@ def paged_attention_kernel(
         weights, low, high = _weighed(weights, low, high, value_scales, scale_at, seen, q_low.dtype)
         out_low = product(weights, low, out_low * shrink[:, None], MATRIX)
         out_high = product(weights, high, out_high * shrink[:, None], MATRIX)
-    row = (part.to(tl.int64) * tl.num_programs(0) + sequence) * tl.num_programs(1) + head
-    row = row * G + group
+    row = (
+        (part.to(tl.int64) * tl.num_programs(0) + sequence) * tl.num_programs(1) + head
+    ) * G + group
     _finish(outs, lse, row, group < G, top, total, out_low, out_high, first, second, D)
 
 

@@ -82,6 +82,7 @@ def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_float32_is_rounded_as_torch_does(dtype):
     x = wild()

@@ -73,6 +73,25 @@ def test_zeros_of_both_signs_are_equal():
     assert got.tolist() == wanted.tolist() == [1, 1, 2]
 
 
+def test_a_sum_that_is_reached_exactly_is_not_exceeded():
+    logits = torch.tensor([[-torch.inf, 2, 2, -torch.inf, 2, 2]], device=DEVICE).expand(4, 6)
+    got, wanted = run(logits, 1.0, 0, 1.0, [0.0, 0.25, 0.5, 0.99999994])
+    assert got.tolist() == wanted.tolist() == [1, 2, 4, 5]
+
+
+def test_a_top_p_of_almost_1_keeps_no_more_than_the_top_k():
+    """Settings for which sums in float32 come out so that one more of the equal tokens is missing
+    to the top p; the draw would hit that one."""
+    logits = torch.zeros(4, 60, device=DEVICE)
+    logits[:, 59] = 1
+    top_k, heat = [7, 7, 57, 58], [12 / 13, 1.1307692307692307, 0.7153846153846154, 12 / 13]
+    each = (-1 / torch.tensor(heat)).exp()
+    count = torch.tensor(top_k)
+    beyond = (count - 0.5) * each / (count * each + 1)
+    got, wanted = run(logits, heat, top_k, 0.99999994, beyond)
+    assert torch.equal(got, wanted) and not (got.cpu() == count - 1).any()
+
+
 def test_extreme_numbers():
     """A temperature that leaves one token, values at the end of float32, no end of -inf."""
     logits = normal(3, 40)
