@@ -34,8 +34,8 @@ class KVFormat(NamedTuple):
 
 
 # int8: a byte for each value, absmax / 127 of the head as float32. int4: two values a byte (byte j
-# of 16 holds value j low and j + 16 high); behind them scale and minimum of each group as halves. What
-# int4 stores is the head turned by Hadamard's matrix, which levels it (kernels/cpu/src/kv_write.inc).
+# of 16 holds value j low and j + 16 high); behind them scale and minimum of each group as halves.
+# The CPU kernels store int4 of a head turned by Hadamard's matrix, which levels its values.
 FORMATS = {
     each.name: each
     for each in (

@@ -155,7 +155,8 @@ def spread(x: torch.Tensor) -> torch.Tensor:
         pairs = x.unflatten(-1, (-1, 2, stride))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack([a + b, a - b], -2).flatten(-3)
-    return x / DIM**0.5
+    turned: torch.Tensor = x / DIM**0.5
+    return turned
 
 
 def decoded(stored: torch.Tensor, kv_format: str) -> torch.Tensor:
