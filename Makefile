@@ -80,7 +80,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # In a virtual environment of another torch the library has to be built anew.
 $(KERNELS): $(VENV)/.installed $(KERNEL_SOURCES)
-	@echo "==> the CPU kernels (a C++ compiler's half minute)"
+	@echo "==> the CPU kernels (a C++ compiler's minute)"
 	@$(BIN)/python -m kernels.cpu.build
 
 clean:

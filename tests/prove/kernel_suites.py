@@ -1,4 +1,4 @@
-"""Proof rows of the CPU kernels that are suites of their own."""
+"""Proof rows of the kernels that are suites of their own."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,24 @@ from tests.prove.suites import Suite, run
 
 SUITES = (
     Suite(
-        "ops: float64 tolerances, exact integers, instruction sets and threads agree, opcheck",
-        ("tests/kernels/test_cpu_ops.py",),
+        "CPU ops: float64 tolerances, exact integers, instruction sets and threads agree, opcheck",
+        ("tests/kernels/test_cpu_ops.py", "tests/kernels/test_cpu_attention.py"),
+    ),
+    Suite(
+        "keys and values in every format: round trips, pages in any order, NaN that never leaks",
+        ("tests/kernels/test_cpu_kv.py", "tests/kv/test_storage.py"),
+    ),
+    Suite(
+        "every op: float64 oracles, opcheck, gradients, properties, a change that must be noticed",
+        ("tests/kernels/ops",),
+    ),
+    Suite(
+        "Triton: numbers and guard in the interpreter, broken kernels caught, what ships is current",
+        ("tests/kernels/triton",),
+    ),
+    Suite(
+        "integers: bounds of each operation, no float in the graph, the bits of a NumPy model",
+        ("tests/kernels/test_integer.py", "tests/models/test_integer.py"),
     ),
     Suite(
         "thread pool under stress and under the thread sanitizer",
@@ -17,7 +33,7 @@ SUITES = (
     ),
     Suite(
         "a range of layers = the reference decoder, through pages, chunks and batches",
-        ("tests/models/test_packed.py",),
+        ("tests/models/test_packed.py", "tests/models/test_decoded_memory.py"),
     ),
     Suite(
         "the service over these kernels: hand-offs and kills change no token",
