@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from models.load import load_model
+from cluster.settings import Settings
+from serve import build
 from tests.live.service import MODEL, LiveService, kill, service, wait_for
 from tests.prove.kills import (
     BACK_S,
@@ -120,7 +121,7 @@ def rows(duration_s: float = SOAK_S, every_s: float = KILL_EVERY_S) -> Iterator[
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="soak-")))
-        load_model(MODEL, cache_dir=folder / "weights")
+        build.load(Settings.model_validate({"model": MODEL, "data_dir": str(folder)}))
         live = stack.enter_context(service(*SETTINGS, CACHE, data_dir=folder))
         wait_for(lambda: full_strength(live), "two replicas of each role", RESTORED_S)
         soak = Soak(live, Load(live), duration_s, every_s)
