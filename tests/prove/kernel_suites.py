@@ -20,7 +20,7 @@ SUITES = (
         ("tests/kernels/ops",),
     ),
     Suite(
-        "Triton: numbers and guard in the interpreter, broken kernels caught, what ships is current",
+        "Triton: numbers, guard, broken kernels caught; what ships is what is committed",
         ("tests/kernels/triton",),
     ),
     Suite(
