@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 NAMESPACE = "sanderling"
-# The CPU's compiled library has an op called rms_norm in the same namespace.
-NAMES = {"rms_norm": "rms_normalize"}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,7 +43,7 @@ def define(
     """
     name = name or reference.__name__
     made = torch.library.custom_op(
-        f"{NAMESPACE}::{NAMES.get(name, name)}",
+        f"{NAMESPACE}::{name}",
         _checked(name, reference, describe, lambda: reference),
         mutates_args=mutates,
         device_types="cpu",

@@ -1,7 +1,4 @@
-"""`rms_norm` and `rms_norm_residual`. See reference/norm.py.
-
-torch knows the first as `sanderling::rms_normalize`: the CPU's library has a `rms_norm` of its own.
-"""
+"""`rms_norm` and `rms_norm_residual`. See reference/norm.py."""
 
 from typing import Any
 

@@ -156,14 +156,18 @@ def _distribution(name: str) -> str:
 
 
 OWN_VERSION = _distribution("sanderling")
-CPU = "engine.kernels=cpu"
+REFERENCE = "engine.kernels=reference"
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("sanderling", "Q4_1 read as float32", OWN_VERSION, _alone),
-        Engine("sanderling-default", "Q4_1 read as float32", OWN_VERSION, sanderling),
-        Engine("sanderling-cpu", "Q4_1", OWN_VERSION, lambda: _alone(CPU)),
-        Engine("sanderling-cpu-default", "Q4_1", OWN_VERSION, lambda: sanderling(CPU)),
+        Engine("sanderling", "Q4_1", OWN_VERSION, _alone),
+        Engine("sanderling-default", "Q4_1", OWN_VERSION, sanderling),
+        Engine(
+            "sanderling-reference",
+            "Q4_1 read as float32",
+            OWN_VERSION,
+            lambda: _alone(REFERENCE),
+        ),
         Engine("llama.cpp", "Q4_1", environments.LLAMA_CPP, llama_cpp),
         Engine(
             "llama.cpp-Q4_0",

@@ -1,6 +1,6 @@
 """Proof rows of the CPU kernels over HTTP: the same load on our service, on llama.cpp's server (the
 published file, and a requantised one that it is faster on) and on vLLM's, in turns within one run.
-Rows are of `sanderling-cpu`, one replica with the threads that each peer has; the service as it
+Rows are of `sanderling`, one replica with the threads that each peer has; the service as it
 comes, with prefill replicas and routing, is told beside it.
 
 All servers stay up while one of them has work; what the idle ones take of a core is a row.
@@ -26,8 +26,8 @@ from tests.prove import table
 from tests.prove.peers import started
 from tests.prove.row import Row
 
-OURS = "sanderling-cpu"
-AS_IT_COMES = "sanderling-cpu-default"
+OURS = "sanderling"
+AS_IT_COMES = "sanderling-default"
 PEERS = ("llama.cpp", "llama.cpp-Q4_0", "vLLM")
 # By servers with a slot of the model's whole context: whose line they draw.
 LONG = {

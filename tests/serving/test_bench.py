@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from kernels.cpu import bench as kernel_bench
+from kernels.cpu.ops import Packed
 from serve.arrivals import Arrival, poisson, trace
 from serve.bench import Load, Slo, Timing, quantiles, report, run, run_arrivals
-from serve.plot import draw
+from serve.plot import draw, draw_kernels
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FIRST_S, GAP_S = 0.2, 0.05
@@ -141,3 +144,15 @@ def test_the_picture_is_a_png(tmp_path: Path):
     made = report(timings, 1.0, Slo(0.2, 1))
     draw(made, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_kernels_is_a_png(tmp_path: Path):
+    limits = kernel_bench.Limits(bytes_per_s=2e10, products_per_s=5e11)
+    figures = [
+        kernel_bench.Figure(m, activations, 0.01 * m, 0.5, 0.5)
+        for m in (1, 32)
+        for activations in ("accurate", "fast")
+    ]
+    matrix = Packed(torch.zeros(320, dtype=torch.uint8), 0, 16, 32)
+    draw_kernels(kernel_bench.Report(limits, figures), [matrix], tmp_path / "k.png")
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
