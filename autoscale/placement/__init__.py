@@ -1,0 +1,1 @@
+"""What to buy and where to put it: planners behind one protocol, and what checks their plans."""
