@@ -1,16 +1,18 @@
 """The rows of the GPU benchmark compute what they claim to, whoever times them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from kernels.triton.bench import attention, linear, measure, rows
 from kernels.triton.bench.__main__ import GROUPS
+from kernels.triton.linear_w4 import w4_linear as right
 from tests.kernels.triton.conformance import DEVICE, watched
 
 # Small enough for the interpreter; what a row is made of does not change.
-SMALL = {
+SMALL: dict[Any, dict[str, Any]] = {
     linear: {"SHAPES": ((32, 64),), "ROWS": (1, 17)},
     attention: {
         "PROMPTS": (24,), "STREAMS": (2,), "CONTEXTS": (48,), "HEADS": 4, "KV_HEADS": 2,
@@ -52,7 +54,6 @@ def test_ours_agree_with_their_oracle(group: str, small: None):
 
 def test_a_wrong_kernel_is_seen(small: None, monkeypatch: pytest.MonkeyPatch):
     """A product that forgets the scales has an error that the table shows."""
-    right = linear.w4_linear
     monkeypatch.setattr(linear, "w4_linear", lambda x, q, s, m: right(x, q, torch.ones_like(s), m))
     contenders = next(made("linear"))[1]
     check = contenders[0].check
