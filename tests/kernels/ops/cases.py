@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kernels import ops
+from kernels.reference.kv_cache import kv_write
 from tests.kernels.ops.measure import agree
 
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,7 +144,17 @@ def rope_case(s: Source, rows: int) -> tuple[Any, ...]:
 
 
 def caches(s: Source, kind: str, pages: int, page_tokens: int, heads: int, width: int):
-    """(keys, values, key_scales, value_scales) of a cache that is full of numbers."""
+    """(keys, values, key_scales, value_scales) of a cache that is full of normal numbers, written
+    as every cache is. Scores of other bytes would be so large that one key takes all."""
+    made = any_caches(s, kind, pages, page_tokens, heads, width)
+    tokens = pages * page_tokens
+    new = s.normal(tokens, heads, width), s.normal(tokens, heads, width)
+    kv_write(*new, torch.arange(tokens), *made)
+    return made
+
+
+def any_caches(s: Source, kind: str, pages: int, page_tokens: int, heads: int, width: int):
+    """The same, of random bytes: every level, and scales of either sign."""
     shape = (pages, page_tokens, heads)
     if kind == "float":
         return s.normal(*shape, width), s.normal(*shape, width), None, None
