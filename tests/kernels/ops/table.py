@@ -7,6 +7,7 @@ import torch
 from kernels import ops
 from tests.kernels.ops import cases, oracles
 from tests.kernels.ops.cases import EXACT, Case
+from tests.kernels.ops.measure import FP8_ON_A_GPU
 
 W4 = ops.linear_w4.w4_linear
 W8 = ops.linear_w8.w8_linear
@@ -84,7 +85,13 @@ CASES = (
         EXACT,
     ),
     Case("int8_linear", ops.linear_int8.int8_linear, cases.int8_case, oracles.int8_linear),
-    Case("fp8_linear", ops.linear_fp8.fp8_linear, cases.fp8_case, oracles.fp8_linear),
+    Case(
+        "fp8_linear",
+        ops.linear_fp8.fp8_linear,
+        cases.fp8_case,
+        oracles.fp8_linear,
+        on_gpu=FP8_ON_A_GPU,
+    ),
     Case(
         "rms_norm",
         ops.norm.rms_norm,

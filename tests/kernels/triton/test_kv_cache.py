@@ -8,6 +8,8 @@ from kernels.triton.kv_cache import kv_write
 from tests.kernels.triton.conformance import conforms, every, normal, watched
 
 KINDS = ("float16", "int8", "int4")
+# Where the reference runs: on a GPU torch divides by a number as it multiplies by its inverse.
+EXACT = "cpu"
 
 
 @pytest.mark.parametrize(("case", "target", "rows", "dtype"), every("kv_cache"))
@@ -29,13 +31,14 @@ def caches(kind: str, *shape: int, width: int, like: torch.Tensor):
 
 
 def both(kind, keys, values, slots, *shape):
-    """What the kernel and the reference make of equal caches: two lists."""
+    """What the kernel and the reference make of equal caches: two lists, on the CPU."""
     results = []
-    for write in (kv_write, reference.kv_write):
-        k, ks = caches(kind, *shape, width=keys.shape[-1], like=keys.float())
+    for write, device in ((kv_write, keys.device), (reference.kv_write, EXACT)):
+        new = [each.to(device) for each in (keys, values, slots)]
+        k, ks = caches(kind, *shape, width=keys.shape[-1], like=new[0].float())
         v, vs = k.clone(), None if ks is None else ks.clone()
-        write(keys, values, slots, k, v, ks, vs)
-        results.append([each for each in (k, v, ks, vs) if each is not None])
+        write(*new, k, v, ks, vs)
+        results.append([each.cpu() for each in (k, v, ks, vs) if each is not None])
     return results
 
 
@@ -63,14 +66,18 @@ def test_one_layer_of_many_and_heads_of_a_larger_row(kind):
     args = (fused[:, 4:6], fused[:, 6:], slots)
     flat, scales = caches(kind, 2, 3, 4, 3, width=32, like=fused.float())
     layer, layer_scales = flat[1, :, :, :2], None if scales is None else scales[1, :, :, :2]
-    right, right_scales = caches(kind, 3, 4, 2, width=32, like=fused.float())
+    right, right_scales = caches(kind, 3, 4, 2, width=32, like=fused.float().to(EXACT))
     others, other_scales = right.clone(), None if scales is None else right_scales.clone()
-    reference.kv_write(*args, right, others, right_scales, other_scales)
+    plain = [each.to(EXACT) for each in args]
+    reference.kv_write(*plain, right, others, right_scales, other_scales)
+    more, more_scales = (
+        None if each is None else each.to(fused.device) for each in (others.zero_(), other_scales)
+    )
     with watched():
-        kv_write(*args, layer, others.zero_(), layer_scales, other_scales)
-    assert torch.equal(layer, right)
+        kv_write(*args, layer, more, layer_scales, more_scales)
+    assert torch.equal(layer.cpu(), right)
     if layer_scales is not None and right_scales is not None:
-        assert torch.equal(layer_scales, right_scales)
+        assert torch.equal(layer_scales.cpu(), right_scales)
     assert (flat[0] == 7).all() and (flat[1, :, :, 2] == 7).all()
 
 
