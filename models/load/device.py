@@ -6,6 +6,7 @@ not take are a NotForDeviceError, which says what to set instead.
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -14,11 +15,24 @@ from models.config import ModelConfig
 from models.device.decoder import DeviceDecoder, LayerWeights
 from models.device.matrix import W4, W8, Matrix, Plain, stacked
 from models.device.ops import Ops
-from models.load.gguf_weights import GGUFWeights
+from models.load.gguf_weights import Blocks
 from models.load.refusal import NotForDeviceError
 from models.load.weights import Part, WeightSource, parts
 
 LARGEST_HEAD = 256
+
+
+@runtime_checkable
+class BlockSource(WeightSource, Protocol):
+    """A source whose tensors are in block formats, as a GGUF file's are."""
+
+    def form(self, name: str) -> str:
+        """The block format that a tensor is stored in."""
+        ...
+
+    def blocks(self, name: str) -> Blocks:
+        """The tensor as it is stored."""
+        ...
 
 
 def load_on_device(
@@ -99,9 +113,10 @@ class _Loader:
 
     def _matrix(self, piece: Part) -> Matrix:
         self._compare(piece)
-        if not isinstance(self.source, GGUFWeights) or self.source.form(piece.source) not in SPLIT:
+        source = self.source
+        if not isinstance(source, BlockSource) or source.form(piece.source) not in SPLIT:
             return Plain(self._read(piece).to(self.device))
-        stored = self.source.blocks(piece.source)
+        stored = source.blocks(piece.source)
         data = stored.data.flatten().to(self.device)
         split = from_gguf(data, stored.form, stored.rows, stored.columns)
         if split.qweight.dtype == torch.uint8:
