@@ -118,3 +118,6 @@ _SPLITTERS: dict[str, Callable[[torch.Tensor], _Planes]] = {
     "Q4_K": _q4_k,
     "Q6_K": _q6_k,
 }
+
+SPLIT = tuple(_SPLITTERS)
+"""The formats that `from_gguf` takes."""

@@ -54,6 +54,7 @@ def prefill_attention_kernel(
     k,
     v,
     starts,
+    key_starts,
     out,
     factor,
     sequences,
@@ -74,7 +75,7 @@ def prefill_attention_kernel(
     MATRIX: tl.constexpr,
 ):
     """Block of queries and head are the program ids; factor turns a product into a score in
-    powers of two. out [T, H, D] is contiguous."""
+    powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = _sequence(starts, sequences, program, BM)
     start = tl.load(starts + sequence)
@@ -87,19 +88,27 @@ def prefill_attention_kernel(
     at = (start + query).to(tl.int64)[:, None]
     ours = (query < tokens)[:, None] & (column < D)
     block = tl.load(q + at * q_stride_t + head * q_stride_h + column, mask=ours, other=0.0)
-    k += head // G * k_stride_h + start.to(tl.int64) * k_stride_t
-    v += head // G * v_stride_h + start.to(tl.int64) * v_stride_t
+    if key_starts is None:
+        key_start = start
+        keys_seen = tokens
+    else:
+        key_start = tl.load(key_starts + sequence)
+        keys_seen = tl.load(key_starts + sequence + 1) - key_start
+    k += head // G * k_stride_h + key_start.to(tl.int64) * k_stride_t
+    v += head // G * v_stride_h + key_start.to(tl.int64) * v_stride_t
+    before = keys_seen - tokens  # keys of earlier positions than the first query's
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
-    sinks, first, stop = _key_blocks(row, tokens, window, sink_tokens, CAUSAL, BM, BN)
+    sinks, first, stop = _key_blocks(row + before, keys_seen, window, sink_tokens, CAUSAL, BM, BN)
     for step in range(sinks + stop - first):
         key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-        ok = (key < tokens)[:, None] & (column < D)
+        ok = (key < keys_seen)[:, None] & (column < D)
         at_key = key.to(tl.int64)[:, None]
         keys = tl.load(k + at_key * k_stride_t + column, mask=ok, other=0.0)
         scores = product(block, tl.trans(keys), tl.zeros((BM, BN), tl.float32), MATRIX)
-        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL)
+        position = (before + query)[:, None]
+        seen = _seen(position, key[None, :], keys_seen, window, sink_tokens, CAUSAL)
         weights, shrink, top, total = softmax_step(scores * factor, seen, top, total)
         values = tl.load(v + at_key * v_stride_t + column, mask=ok, other=0.0)
         acc = product(weights.to(values.dtype), values, acc * shrink[:, None], MATRIX)
@@ -112,8 +121,8 @@ def prefill_attention_kernel(
 def _key_blocks(
     row, tokens, window, sink_tokens, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """(sinks, first, stop): the queries from `row` on see blocks 0..sinks and first..stop of BN
-    keys, sinks <= first."""
+    """(sinks, first, stop): the queries from position `row` on see blocks 0..sinks and first..stop
+    of BN keys, sinks <= first."""
     stop = tokens
     if CAUSAL:
         stop = tl.minimum(stop, row + BM)
@@ -143,11 +152,12 @@ def prefill_attention(
     window: int = 0,
     sink_tokens: int = 0,
     scale: float | None = None,
+    key_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See reference/attention_prefill.py. ValueError for float64 and for heads above 256."""
     target = target_of("prefill_attention", q)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    run(_plan(target, q, k, v, starts, out, causal, window, sink_tokens, scale))
+    run(_plan(target, q, k, v, starts, out, causal, window, sink_tokens, scale, key_starts))
     return out
 
 
@@ -162,6 +172,7 @@ def _plan(
     window: int = 0,
     sink_tokens: int = 0,
     scale: float | None = None,
+    key_starts: torch.Tensor | None = None,
 ) -> Plan:
     tokens, heads, width = q.shape
     tiles = f"{precision('prefill_attention', q.dtype)}-{head_size('prefill_attention', width)}"
@@ -174,6 +185,7 @@ def _plan(
         "k": k,
         "v": v,
         "starts": starts,
+        "key_starts": None if key_starts is None else key_starts.contiguous(),
         "out": out,
         "factor": score_factor(width, scale),
         "sequences": sequences,
@@ -211,4 +223,16 @@ def cases(target: Target) -> list[Case | Refused]:
         matrix = operands(plan.config, dtype)
         name = f"prefill_attention/{TYPES[dtype]}-{width}"
         made.append(shipped(name, plan, 4 * 4 * 32 * width * 1024 * 1024 // 2, matrix))
-    return made
+    return [*made, _chunks(target)]
+
+
+def _chunks(target: Target) -> Case:
+    """The last 1024 tokens of 4 sequences of 4096, each over all of its keys."""
+    q = torch.empty(4096, 32, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(16384, 8, 128, dtype=torch.bfloat16, device="meta")
+    starts = torch.empty(5, dtype=torch.int32, device="meta")
+    plan = _plan(target, q, k, k, starts, q, key_starts=starts.clone())
+    operations = 4 * 4 * 32 * 128 * 1024 * 3584
+    return shipped(
+        "prefill_attention/bf16-128-chunks", plan, operations, operands(plan.config, q.dtype)
+    )

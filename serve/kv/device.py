@@ -1,0 +1,77 @@
+"""The KV cache of one replica in a GPU's memory, as the Triton kernels want it.
+
+What KVStorage is for a CPU: it owns the memory and the generation numbers of its pages. Nobody
+else can map it: a GPU's replica computes its prompts itself.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels.kv_planes import KVPlanes, planes
+from models.device.step import Cache
+from serve.kv.storage import KVShape
+
+
+class DeviceStorage:
+    """`cache.numbers[l, 0]` are layer l's keys (after RoPE), `[l, 1]` its values; scales likewise.
+
+    kv_format: a name in kernels.kv_planes. Zero-filled at first. `generation` is int64 [pages], in
+    host memory, written by the PagePool above.
+    """
+
+    def __init__(self, shape: KVShape, kv_format: str, device: torch.device) -> None:
+        """ValueError for a format or a size that cannot be, or that the device has no room for."""
+        if min(shape) < 1:
+            raise ValueError(f"Every size of a KV cache must be at least 1; got {shape}.")
+        kept = planes(kv_format, shape.head_dim)
+        self.name: str | None = None
+        self.shape = shape
+        self.kv_format = kv_format
+        self.token_bytes = token_bytes(shape, kept)
+        self.generation: NDArray[np.int64] = np.zeros(shape.pages, np.int64)
+        try:
+            self._cache: Cache | None = _allocated(shape, kept, device)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            size = shape.pages * shape.page_tokens * self.token_bytes
+            raise ValueError(
+                f"The KV cache needs {size:,} bytes of {device}'s memory, which are not to be had: "
+                f"lower engine.kv_tokens ({str(error).splitlines()[0]})."
+            ) from None
+
+    @property
+    def cache(self) -> Cache:
+        """Not after `close`."""
+        assert self._cache is not None, "the KV storage is closed"
+        return self._cache
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies K and V of every layer of page `source` over page `target`."""
+        for plane in self.cache:
+            if plane is not None:
+                plane[:, :, target].copy_(plane[:, :, source])
+
+    def close(self) -> None:
+        """Lets go of the memory. Idempotent."""
+        self._cache = None
+
+
+def token_bytes(shape: KVShape, kept: KVPlanes) -> int:
+    """Bytes of K and V of one token over all layers, scales and all."""
+    size = kept.number_count * getattr(torch, kept.numbers).itemsize
+    if kept.scales:
+        size += math.prod(kept.scale_shape) * getattr(torch, kept.scales).itemsize
+    return int(2 * shape.layers * shape.kv_heads * size)
+
+
+def _allocated(shape: KVShape, kept: KVPlanes, device: torch.device) -> Cache:
+    heads = (shape.layers, 2, shape.pages, shape.page_tokens, shape.kv_heads)
+    numbers = torch.zeros(
+        *heads, kept.number_count, dtype=getattr(torch, kept.numbers), device=device
+    )
+    if not kept.scales:
+        return Cache(numbers)
+    dtype = getattr(torch, kept.scales)
+    return Cache(numbers, torch.zeros(*heads, *kept.scale_shape, dtype=dtype, device=device))
