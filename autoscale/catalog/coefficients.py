@@ -1,5 +1,5 @@
-"""Profiles from other people's fits: DistServe's coefficients of whole steps on A100-80G, and Helix's
-times of one layer by node."""
+"""Profiles from other people's fits: DistServe's coefficients of whole steps on A100-80G, and
+Helix's times of one layer by node."""
 
 import csv
 import json
@@ -157,8 +157,8 @@ HELIX_KINDS = {"a100": "a100-40g"}  # theirs -> ours, where they differ
 
 
 def read_helix(folder: Path, layers: int, room: MemoryRoom, noise: float = NOISE) -> LayerTable:
-    """Helix's folder of one model: a folder a node, with prompt and decode times of one layer in ms.
-    TableError names the line."""
+    """Helix's folder of one model: a folder a node, with prompt and decode times of one layer in
+    ms. TableError names the line."""
     nodes = sorted(path for path in folder.glob("*") if path.is_dir())
     if not nodes:
         raise ValueError(f"{folder}: there is no folder of a node")

@@ -5,7 +5,7 @@ A request counts as the next longer cell: no rate is made up between cells, and 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,13 @@ class RateTable(NamedTuple):
         row = _first_at_least(self.output_tokens, bucket.output_tokens)
         column = _first_at_least(self.input_tokens, bucket.input_tokens)
         return 0.0 if row is None or column is None else self.rates[row][column]
+
+    def served(self) -> Iterator[int]:
+        """The tokens in and out of each cell that has a rate."""
+        for output, row in zip(self.output_tokens, self.rates, strict=True):
+            for tokens, rate in zip(self.input_tokens, row, strict=True):
+                if rate > 0:
+                    yield output + tokens
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,7 @@ class RateGrid:
         table = self.tables.get(shape.kind)
         if table is None or shape.accelerators != 1:
             return 0
-        cells = zip(table.output_tokens, table.rates, strict=True)
-        served = (
-            o + i for o, row in cells for i, r in zip(table.input_tokens, row, strict=True) if r
-        )
-        return max(served, default=0)
+        return max(table.served(), default=0)
 
 
 def read_rate_table(path: Path, noise: float = NOISE) -> RateTable:

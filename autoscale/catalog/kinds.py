@@ -1,4 +1,4 @@
-"""Reads kinds of accelerator: those that come with the product (data_sheets/*.toml), and a user's own."""
+"""Reads kinds of accelerator: the product's own (data_sheets/*.toml), and a user's."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class KindFile(Strict):
-    """One TOML: the figures of a data sheet, with its source. Units are in the names; link: one way,
-    to the other accelerators of the machine (of a lone CPU machine: to other machines)."""
+    """One TOML: the figures of a data sheet, with its source. Units are in the names; link: one
+    way, to the other accelerators of the machine (of a lone CPU machine: to other machines)."""
 
     name: str = Field(min_length=1)
     source: str = Field(min_length=1)

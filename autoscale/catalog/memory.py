@@ -1,5 +1,5 @@
-"""What fits into a replica's accelerators: tokens of keys and values beside the weights and a step's
-activations. Used by profiles; the feasibility checker counts for itself."""
+"""What fits into a replica's accelerators: tokens of keys and values beside the weights and a
+step's activations. Used by profiles; the feasibility checker counts for itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class MemoryRoom:
         return max(0, min(self._stage_tokens(shape, stage) for stage in {first, last}))
 
     def _stage_tokens(self, shape: ReplicaShape, stage: int) -> int:
-        """Layers are dealt out evenly, the early stages taking what is left over; embedding and head
-        lie on the first and the last stage."""
+        """Layers are dealt out evenly, the early stages taking what is left over; embedding and
+        head lie on the first and the last stage."""
         model, tensor = self.model, shape.tensor
         layers = -(-(model.layers - stage) // shape.pipeline)
         tables = _tables(model, shape.pipeline, stage)

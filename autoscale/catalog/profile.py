@@ -53,7 +53,7 @@ class Point(NamedTuple):
 
 def curve(points: Sequence[Point], noise: float = NOISE) -> list[Point]:
     """The points in the order of x. TableError for a negative or absent figure, two figures of one
-    x, and one that falls by more than `noise` below an earlier one: more work takes no less time."""
+    x, and one more than `noise` below an earlier one: more work takes no less time."""
     ordered = sorted(points, key=lambda point: point.x)
     if not ordered:
         raise TableError("a table has no rows")

@@ -1,8 +1,8 @@
 """From times of steps to requests per second within an SLO, by queueing formulas.
 
 Sequences in decode are a Poisson number around its mean (M/G/infinity), prompts queue as M/D/1 with
-an exponential tail; both at the share of requests that the SLO wants kept. A mixed replica stretches
-its decode steps by the share of time that prompts take. The discrete-event simulation in
+an exponential tail; both at the share of requests that the SLO wants kept. A mixed replica
+stretches its decode steps by the share of time that prompts take. The discrete-event simulation in
 `placement/simulation.py` knows none of this and is what these formulas are checked against.
 """
 
@@ -105,7 +105,7 @@ class _Load:
 
 
 def _kept(load: _Load, slo: Slo, most: float) -> bool:
-    """Whether `slo.attained` of the requests keep the SLO. most: sequences for which there is room."""
+    """Whether `slo.attained` of the requests keep the SLO. most: sequences that have room."""
     rate, prompt_s = load.rate, load.prompt_s
     busy = rate * prompt_s
     tail = max(0.0, NormalDist().inv_cdf(slo.attained)) if 0 < slo.attained < 1 else 3.0

@@ -33,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def validated(model: type[Table], content: Any, where: str) -> Table:
-    """`content` as a `model`; ValueError with one sentence a mistake, each beginning with `where`."""
+    """`content` as a `model`; ValueError with a sentence for each mistake, led by `where`."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

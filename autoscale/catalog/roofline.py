@@ -1,8 +1,8 @@
-"""Throughput from data-sheet figures alone, for what nobody has measured: a step takes as long as its
-arithmetic or its memory traffic, whichever is longer, and the messages between accelerators.
+"""Throughput from data-sheet figures alone, for what nobody has measured: a step takes as long as
+its arithmetic or its memory traffic, whichever is longer, and the messages between accelerators.
 
-Weights are read once a step, keys and values once for each sequence; a prompt is bound by arithmetic,
-decoding by memory. It calls itself a roofline wherever it is printed, with its two shares.
+Weights are read once a step, keys and values once for each sequence; a prompt is bound by
+arithmetic, decoding by memory. It calls itself a roofline wherever it is printed.
 """
 
 from collections.abc import Mapping

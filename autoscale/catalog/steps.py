@@ -29,8 +29,8 @@ class ReplicaKey(NamedTuple):
 
 
 class StepCurves(NamedTuple):
-    """prefill: seconds by prompt tokens. decode: by context tokens, seconds by sequences. kv_tokens:
-    room that the measured replica had; None where it was not told."""
+    """prefill: seconds by prompt tokens. decode: by context tokens, seconds by sequences.
+    kv_tokens: room that the measured replica had; None where it was not told."""
 
     prefill: Sequence[Point]
     decode: Sequence[tuple[float, Sequence[Point]]]
