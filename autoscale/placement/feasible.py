@@ -35,8 +35,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verdict:
-    """faults: () for a feasible plan. unchecked: what could not be checked, and why. outcome: of the
-    simulation, None where there was none."""
+    """faults: () for a feasible plan. unchecked: what could not be checked, and why. outcome: of
+    the simulation, None where there was none."""
 
     faults: tuple[Fault, ...]
     unchecked: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
-"""Checks layer spans over unlike nodes and the flow between them, edge by edge: every layer is held,
-what enters a node leaves it, no node and no link carries more than it can. Used by `feasible`."""
+"""Checks layer spans over unlike nodes and the flow between them, edge by edge: every layer is
+held, what enters a node leaves it, no node and no link carries more than it can. Used by
+`feasible`."""
 
 from collections.abc import Iterator, Mapping
 
@@ -108,4 +109,7 @@ def _most_tokens_per_s(span: LayerSpan, offer: Offer, times: LayerTimes) -> floa
     """Over all batches, memory aside: an upper limit."""
     node = offer.kind if offer.count == 1 else f"{offer.kind}x{offer.count}"
     layers = span.stop - span.start
-    return max(batch / (layers * times.layer_s(node, "decode", batch)) for batch in BATCHES)
+    most = 0.0
+    for batch in BATCHES:
+        most = max(most, batch / (layers * times.layer_s(node, "decode", batch)))
+    return most

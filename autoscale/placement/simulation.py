@@ -156,12 +156,11 @@ class Fleet:
         for request in requests:
             self._later(request.arrival_s, None, request)
         while self.events:
-            now_s, _, server, request = heapq.heappop(self.events)
-            if request is not None:
-                turns = self.then if request.made else self.first
-                server = self._send(turns[request.bucket].next(), request)
-            else:
-                assert server is not None
+            now_s, _, server, arrived = heapq.heappop(self.events)
+            if arrived is not None:
+                turns = self.then if arrived.made else self.first
+                server = self._send(turns[arrived.bucket].next(), arrived)
+            elif server is not None:
                 self._end(server, now_s)
             if server is not None and not server.busy:
                 self._start(server, now_s)
