@@ -30,8 +30,8 @@ NEEDS: Mapping[From, tuple[str, ...]] = {
 
 class ProfileTable(Strict):
     """from: where the figures come from. file: the table (helix: the folder); files: of `rates`,
-    one for each kind; model: its name in the table; noise: by how much measured figures may contradict
-    each other before the table is refused; of_compute, of_memory: of the roofline."""
+    one for each kind; model: its name in the table; noise: by how much measured figures may
+    contradict each other before the table is refused; of_compute, of_memory: of the roofline."""
 
     source: From = Field(default="roofline", alias="from")
     file: Path | None = None

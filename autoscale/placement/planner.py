@@ -58,6 +58,7 @@ class Planner(Protocol):
     """Anytime: gives its best plan and bound when deadline_s is over. InfeasibleError when it has
     proved that there is none."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan: ...
