@@ -2,7 +2,10 @@
 carry the demand only if  sum_g w_g y_g >= sum_b (least weighted load of bucket b):  the dual of the
 transportation problem, so one vector w throws out every count on its wrong side at once, and w = prices
 is a lower bound on the cost. Weights are improved by multiplicative steps, for many counts together;
-every vector on the way is a proof already, so nothing rests on convergence."""
+every vector on the way is a proof already, so nothing rests on convergence.
+
+`refuted_by_slices` knows more: how many whole slices of a bucket fit on the machines of one group.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 from autoscale.placement.aggregate_model import TOLERANCE, Floats, Instance, Integers
 
 ABSENT = 1e9  # the weight of a group that is not there
-STEPS = 40
+STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,28 @@ class Proofs:
         slack = TOLERANCE * self.weights.sum(axis=1)
         return np.asarray((carried + slack < self.demand).any(axis=1))
 
+    def and_those(self, other: "Proofs") -> "Proofs":
+        return Proofs(
+            np.concatenate([self.weights, other.weights]),
+            np.concatenate([self.demand, other.demand]),
+        )
+
 
 def weighted_demand(instance: Instance, weights: Floats) -> tuple[Floats, Floats]:
     """For rows of weights: the least weighted load of all buckets [n], and which units [n, group]
     carry it so."""
-    with np.errstate(invalid="ignore"):
-        priced = weights[:, :, None] * instance.loads
-    least: list[Floats] = []
-    chosen: dict[str, NDArray[np.int64]] = {}
-    for role in ("mixed", "prefill", "decode"):
-        groups = instance.by_role(role)
-        chosen[role], value = _least(priced, groups)
-        least.append(value)
-    apart = least[1] + least[2]
-    mixed = least[0] <= apart
-    used = np.zeros_like(weights)
-    for role, taken in (("mixed", mixed), ("prefill", ~mixed), ("decode", ~mixed)):
-        rows, buckets = np.nonzero(taken & (chosen[role] >= 0))
-        groups_of = chosen[role][rows, buckets]
-        np.add.at(used, (rows, groups_of), instance.loads[groups_of, buckets])
-    return np.minimum(least[0], apart).sum(axis=1), used
+    priced = weights[:, :, None] * instance.loads
+    mixed, of_mixed = _least(priced, instance, "mixed")
+    if instance.apart:
+        first, of_first = _least(priced, instance, "prefill")
+        then, of_then = _least(priced, instance, "decode")
+        together = (mixed <= first + then)[:, None]
+        chosen = np.where(together, of_mixed, of_first | of_then)
+        mixed = np.minimum(mixed, first + then)
+    else:
+        chosen = of_mixed
+    used = np.where(chosen, instance.finite_loads, 0.0).sum(axis=2)
+    return mixed.sum(axis=1), used
 
 
 def price_bound(instance: Instance) -> float:
@@ -59,7 +64,7 @@ def price_bound(instance: Instance) -> float:
 
 
 def ascend(instance: Instance, units: Integers) -> tuple[Proofs, Floats]:
-    """Look for a proof against each row of counts; the proofs that hold, and the last weights of
+    """Look for a proof against each row of counts; the proofs that hold, and the best weights of
     every row, which say which group is short."""
     present = units > 0
     weights = np.where(present, np.maximum(instance.cheapest, 1e-9), ABSENT)
@@ -67,27 +72,65 @@ def ascend(instance: Instance, units: Integers) -> tuple[Proofs, Floats]:
     kept = weights.copy()
     for step in range(STEPS):
         demand, used = weighted_demand(instance, weights)
-        scale = np.where(present, weights, 0).sum(axis=1)
-        scale[scale == 0] = 1
-        with np.errstate(invalid="ignore"):
-            value = (demand - (weights * units).sum(axis=1)) / scale
+        scale = np.maximum(np.where(present, weights, 0).sum(axis=1), 1e-9)
+        value = (demand - (weights * units).sum(axis=1)) / scale
         better = value > best
         best[better], kept[better] = value[better], weights[better]
+        if (best > 2 * TOLERANCE).all():
+            break
         # Short of what it is asked to carry: dearer. The step shrinks as in subgradient methods.
         excess = np.where(present, (used - units) / np.maximum(units, 1), 0)
         weights = weights * np.exp(np.clip(excess, -1, 1) * (0.7 / (1 + 0.15 * step)))
-    proved = best > TOLERANCE
+    proved = best > 2 * TOLERANCE
     found = kept[proved]
     demand = weighted_demand(instance, found)[0] if len(found) else np.zeros(0)
     return Proofs(found, np.minimum(demand, ABSENT)), kept
 
 
-def _least(priced: Floats, groups: list[int]) -> tuple[NDArray[np.int64], Floats]:
-    """Of each row and bucket the group of least value (-1: none can) and that value."""
-    rows, _, buckets = priced.shape
-    if not groups:
-        return np.full((rows, buckets), -1), np.full((rows, buckets), np.inf)
-    among = priced[:, groups]
-    at = among.argmin(axis=1)
-    value = np.take_along_axis(among, at[:, None], axis=1)[:, 0]
-    return np.where(np.isfinite(value), np.array(groups)[at], -1), value
+def refuted_by_slices(instance: Instance, units: Integers, weights: Floats) -> NDArray[np.bool_]:
+    """For rows of counts and weights to begin with: True where whole slices, no more of them on a
+    group than fit there, are proved not to. Groups of mixed role alone; nothing else is refuted."""
+    refuted = np.zeros(len(units), dtype=np.bool_)
+    if instance.slices is None or instance.apart or not len(units):
+        return refuted
+    slice_loads = instance.loads / instance.slices
+    fits = np.floor((units + TOLERANCE)[:, :, None] / slice_loads)
+    most = np.minimum(fits, instance.slices)
+    refuted |= (most.sum(axis=1) < instance.slices).any(axis=1)
+    weights = np.where(units > 0, np.minimum(weights, ABSENT), 0.0)
+    for step in range(STEPS):
+        demand, used = _sliced_demand(instance, slice_loads, most, weights)
+        slack = TOLERANCE * weights.sum(axis=1)
+        refuted |= demand > (weights * units).sum(axis=1) + slack * 2
+        if refuted.all():
+            break
+        excess = np.where(units > 0, (used - units) / np.maximum(units, 1), 0)
+        weights = weights * np.exp(np.clip(excess, -1, 1) * (0.4 / (1 + 0.15 * step)))
+    return refuted
+
+
+def _sliced_demand(
+    instance: Instance, slice_loads: Floats, most: Floats, weights: Floats
+) -> tuple[Floats, Floats]:
+    """As `weighted_demand`, with at most so many slices of a bucket on a group: cheapest first."""
+    slices = float(instance.slices or 1)
+    each = np.where(np.isfinite(slice_loads), slice_loads, 0.0)
+    priced = np.where(most > 0, weights[:, :, None] * each, np.inf)
+    order = priced.argsort(axis=1)
+    room = np.take_along_axis(most, order, axis=1)
+    before = np.cumsum(room, axis=1) - room
+    taken = np.clip(slices - before, 0, room)
+    placed = np.zeros_like(taken)
+    np.put_along_axis(placed, order, taken, axis=1)
+    used = (placed * each).sum(axis=2)
+    return (used * weights).sum(axis=1), used
+
+
+def _least(priced: Floats, instance: Instance, role: str) -> tuple[Floats, NDArray[np.bool_]]:
+    """Of each row and bucket the least value among groups of the role, and which group has it
+    [n, group, bucket]."""
+    masked = priced + instance.not_of(role)
+    least = masked.min(axis=1)
+    at = masked.argmin(axis=1)
+    chosen = np.arange(masked.shape[1])[:, None] == at[:, None, :]
+    return least, chosen

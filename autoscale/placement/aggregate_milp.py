@@ -58,7 +58,6 @@ def solve(
     at_least: float = 0.0,
     below: float = np.inf,
     units: Integers | None = None,
-    strengthened: bool = True,
 ) -> Found:
     """The cheapest plan that costs `at_least` and no more than `below`; with `units` given, only
     whether those carry the demand."""
@@ -66,7 +65,7 @@ def solve(
     rows = Rows()
     _buckets(instance, index, rows)
     _capacity(instance, index, rows)
-    if strengthened and units is None:
+    if units is None:
         _linking(instance, index, rows)
         _covering(instance, index, rows)
     costs = [(index.bought(g, t), tier.usd_per_h) for g, t, tier in index.tiers]

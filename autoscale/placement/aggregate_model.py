@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # of a machine: what a solver of floating point can hold
 STEP_USD = 1e-7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Tier:
     """Up to `most` units at one price. column: where the buyer finds it again."""
 
@@ -93,6 +93,27 @@ class Instance:
         if not self.groups:
             return np.zeros((0, self.buckets))
         return np.stack([group.loads for group in self.groups])
+
+    @cached_property
+    def finite_loads(self) -> Floats:
+        """[group, bucket], 0 where a group cannot serve."""
+        return np.where(np.isfinite(self.loads), self.loads, 0.0)
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether prompts and tokens can be served by different groups."""
+        return bool(self.by_role("prefill") and self.by_role("decode"))
+
+    def not_of(self, role: str) -> Floats:
+        """[group, 1]: inf for groups of other roles, else 0; to be added to a value."""
+        return self._not_of[role]
+
+    @cached_property
+    def _not_of(self) -> dict[str, Floats]:
+        return {
+            role: np.array([[0.0 if group.role == role else np.inf] for group in self.groups])
+            for role in ("mixed", "prefill", "decode")
+        }
 
     @cached_property
     def most(self) -> Integers:

@@ -6,11 +6,17 @@ of them are undecided, HiGHS takes over with the bound and the plan (`aggregate_
 """
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
 from autoscale.placement import aggregate_milp as milp
-from autoscale.placement.aggregate_bounds import Proofs, ascend, price_bound
+from autoscale.placement.aggregate_bounds import (
+    Proofs,
+    ascend,
+    price_bound,
+    refuted_by_slices,
+)
 from autoscale.placement.aggregate_model import (
     STEP_USD,
     TOLERANCE,
@@ -22,8 +28,7 @@ from autoscale.placement.aggregate_model import (
 )
 
 MOST_COUNTS = 60_000
-CHUNK = 128
-MOST_UNDECIDED = 6
+MOST_UNDECIDED = 24
 
 
 def search(
@@ -32,7 +37,7 @@ def search(
     """The cheapest plan, or the best that the deadline allows with its bound; None when it is proved
     that there is none. most_counts 0: HiGHS from the start."""
     ends_s = time.monotonic() + deadline_s
-    bound = price_bound(instance)
+    bound = price_bound(instance) if instance.options else np.inf
     if not np.isfinite(bound):
         return None
     held = first_plan(instance)
@@ -130,17 +135,14 @@ def _first_feasible(
     where some were left undecided, and None where all are refuted."""
     proofs = Proofs(np.zeros((0, len(instance.groups))), np.zeros(0))
     undecided = 0
-    for start in range(0, len(counts), CHUNK):
-        chunk = counts[start : start + CHUNK]
+    for chunk in _chunks(counts):
         chunk = chunk[~proofs.refute(chunk)]
         if not len(chunk):
             continue
         new, weights = ascend(instance, chunk)
-        proofs = Proofs(
-            np.concatenate([proofs.weights, new.weights]),
-            np.concatenate([proofs.demand, new.demand]),
-        )
+        proofs = proofs.and_those(new)
         alive = ~proofs.refute(chunk)
+        alive[alive] = ~refuted_by_slices(instance, chunk[alive], weights[alive])
         for units, weight in zip(chunk[alive], weights[alive], strict=True):
             usd = instance.cost(units)
             assignment = fill(instance, units, weight)
@@ -154,6 +156,14 @@ def _first_feasible(
                 return None, usd
             return Solution(units, assignment, usd, usd, "cost order"), usd
     return None, None
+
+
+def _chunks(counts: Integers) -> Iterator[Integers]:
+    """Few at first, since the cheapest often carry the demand."""
+    start, size = 0, 8
+    while start < len(counts):
+        yield counts[start : start + size]
+        start, size = start + size, min(2 * size, 256)
 
 
 def _by_milp(
