@@ -1,8 +1,9 @@
 """Which machines, and which requests on which of them, at the least cost: Melange's problem.
 
-Griggs et al., "Melange: Cost Efficient Large Language Model Serving by Exploiting GPU Heterogeneity"
-(2024), with several shapes and offers per kind, quotas, and prefill and decode apart where shapes of
-those roles are given. The program is `aggregate_model`, the search `aggregate_search`.
+Griggs et al., "Melange: Cost Efficient Large Language Model Serving by Exploiting GPU
+Heterogeneity" (2024), with several shapes and offers per kind, quotas, and prefill and decode apart
+where shapes of those roles are given. The program is `aggregate_model`, the search
+`aggregate_search`.
 """
 
 import time
@@ -19,9 +20,9 @@ from autoscale.placement.planner import InfeasibleError, Problem
 
 @dataclass(frozen=True)
 class AggregatePlanner:
-    """slices: equal parts that a bucket's requests are cut into, each served by one purchase (by one
-    of each role where those are apart); None: shares of any size, as a weighted router keeps them.
-    most_counts: counts of machines listed before HiGHS takes over; 0: HiGHS alone."""
+    """slices: equal parts that a bucket's requests are cut into, each served by one purchase (by
+    one of each role where those are apart); None: shares of any size, as a weighted router keeps
+    them. most_counts: counts of machines listed before HiGHS takes over; 0: HiGHS alone."""
 
     slices: int | None = None
     most_counts: int = MOST_COUNTS
@@ -64,8 +65,7 @@ def _plan(
     order = [(group, column, units) for group, all_of in bought.items() for column, units in all_of]
     purchases = tuple(_purchase(of[column], units) for _, column, units in order)
     routing = {
-        bucket: _shares(program, solution, at, order)
-        for at, bucket in enumerate(demanded(problem))
+        bucket: _shares(program, solution, at, order) for at, bucket in enumerate(demanded(problem))
     }
     return Plan(
         purchases,
@@ -102,8 +102,8 @@ def _shares(
 
 
 def _limits(of: Sequence[Column], bought: Sequence[tuple[Column, int]]) -> tuple[str, ...]:
-    """What keeps the plan from being cheaper, as far as the program knows: an offer bought up to its
-    quota, requests that some offers have no memory for, or cannot serve within the SLO."""
+    """What keeps the plan from being cheaper, as far as the program knows: an offer bought up to
+    its quota, requests that some offers have no memory for, or cannot serve within the SLO."""
     limits = []
     if any(short for column in of for short in column.short_of_memory):
         limits.append("memory")

@@ -1,8 +1,8 @@
-"""What a price for load proves. For weights w >= 0 on the groups' capacity, counts y of machines can
-carry the demand only if  sum_g w_g y_g >= sum_b (least weighted load of bucket b):  the dual of the
-transportation problem, so one vector w throws out every count on its wrong side at once, and w = prices
-is a lower bound on the cost. Weights are improved by multiplicative steps, for many counts together;
-every vector on the way is a proof already, so nothing rests on convergence.
+"""What a price for load proves. For weights w >= 0 on the groups' capacity, counts y of machines
+can carry the demand only if  sum_g w_g y_g >= sum_b (least weighted load of bucket b):  the dual of
+the transportation problem, so one vector w throws out every count on its wrong side at once, and w
+= prices is a lower bound on the cost. Weights are improved by multiplicative steps, for many counts
+together; every vector on the way is a proof already, so nothing rests on convergence.
 
 `refuted_by_slices` knows more: how many whole slices of a bucket fit on the machines of one group.
 """

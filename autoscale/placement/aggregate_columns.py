@@ -1,7 +1,8 @@
 """From offers, shapes and a profile to the groups of the integer program.
 
-A column is an offer filled with one shape: so many machines hold so many replicas. Memory is checked
-here: weights that do not fit, or requests whose keys and values do not, make a load infinite.
+A column is an offer filled with one shape: so many machines hold so many replicas. Memory is
+checked here: weights that do not fit, or requests whose keys and values do not, make a load
+infinite.
 """
 
 from collections import Counter
@@ -163,9 +164,7 @@ def _grouped(loads: Sequence[Floats], of: Sequence[Column]) -> tuple[list[Group]
     groups: list[Group] = []
     drawn: dict[str, list[int]] = {}
     for members in together.values():
-        tiers = sorted(
-            Tier(of[at].usd_per_h, of[at].most, at) for at in members if of[at].most > 0
-        )
+        tiers = sorted(Tier(of[at].usd_per_h, of[at].most, at) for at in members if of[at].most > 0)
         group = Group(ROLES[of[members[0]].shape.role], loads[members[0]], tuple(tiers))
         if not tiers or group.most == 0:
             continue

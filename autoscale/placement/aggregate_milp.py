@@ -1,9 +1,9 @@
 """The integer program in full, for HiGHS: how many slices of each bucket go to each group (whole
 numbers, so that equal slices are never told apart), how many units of each price are bought.
 
-Stronger than its plain form by: a bucket's slices need a machine to be there (the linking of facility
-location, where a machine carries more than the bucket), covering rows rounded up to whole machines, and
-a known cost to stay below.
+Stronger than its plain form by: a bucket's slices need a machine to be there (the linking of
+facility location, where a machine carries more than the bucket), covering rows rounded up to whole
+machines, and a known cost to stay below.
 """
 
 from dataclasses import dataclass, field
@@ -75,7 +75,7 @@ def solve(
     objective = np.zeros(index.columns)
     for column, usd in costs:
         objective[column] = usd
-    whole = np.ones(index.columns)
+    whole = np.ones(index.columns, dtype=np.int64)
     if instance.slices is None:
         whole[: index.parts] = 0
     answer = milp(
@@ -198,9 +198,7 @@ def _covering(instance: Instance, index: _Index, rows: Rows) -> None:
         rows.add(terms, float(np.ceil((1 - TOLERANCE) * demand / unit - TOLERANCE)), np.inf)
 
 
-def _bounds(
-    instance: Instance, index: _Index, units: Integers | None
-) -> tuple[Floats, Floats]:
+def _bounds(instance: Instance, index: _Index, units: Integers | None) -> tuple[Floats, Floats]:
     slices = instance.slices or 1
     able = np.where(np.isfinite(instance.loads.T), float(slices), 0.0).ravel()
     low = np.zeros(index.columns)

@@ -2,8 +2,8 @@
 
 Groups are machines that serve alike (one kind, shape and role); where they can be bought at several
 prices, the cheap ones are taken first, so that equal machines are never told apart. A bucket's
-requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024, section 5), or shared
-out freely. A part goes to one mixed group, or to one prefill and one decode group.
+requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024, section 5), or
+shared out freely. A part goes to one mixed group, or to one prefill and one decode group.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,7 @@ class Group:
         return bought
 
 
-class Option(tuple[int, ...]):
-    """The groups that a part of a bucket needs: one mixed, or one prefill and one decode."""
+Option = tuple[int, ...]  # groups that a part needs: one mixed, or one prefill and one decode
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Instance:
-    """groups, buckets and slices as above; slices None: any share. pools: quotas that several groups
-    draw on (those of one group are in its tiers)."""
+    """groups, buckets and slices as above; slices None: any share. pools: quotas that several
+    groups draw on (those of one group are in its tiers)."""
 
     groups: tuple[Group, ...]
     buckets: int
@@ -129,11 +128,9 @@ class Instance:
 
     @cached_property
     def options(self) -> tuple[Option, ...]:
-        alone = [Option((at,)) for at in self.by_role("mixed")]
+        alone: list[Option] = [(at,) for at in self.by_role("mixed")]
         pairs = [
-            Option((first, then))
-            for first in self.by_role("prefill")
-            for then in self.by_role("decode")
+            (first, then) for first in self.by_role("prefill") for then in self.by_role("decode")
         ]
         return (*alone, *pairs)
 

@@ -1,8 +1,9 @@
 """Cheapest counts first: counts of machines are listed by cost between a lower bound and a plan in
-hand, thrown out in bulk by proofs (`aggregate_bounds`), and the first that carries the demand is best.
+hand, thrown out in bulk by proofs (`aggregate_bounds`), and the first that carries the demand is
+best.
 
-Most instances end here without a tree. Where too many counts lie between bound and plan, or too many
-of them are undecided, HiGHS takes over with the bound and the plan (`aggregate_milp`).
+Most instances end here without a tree. Where too many counts lie between bound and plan, or too
+many of them are undecided, HiGHS takes over with the bound and the plan (`aggregate_milp`).
 """
 
 import time
@@ -29,13 +30,14 @@ from autoscale.placement.aggregate_model import (
 
 MOST_COUNTS = 60_000
 MOST_UNDECIDED = 24
+TRIES, NEAR = 8, 0.08
 
 
 def search(
     instance: Instance, *, deadline_s: float, most_counts: int = MOST_COUNTS
 ) -> Solution | None:
-    """The cheapest plan, or the best that the deadline allows with its bound; None when it is proved
-    that there is none. most_counts 0: HiGHS from the start."""
+    """The cheapest plan, or the best that the deadline allows with its bound; None when it is
+    proved that there is none. most_counts 0: HiGHS from the start."""
     ends_s = time.monotonic() + deadline_s
     bound = price_bound(instance) if instance.options else np.inf
     if not np.isfinite(bound):
@@ -56,8 +58,8 @@ def search(
 def counts_below(
     instance: Instance, low: float, high: float, most: int = MOST_COUNTS
 ) -> Integers | None:
-    """All counts [n, group] that cost between low and high and keep the quotas, cheapest first; None
-    if there are more than `most`."""
+    """All counts [n, group] that cost between low and high and keep the quotas, cheapest first;
+    None if there are more than `most`."""
     if not np.isfinite(high):
         high = sum(float(group.costs[-1]) for group in instance.groups) + STEP_USD
     order = np.argsort([-group.costs[min(1, group.most)] for group in instance.groups])
@@ -128,6 +130,16 @@ def fill(instance: Instance, units: Integers, weights: Floats) -> Assignment | N
     return Assignment(tuple(shares))
 
 
+def fill_somehow(instance: Instance, units: Integers, weights: Floats) -> Assignment | None:
+    """`fill` with these weights and with some near them, the same ones every time."""
+    near = np.random.default_rng(0).normal(0, NEAR, (TRIES, len(weights)))
+    for shift in (np.zeros(len(weights)), *near):
+        assignment = fill(instance, units, weights * np.exp(shift))
+        if assignment is not None:
+            return assignment
+    return None
+
+
 def _first_feasible(
     instance: Instance, counts: Integers, ends_s: float
 ) -> tuple[Solution | None, float | None]:
@@ -145,7 +157,7 @@ def _first_feasible(
         alive[alive] = ~refuted_by_slices(instance, chunk[alive], weights[alive])
         for units, weight in zip(chunk[alive], weights[alive], strict=True):
             usd = instance.cost(units)
-            assignment = fill(instance, units, weight)
+            assignment = fill_somehow(instance, units, weight)
             if assignment is None and undecided < MOST_UNDECIDED:
                 undecided += 1
                 answer = milp.solve(instance, deadline_s=ends_s - time.monotonic(), units=units)

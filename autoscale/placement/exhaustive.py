@@ -1,5 +1,6 @@
-"""The oracle for small problems: every count of machines, cheapest first, with every way to share the
-slices out. It shares nothing with the programs that it judges but how a shape lies on a machine.
+"""The oracle for small problems: every count of machines, cheapest first, with every way to share
+the slices out. It shares nothing with the programs that it judges but how a shape lies on a
+machine.
 """
 
 import itertools

@@ -1,51 +1,23 @@
-"""SpotServe's choice of data, pipeline and tensor degree and batch for the accelerators that there are.
+"""SpotServe's choice of data, pipeline and tensor degree and batch for the accelerators that there
+are.
 
 Asked whenever their number changes (Miao et al., "SpotServe", ASPLOS 2024, section 3.2): of the
 configurations that serve the arrival rate take the one with the shortest time of execution; where
-none does, the one with the highest throughput. Times come from its profiles: milliseconds per layer
-by tensor degree and batch. `ParallelSpace.published` is what its artifact searches; `wide` is all
-that the cost model can price. `preferred` adds what the paper asks for beyond: among equals the
-fewest accelerators.
+none does, the one with the highest throughput. `ParallelSpace.published` is what its artifact
+searches; `wide` is all that the cost model can price. `preferred` adds what the paper asks for
+beyond: among equals the fewest accelerators. `SpotServePlanner` is the same rule behind the
+planners' protocol.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """One model on one kind of accelerator.
-
-    init_ms, incr_ms: of one layer, by (tensor degree, batch), for a prompt and for one token more.
-    embed_ms: by batch, once at either end. pp_*_comm_ms: from stage to stage. fix_factor: measured
-    total over the sum. layers_padded: the artifact takes only pipelines that divide it.
-    """
-
-    layers: int
-    layers_padded: int
-    max_tensor: int
-    init_ms: Mapping[tuple[int, int], float]
-    incr_ms: Mapping[tuple[int, int], float]
-    embed_ms: Mapping[int, float]
-    pp_init_comm_ms: float
-    pp_incr_comm_ms: float
-    fix_factor: float
-    source: str = "table of SpotServe"
-
-    def __post_init__(self) -> None:
-        for name, table in (("init_ms", self.init_ms), ("incr_ms", self.incr_ms)):
-            for (tensor, batch), each_ms in table.items():
-                if not each_ms > 0:
-                    raise ValueError(
-                        f"{name} at tensor degree {tensor} and batch {batch} is {each_ms!r}; "
-                        "it must be above 0"
-                    )
-        if self.layers < 1 or self.layers_padded < self.layers:
-            raise ValueError(
-                f"layers is {self.layers} and layers_padded {self.layers_padded}; "
-                "accepted is 1 <= layers <= layers_padded"
-            )
+from autoscale.catalog.offer import Offer
+from autoscale.placement.aggregate_columns import demanded, filling
+from autoscale.placement.plan import Plan, Purchase, ReplicaShape
+from autoscale.placement.planner import InfeasibleError, Problem
+from autoscale.placement.spotserve_profile import LayerProfile, latency_ms
 
 
 @dataclass(frozen=True)
@@ -85,53 +57,6 @@ class ParallelSpace:
     def wide(cls, min_accelerators: int, max_batch: int = 4) -> "ParallelSpace":
         """Any depth up to one layer per stage."""
         return cls(min_accelerators, max_batch, dividing=False)
-
-
-def read_profile(table: Mapping[str, Any], source: str) -> LayerProfile:
-    """From SpotServe's JSON; ValueError names the key that is missing or wrong."""
-    try:
-        init, incr = {}, {}
-        for key, batches in table.items():
-            if key.startswith("tp-"):
-                for batch_key, each in batches.items():
-                    at = int(key[3:]), int(batch_key.removeprefix("bsz-"))
-                    init[at], incr[at] = float(each["init"]), float(each["incr"])
-        return LayerProfile(
-            layers=int(table["layer_num"]),
-            layers_padded=int(table.get("padded_layer_num", table["layer_num"])),
-            max_tensor=int(table.get("max_tp", max(tensor for tensor, _ in init))),
-            init_ms=init,
-            incr_ms=incr,
-            embed_ms={2**power: float(each) for power, each in enumerate(table["embed"])},
-            pp_init_comm_ms=float(table["pp_init_comm"]),
-            pp_incr_comm_ms=float(table["pp_incr_comm"]),
-            fix_factor=float(table["final_fix_factor"]),
-            source=f"table of SpotServe, {source}",
-        )
-    except KeyError as error:
-        raise ValueError(f"the profile {source} has no {error.args[0]!r}") from None
-
-
-def latency_ms(
-    profile: LayerProfile,
-    tensor: int,
-    pipeline: int,
-    batch: int,
-    micro: tuple[int, int],
-    output_tokens: int,
-) -> float:
-    """Time to execute one batch of requests, as SpotServe's cost model has it."""
-    deepest = -(-profile.layers // pipeline)
-    of_prompt, of_tokens = micro
-    init = profile.init_ms[tensor, batch // of_prompt] * deepest
-    incr = profile.incr_ms[tensor, batch // of_tokens] * deepest
-    prompt_ms = (init * (pipeline + of_prompt - 1) + profile.pp_init_comm_ms * (pipeline - 1)) / (
-        of_prompt
-    )
-    token_ms = incr * (pipeline + of_tokens - 1)
-    token_ms += profile.pp_incr_comm_ms * (pipeline - 1) / of_tokens
-    total_ms = prompt_ms + token_ms * output_tokens + 2 * profile.embed_ms[batch]
-    return total_ms * profile.fix_factor
 
 
 def choices(
@@ -176,9 +101,10 @@ def preferred(
     if best is None or best.requests_per_s < requests_per_s:
         return best
     every = choices(profile, space, accelerators, output_tokens)
+    trimmed = [_trimmed(each, requests_per_s) for each in every]
     equal = [
         each
-        for each in map(lambda each: _trimmed(each, requests_per_s), every)
+        for each in trimmed
         if each.latency_ms <= best.latency_ms and each.requests_per_s >= requests_per_s
     ]
     return min(equal, key=lambda each: (each.accelerators, -each.requests_per_s))
@@ -187,19 +113,8 @@ def preferred(
 def _trimmed(choice: ParallelChoice, requests_per_s: float) -> ParallelChoice:
     """With only as many pipelines as the rate needs."""
     each_per_s = choice.batch / choice.latency_ms * 1000
-    data = next(
-        (n for n in range(1, choice.data) if n * each_per_s >= requests_per_s), choice.data
-    )
-    return ParallelChoice(
-        data,
-        choice.tensor,
-        choice.pipeline,
-        choice.batch,
-        choice.micro_init,
-        choice.micro_incr,
-        choice.latency_ms,
-        data * each_per_s,
-    )
+    data = next((n for n in range(1, choice.data) if n * each_per_s >= requests_per_s), choice.data)
+    return replace(choice, data=data, requests_per_s=data * each_per_s)
 
 
 def committed_tokens(
@@ -216,6 +131,140 @@ def committed_tokens(
     while tokens and first_ms + tokens * each_ms >= left_ms:
         tokens -= 1
     return tokens
+
+
+class StepTimes(Protocol):
+    """What a profile needs beside rates to be planned for so."""
+
+    def step_s(
+        self,
+        shape: ReplicaShape,
+        prefill_tokens: int,
+        decode_sequences: int,
+        context_tokens: int,
+    ) -> float:
+        """Time of one engine step of a replica."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`replicas` of a shape, each answering `batch` requests at a time in latency_s."""
+
+    shape: ReplicaShape
+    batch: int
+    latency_s: float
+    replicas: int
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.replicas * self.batch / self.latency_s
+
+    @property
+    def accelerators(self) -> int:
+        return self.replicas * self.shape.accelerators
+
+
+@dataclass(frozen=True)
+class SpotServePlanner:
+    """SpotServe's rule over the shapes of a problem, on the machines that quotas say there are. It
+    wants the shortest latency, not the least cost, so the plan's bound is 0. best_effort: where the
+    rate cannot be served, the highest throughput instead of InfeasibleError."""
+
+    max_batch: int = 8
+    best_effort: bool = False
+    name: str = "spotserve"
+
+    def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan:
+        if not hasattr(problem.profile, "step_s"):
+            raise ValueError(f"the profile {problem.profile.source!r} has no step times; spotserve "
+                             "needs one with step_s()")  # fmt: skip
+        rate = problem.demand.total_per_s
+        layouts = [each for each in self._layouts(problem) if each.replicas]
+        meeting = [each for each in layouts if each.requests_per_s >= rate]
+        if meeting:
+            best = min(meeting, key=lambda each: (each.latency_s, each.accelerators))
+            return _bought(problem, _fewest(best, rate))
+        best_of = max(layouts, key=lambda each: each.requests_per_s, default=None)
+        if best_of is None:
+            raise InfeasibleError("memory: no shape fits on the machines that there are")
+        if not self.best_effort:
+            raise InfeasibleError(f"quota: at most {best_of.requests_per_s:.3g} of {rate:.3g} "
+                                  "requests/s on the machines that there are")  # fmt: skip
+        return _bought(problem, best_of)
+
+    def _layouts(self, problem: Problem) -> Iterator[Layout]:
+        tokens_in, tokens_out = _mean_tokens(problem)
+        times = cast(StepTimes, problem.profile)
+        for shape in problem.shapes:
+            room = problem.profile.kv_tokens(shape)
+            if shape.role != "mixed" or not room:
+                continue
+            replicas = sum(most for _, most in _places(problem, shape))
+            for batch in _powers(self.max_batch):
+                if batch * (tokens_in + tokens_out) <= room:
+                    prompt_s = times.step_s(shape, batch * tokens_in, 0, tokens_in)
+                    context = tokens_in + tokens_out // 2
+                    token_s = times.step_s(shape, 0, batch, context)
+                    yield Layout(shape, batch, prompt_s + tokens_out * token_s, replicas)
+
+
+def _fewest(layout: Layout, requests_per_s: float) -> Layout:
+    each_per_s = layout.batch / layout.latency_s
+    needed = next(
+        (n for n in range(1, layout.replicas) if n * each_per_s >= requests_per_s),
+        layout.replicas,
+    )
+    return replace(layout, replicas=needed)
+
+
+def _mean_tokens(problem: Problem) -> tuple[int, int]:
+    rates, total = problem.demand.requests_per_s, problem.demand.total_per_s
+    buckets = demanded(problem)
+    if not buckets:
+        raise ValueError("requests_per_s is empty; spotserve needs requests to plan for")
+    tokens_in = sum(rates[b] * b.input_tokens for b in buckets) / total
+    tokens_out = sum(rates[b] * b.output_tokens for b in buckets) / total
+    return max(1, round(tokens_in)), max(1, round(tokens_out))
+
+
+def _places(problem: Problem, shape: ReplicaShape) -> list[tuple[Offer, int]]:
+    """Offers that the shape lies on, cheapest per replica first, with most replicas of each."""
+    every = []
+    for offer in problem.catalog.offers(at_s=problem.at_s):
+        lies = filling(offer, shape) if offer.kind == shape.kind else None
+        if lies is None:
+            continue
+        if offer.quota is None:
+            raise ValueError(f"offer {offer.name} has no quota; spotserve plans for the machines "
+                             "that there are, so each offer needs one")  # fmt: skip
+        usd = offer.usd_per_h * lies.machines / lies.replicas
+        every.append((usd, offer.name, offer, offer.quota // lies.machines * lies.replicas))
+    return [(offer, most) for _, _, offer, most in sorted(every, key=lambda each: each[:2])]
+
+
+def _bought(problem: Problem, layout: Layout) -> Plan:
+    purchases: list[Purchase] = []
+    left = layout.replicas
+    for offer, most in _places(problem, layout.shape):
+        taken = min(left, most)
+        lies = filling(offer, layout.shape)
+        if taken and lies:
+            machines = -(-taken // lies.replicas) * lies.machines
+            usd = machines * offer.usd_per_h
+            purchases.append(Purchase(offer.name, machines, layout.shape, taken, usd))
+            left -= taken
+    shares = {at: each.replicas / layout.replicas for at, each in enumerate(purchases)}
+    short = layout.requests_per_s < problem.demand.total_per_s
+    return Plan(
+        tuple(purchases),
+        sum(each.usd_per_h for each in purchases),
+        0.0,
+        f"spotserve, batch {layout.batch}, {layout.latency_s:.3g} s a request",
+        routing={bucket: shares for bucket in demanded(problem)},
+        limits=("quota",) if short else (),
+        sources=(problem.profile.source,),
+    )
 
 
 def _depths(

@@ -2,10 +2,11 @@
 for each size of request the figures say which GPU is best per dollar and by how much, and for the
 Arena data set how many GPUs of one kind, and which mix of kinds, serve 1, 2 and 4 requests/s.
 
-With w_b, what bucket b asks of its best GPU in dollars, all of that is linear in w: load on GPU g is
-w_b v_bg / price_g, where v_bg >= 1 says how much worse g is. The figures leave v a polytope; splitting
-w_b over its corners covers every table (so an infeasible program proves that there is none), and that a
-cheaper count cannot carry the load has a proof by weights (the dual), found and used in turns.
+With w_b, what bucket b asks of its best GPU in dollars, all of that is linear in w: load on GPU g
+is w_b v_bg / price_g, where v_bg >= 1 says how much worse g is. The figures leave v a polytope;
+splitting w_b over its corners covers every table (so an infeasible program proves that there is
+none), and that a cheaper count cannot carry the load has a proof by weights (the dual), found and
+used in turns.
 """
 
 import itertools
@@ -49,8 +50,8 @@ class Corner:
 
 @dataclass(frozen=True)
 class Inverse:
-    """Corners with the dollars that each asks for at 1 request/s, and by how much of a machine every
-    count is met; margin below 0: no table agrees."""
+    """Corners with the dollars that each asks for at 1 request/s, and by how much of a machine
+    every count is met; margin below 0: no table agrees."""
 
     corners: tuple[Corner, ...]
     weights: Floats
@@ -81,7 +82,9 @@ def published(path: Path, rates: Sequence[float] = (1, 2, 4)) -> tuple[Floats, l
     return np.array([table["prices_usd_hr"][kind] for kind in KINDS]), rows
 
 
-def corners(path: Path, most_input_tokens: int, *, h100_worst_at_least: bool = False) -> list[Corner]:
+def corners(
+    path: Path, most_input_tokens: int, *, h100_worst_at_least: bool = False
+) -> list[Corner]:
     """What the grids allow, size by size. h100_worst_at_least: for the smallest request, where they
     leave open who is second, take H100 for the worst, as it is beside it."""
     grid = json.loads(path.read_text())
@@ -112,14 +115,37 @@ def invert(of: Sequence[Corner], prices: Floats, rows: Sequence[Published]) -> I
     if margin < 0:
         return Inverse(tuple(of), weights, margin, prices)
     proofs = [(row, y, prices / prices.sum()) for row in rows for y in cheaper[row]]
+    margin = -np.inf
     for _ in range(ROUNDS):
+        before = margin
         weights, margin = _program(worse, rows, proofs)
         proofs = [
             (row, y, _proof(worse, weights, row, y, prices)) for row in rows for y in cheaper[row]
         ]
-        if margin > 1e-3:
+        if margin > 0 and margin - before < 1e-3:
             break
     return Inverse(tuple(of), weights, margin, prices)
+
+
+def disagreeing(path: Path, found: Inverse) -> list[tuple[int, int]]:
+    """Sizes of request at which the table does not show what the grids do: an independent reading,
+    cell by cell, since corners of different orders of the kinds may have been mixed."""
+    grid = json.loads(path.read_text())
+    wrong = []
+    for (inputs, outputs), load in found.loads().items():
+        row, column = grid["outputs_tokens"].index(outputs), grid["inputs_tokens"].index(inputs)
+        usd = np.array(load) * found.prices
+        over = np.sort(100 * (usd / usd.min() - 1))
+        said = grid["best_vs_second_pct"][row][column], grid["best_vs_worst_pct"][row][column]
+        best = KINDS[int(usd.argmin())] == grid["llama2_7b_best_gpu"][row][column]
+        near = all(
+            abs(a - b) <= HALF + 1e-6 for a, b in zip((over[1], over[-1]), said, strict=True)
+        )
+        pair = grid["a10g_vs_a100_pct_positive_means_A10G"][row][column]
+        ratio = usd[1] / usd[2] if pair > 0 else usd[2] / usd[1]
+        if not (best and near and abs(100 * (ratio - 1) - abs(pair)) <= HALF + 1e-6):
+            wrong.append((inputs, outputs))
+    return wrong
 
 
 def _interval(percent: float) -> tuple[float, float]:
@@ -138,8 +164,8 @@ def _corners(
     worst: tuple[float, float],
     pair: tuple[float, float] | None,
 ) -> list[tuple[float, ...]]:
-    """Corners of all (worse by kind) with that best, some second, some worst, and the known ratio of
-    A100 and A10G."""
+    """Corners of all (worse by kind) with that best, some second, some worst, and the known ratio
+    of A100 and A10G."""
     a100, a10g = KINDS.index("A100"), KINDS.index("A10G")
     found: set[tuple[float, ...]] = set()
     for two, last in itertools.permutations([k for k in range(len(KINDS)) if k != best], 2):
@@ -231,7 +257,8 @@ def _proof(worse: Floats, weights: Floats, row: Published, y: Any, prices: Float
         constraints=_system(lines, kinds + m),
         bounds=Bounds(np.r_[LEAST_WEIGHT * prices / prices.sum(), np.zeros(m)], np.inf),
     )
-    return np.asarray(answer.x[:kinds])
+    assert answer.x is not None, answer.message
+    return answer.x[:kinds]
 
 
 def _system(lines: Sequence[tuple[Any, Any, float, float]], columns: int) -> LinearConstraint:

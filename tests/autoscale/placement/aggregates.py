@@ -47,7 +47,8 @@ class Rates:
 
 def small_problem(rng: np.random.Generator, *, apart: bool = False) -> Problem:
     """Up to three kinds, two shapes each, few buckets: an exhaustive search ends. One in about five
-    is infeasible, by quota, memory or speed. apart: some shapes are for prefill, some for decode."""
+    is infeasible, by quota, memory or speed. apart: some shapes are for prefill, some for
+    decode."""
     kinds = [f"kind{n}" for n in range(int(rng.integers(1, 4)))]
     buckets = [Bucket(100 * (n + 1), 50 * (n + 1)) for n in range(int(rng.integers(1, 4)))]
     shapes: list[ReplicaShape] = []
@@ -139,7 +140,7 @@ def papers_cost(
     answer = milp(
         np.concatenate([np.zeros(parts * kinds), [column.usd_per_h for column in of]]),
         constraints=[LinearConstraint(once, 1, 1), LinearConstraint(within, -np.inf, 0)],
-        integrality=np.ones(parts * kinds + kinds),
+        integrality=np.ones(parts * kinds + kinds, dtype=np.int64),
         bounds=Bounds(0, np.concatenate([able.ravel(), [column.most for column in of]])),
         options={"time_limit": limit_s, "mip_rel_gap": 0.0},
     )
