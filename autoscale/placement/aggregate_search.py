@@ -1,0 +1,233 @@
+"""Cheapest counts first: counts of machines are listed by cost between a lower bound and a plan in
+hand, thrown out in bulk by proofs (`aggregate_bounds`), and the first that carries the demand is
+best.
+
+Most instances end here without a tree. Where too many counts lie between bound and plan, or too
+many of them are undecided, HiGHS takes over with the bound and the plan (`aggregate_milp`).
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from autoscale.placement import aggregate_milp as milp
+from autoscale.placement.aggregate_bounds import (
+    Proofs,
+    ascend,
+    price_bound,
+    refuted_by_slices,
+)
+from autoscale.placement.aggregate_model import (
+    STEP_USD,
+    TOLERANCE,
+    Assignment,
+    Floats,
+    Instance,
+    Integers,
+    Solution,
+)
+
+MOST_COUNTS = 60_000
+MOST_UNDECIDED = 24
+TRIES, NEAR = 8, 0.08
+
+
+def search(
+    instance: Instance, *, deadline_s: float, most_counts: int = MOST_COUNTS
+) -> Solution | None:
+    """The cheapest plan, or the best that the deadline allows with its bound; None when it is
+    proved that there is none. most_counts 0: HiGHS from the start."""
+    ends_s = time.monotonic() + deadline_s
+    bound = price_bound(instance) if instance.options else np.inf
+    if not np.isfinite(bound):
+        return None
+    held = first_plan(instance)
+    highest = np.inf if held is None else held.usd_per_h - STEP_USD
+    counts = counts_below(instance, bound, highest, most_counts)
+    if counts is None:
+        return _by_milp(instance, held, bound, ends_s)
+    found, reached = _first_feasible(instance, counts, ends_s)
+    if found is not None:
+        return found
+    if reached is None:
+        return None if held is None else _proved(held, "cost order")
+    return _by_milp(instance, held, max(bound, reached), ends_s)
+
+
+def counts_below(
+    instance: Instance, low: float, high: float, most: int = MOST_COUNTS
+) -> Integers | None:
+    """All counts [n, group] that cost between low and high and keep the quotas, cheapest first;
+    None if there are more than `most`."""
+    if not np.isfinite(high):
+        high = sum(float(group.costs[-1]) for group in instance.groups) + STEP_USD
+    order = np.argsort([-group.costs[min(1, group.most)] for group in instance.groups])
+    counts, costs = np.zeros((1, len(order)), dtype=np.int64), np.zeros(1)
+    for place, at in enumerate(order):
+        table = instance.groups[at].costs
+        total = costs[:, None] + table
+        fits = total <= high
+        if place == len(order) - 1:
+            fits &= total >= low - STEP_USD
+        if fits.sum() > most:
+            return None
+        rows, units = np.nonzero(fits)
+        counts = counts[rows]
+        counts[:, at] = units
+        costs = total[rows, units]
+    kept = instance.within_quota(counts)
+    counts, costs = counts[kept], costs[kept]
+    return counts[np.argsort(costs, kind="stable")]
+
+
+def first_plan(instance: Instance) -> Solution | None:
+    """Every bucket where it is cheapest, counts rounded up; else any one option for all. None where
+    quotas allow neither."""
+    weights = instance.cheapest
+    best: Solution | None = None
+    for option in (None, *range(len(instance.options))):
+        shares = _cheapest_shares(instance, weights, option)
+        if shares is None:
+            continue
+        assignment = Assignment(shares)
+        units = np.ceil(assignment.usage(instance) - TOLERANCE).astype(np.int64)
+        if (units > instance.most).any() or not instance.within_quota(units[None])[0]:
+            continue
+        usd = instance.cost(units)
+        if best is None or usd < best.usd_per_h:
+            best = Solution(units, assignment, usd, 0.0, "rounding")
+    return best
+
+
+def fill(instance: Instance, units: Integers, weights: Floats) -> Assignment | None:
+    """Share the demand out over these counts: buckets with most to lose first, each where its
+    weighted load is least and room is left. None when that fails, which proves nothing."""
+    with np.errstate(invalid="ignore"):
+        priced = weights[:, None] * instance.loads
+    value = np.stack([priced[list(option)].sum(axis=0) for option in instance.options])
+    value = np.where(np.isfinite(value), value, np.inf)
+    ranked = np.argsort(value, axis=0)
+    room = (units + TOLERANCE).tolist()
+    shares: list[dict[int, float]] = [{} for _ in range(instance.buckets)]
+    for bucket in _by_regret(value):
+        left = 1.0
+        for at in ranked[:, bucket].tolist():
+            if not np.isfinite(value[at, bucket]):
+                break
+            option = instance.options[at]
+            fits = min(room[g] / float(instance.loads[g, bucket]) for g in option)
+            taken = min(left, _whole(fits, instance.slices))
+            if taken > 0:
+                shares[bucket][at] = taken
+                left -= taken
+                for group in option:
+                    room[group] -= taken * float(instance.loads[group, bucket])
+            if left < 1e-12:
+                break
+        if left >= 1e-12:
+            return None
+    return Assignment(tuple(shares))
+
+
+def fill_somehow(instance: Instance, units: Integers, weights: Floats) -> Assignment | None:
+    """`fill` with these weights and with some near them, the same ones every time."""
+    near = np.random.default_rng(0).normal(0, NEAR, (TRIES, len(weights)))
+    for shift in (np.zeros(len(weights)), *near):
+        assignment = fill(instance, units, weights * np.exp(shift))
+        if assignment is not None:
+            return assignment
+    return None
+
+
+def _first_feasible(
+    instance: Instance, counts: Integers, ends_s: float
+) -> tuple[Solution | None, float | None]:
+    """The first of the counts that carries the demand. Else what the remaining ones cost at least,
+    where some were left undecided, and None where all are refuted."""
+    proofs = Proofs(np.zeros((0, len(instance.groups))), np.zeros(0))
+    undecided = 0
+    for chunk in _chunks(counts):
+        chunk = chunk[~proofs.refute(chunk)]
+        if not len(chunk):
+            continue
+        new, weights = ascend(instance, chunk)
+        proofs = proofs.and_those(new)
+        alive = ~proofs.refute(chunk)
+        alive[alive] = ~refuted_by_slices(instance, chunk[alive], weights[alive])
+        for units, weight in zip(chunk[alive], weights[alive], strict=True):
+            usd = instance.cost(units)
+            assignment = fill_somehow(instance, units, weight)
+            if assignment is None and undecided < MOST_UNDECIDED:
+                undecided += 1
+                answer = milp.solve(instance, deadline_s=ends_s - time.monotonic(), units=units)
+                if answer.units is None and answer.proved:
+                    continue
+                assignment = answer.assignment
+            if assignment is None:
+                return None, usd
+            return Solution(units, assignment, usd, usd, "cost order"), usd
+    return None, None
+
+
+def _chunks(counts: Integers) -> Iterator[Integers]:
+    """Few at first, since the cheapest often carry the demand."""
+    start, size = 0, 8
+    while start < len(counts):
+        yield counts[start : start + size]
+        start, size = start + size, min(2 * size, 256)
+
+
+def _by_milp(
+    instance: Instance, held: Solution | None, bound: float, ends_s: float
+) -> Solution | None:
+    """HiGHS, below the plan in hand and above the bound."""
+    below = np.inf if held is None else held.usd_per_h - STEP_USD
+    answer = milp.solve(
+        instance,
+        deadline_s=ends_s - time.monotonic(),
+        at_least=bound - STEP_USD,
+        below=below,
+    )
+    if answer.units is None or answer.assignment is None:
+        if answer.proved:
+            return None if held is None else _proved(held, "HiGHS")
+        if held is None:
+            raise TimeoutError(
+                "deadline_s is over and neither a plan nor a proof that there is none was found; "
+                "accepted is a longer deadline_s"
+            )
+        return Solution(held.units, held.assignment, held.usd_per_h, bound, "HiGHS, deadline")
+    usd = instance.cost(answer.units)
+    low = usd if answer.proved else max(bound, answer.bound_usd_per_h)
+    return Solution(answer.units, answer.assignment, usd, min(low, usd), "HiGHS")
+
+
+def _proved(held: Solution, solver: str) -> Solution:
+    return Solution(held.units, held.assignment, held.usd_per_h, held.usd_per_h, solver)
+
+
+def _cheapest_shares(
+    instance: Instance, weights: Floats, option: int | None
+) -> tuple[dict[int, float], ...] | None:
+    with np.errstate(invalid="ignore"):
+        priced = weights[:, None] * instance.loads
+    value = np.stack([priced[list(each)].sum(axis=0) for each in instance.options])
+    if option is not None:
+        if not np.isfinite(value[option]).all():
+            return None
+        return tuple({option: 1.0} for _ in range(instance.buckets))
+    return tuple({int(at): 1.0} for at in value.argmin(axis=0))
+
+
+def _by_regret(value: Floats) -> list[int]:
+    """Buckets in the order of what the second best option costs more than the best."""
+    if len(value) == 1:
+        return list(range(value.shape[1]))
+    two = np.partition(value, 1, axis=0)[:2]
+    lost = np.where(np.isfinite(two[1]), two[1] - two[0], np.inf)
+    return [int(at) for at in np.argsort(-lost, kind="stable")]
+
+
+def _whole(share: float, slices: int | None) -> float:
+    return share if slices is None else np.floor(share * slices + 1e-9) / slices
