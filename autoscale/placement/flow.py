@@ -80,10 +80,10 @@ class FlowNetwork:
                 total += pushed
                 path, at = [], start
                 continue
-            edge = self._next(at, following, levels, least)
-            if edge is not None:
-                path.append(edge)
-                at = self._head[edge]
+            further = self._next(at, following, levels, least)
+            if further is not None:
+                path.append(further)
+                at = self._head[further]
             elif path:
                 at = self._head[path.pop() ^ 1]
                 following[at] += 1
@@ -102,8 +102,8 @@ class FlowNetwork:
 
 @dataclass(frozen=True)
 class LayoutFlow:
-    """tokens_per_s: through the whole layout. links: of each (from, to) that carries some, how many;
-    from may be "source", to may be "sink"."""
+    """tokens_per_s: through the whole layout. links: of each (from, to) that carries some, how
+    many; from may be "source", to may be "sink"."""
 
     tokens_per_s: float
     links: dict[tuple[str, str], float]
@@ -131,9 +131,7 @@ def layout_flow(problem: SpanProblem, layout: Layout) -> LayoutFlow:
             if other is not node and meets(problem, node, other):
                 room = problem.links.rate(node.machine, other.machine)
                 if room > 0:
-                    links[name, other_name] = network.add(
-                        (name, "out"), (other_name, "in"), room
-                    )
+                    links[name, other_name] = network.add((name, "out"), (other_name, "in"), room)
     total = network.solve(SOURCE, SINK)
     carried = {ends: network.flow(edge) for ends, edge in links.items()}
     return LayoutFlow(total, {ends: flow for ends, flow in carried.items() if flow > 0})

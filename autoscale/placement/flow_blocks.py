@@ -1,11 +1,11 @@
 """Good layouts where links do not bind, from blocks of layers that repeat.
 
-A *block* is so many consecutive layers with nodes that pass a flow F through them: nodes side by side,
-each over all of its layers, and blocks in a row, nested as they come (a series-parallel layout). The
-cheapest block of each length at given prices of accelerators comes out of one dynamic program; prices
-come from the linear program that puts blocks in a row until all layers are covered (column
-generation), and an integer program picks the blocks. Nodes that are alike stay a number throughout, so
-a hundred nodes cost no more than ten."""
+A *block* is so many consecutive layers with nodes that pass a flow F through them: nodes side by
+side, each over all of its layers, and blocks in a row, nested as they come (a series-parallel
+layout). The cheapest block of each length at given prices of accelerators comes out of one dynamic
+program; prices come from the linear program that puts blocks in a row until all layers are covered
+(column generation), and an integer program picks the blocks. Nodes that are alike stay a number
+throughout, so a hundred nodes cost no more than ten."""
 
 import time
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class Block:
 
 @dataclass(frozen=True)
 class _Table:
-    """cost[b][q]: of carrying q grid steps through b layers; how: the stage added, or -1 - the length
-    of the first of two blocks in a row."""
+    """cost[b][q]: of carrying q grid steps through b layers; how: the stage added, or -1 - the
+    length of the first of two blocks in a row."""
 
     cost: list[list[float]]
     how: list[list[int]]
@@ -109,7 +109,9 @@ def _blocks(problem: SpanProblem, table: _Table, grid: int) -> list[Block]:
 class BlockPool:
     """All blocks found for one problem and flow, and what is made of them."""
 
-    def __init__(self, problem: SpanProblem, flow: float, *, seed: int = 0, grid: int = GRID) -> None:
+    def __init__(
+        self, problem: SpanProblem, flow: float, *, seed: int = 0, grid: int = GRID
+    ) -> None:
         self._problem, self._flow, self._grid = problem, flow, grid
         self._most = min(problem.layers, max(s.most_layers for s in problem.stages))
         self._random = np.random.default_rng(seed)
@@ -127,8 +129,9 @@ class BlockPool:
                 uses, lengths = _matrices(blocks)
                 solved = linprog(-lengths, uses, have, method="highs")
                 prices = np.maximum(-solved.ineqlin.marginals, 0.0)
-                stuck = number > 3 and number % 2 == 0 and -solved.fun - covered < 1e-4
-                covered = float(-solved.fun)
+                now = -float(solved.fun or 0.0)
+                stuck = number > 3 and number % 2 == 0 and now - covered < 1e-4
+                covered = now
                 if stuck and covered < self._problem.layers:
                     return None
             if time.monotonic() > deadline:
@@ -171,7 +174,7 @@ class BlockPool:
                 LinearConstraint(uses, -np.inf, have),
                 LinearConstraint(lengths[None], layers, layers),
             ],
-            integrality=np.ones(len(blocks)),
+            integrality=np.ones(len(blocks), dtype=np.int64),
             options={"time_limit": _left(deadline), "mip_rel_gap": 10.0},
         )
         return None if solved.x is None else in_a_row(blocks, solved.x)
@@ -206,15 +209,15 @@ class BlockPool:
         solved = milp(
             objective,
             constraints=LinearConstraint(matrix, low, high),
-            integrality=np.ones(len(objective)),
+            integrality=np.ones(len(objective), dtype=np.int64),
             bounds=Bounds(0, upper),
             options={"time_limit": _left(deadline)},
         )
         if solved.x is None:
             return None
-        count = len(self._blocks)
-        placed = in_a_row(list(self._blocks.values()), solved.x[:count])
-        return placed, [round(machines) for machines in solved.x[count:]]
+        count, values = len(self._blocks), np.asarray(solved.x, dtype=np.float64)
+        placed = in_a_row(list(self._blocks.values()), values[:count])
+        return placed, [round(machines) for machines in values[count:].tolist()]
 
     def _machine_program(
         self, usd: Floats, each: Floats
@@ -239,7 +242,7 @@ class BlockPool:
         )
 
 
-def in_a_row(blocks: Sequence[Block], counts: Sequence[float]) -> list[Placed]:
+def in_a_row(blocks: Sequence[Block], counts: Floats) -> list[Placed]:
     """Blocks one after the other, each as often as said."""
     placed, start = [], 0
     for block, count in zip(blocks, counts, strict=True):

@@ -1,11 +1,11 @@
 """What no layout of layer spans can exceed, whatever its links.
 
 For a flow F every layer is covered by nodes whose rates sum to F at least, and a node that holds l
-layers serves each of them with 1/l of itself. So a *pattern* (a multiset of stages at given numbers of
-layers whose rates reach F) is bought for each layer, in fractions; whether the nodes suffice for all
-layers is a linear program over patterns, solved by column generation. Pricing a pattern is a covering
-knapsack, solved on a grid with rates rounded up, so the bound stays valid. This holds for partial
-inference too, and it contains the simpler bound by total capacity (`capacity_bound`)."""
+layers serves each of them with 1/l of itself. So a *pattern* (a multiset of stages at given numbers
+of layers whose rates reach F) is bought for each layer, in fractions; whether the nodes suffice for
+all layers is a linear program over patterns, solved by column generation. Pricing a pattern is a
+covering knapsack, solved on a grid with rates rounded up, so the bound stays valid. This holds for
+partial inference too, and it contains the simpler bound by total capacity (`capacity_bound`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +54,9 @@ def capacity_bound(problem: SpanProblem) -> float:
 
     def served(flow: float) -> float:
         worth = np.minimum(items.rates, flow) / items.shares
-        return float(sum(have[k] * worth[items.pools == k].max(initial=0.0) for k in range(len(have))))
+        return float(
+            sum(have[k] * worth[items.pools == k].max(initial=0.0) for k in range(len(have)))
+        )
 
     def reaches(flow: float) -> bool:
         return served(flow) >= flow * problem.layers * (1 - 1e-12)
@@ -107,7 +109,7 @@ def may_carry(problem: SpanProblem, flow: float) -> bool:
             return False
         columns.append(_use(items, pattern, len(have)))
         solved = linprog(-np.ones(len(columns)), np.array(columns).T, have, method="highs")
-        if -solved.fun >= problem.layers * (1 - SLACK):
+        if -float(solved.fun or 0.0) >= problem.layers * (1 - SLACK):
             return True
         prices = np.where(held, np.maximum(-solved.ineqlin.marginals, 0.0) + 1e-9, 1e6)
     return True
@@ -117,8 +119,8 @@ def flow_bound(problem: SpanProblem, *, at_least: float, tolerance: float = 3e-4
     """Tokens per second that no layout exceeds, to a relative tolerance. at_least: what one is
     known to carry."""
     high = capacity_bound(problem)
-    low = min(at_least, high)
-    while high - low > tolerance * high:
+    low, least = min(at_least, high), 1e-6 * high
+    while high - low > max(tolerance * high, least):
         middle = (low + high) / 2 if low > 0 else high / 2
         low, high = (middle, high) if may_carry(problem, middle) else (low, middle)
     return high
@@ -149,8 +151,8 @@ def cost_bound(problem: SpanProblem, flow: float) -> float | None:
 def _machine_prices(
     layers: int, columns: Sequence[Floats], each: Floats, limits: Floats, usd: Floats
 ) -> tuple[float, Floats]:
-    """The restricted program: fractions of patterns and machines, layers left over at a penalty; its
-    value and the prices of accelerators."""
+    """The restricted program: fractions of patterns and machines, layers left over at a penalty;
+    its value and the prices of accelerators."""
     penalty = 1e3 * float((usd @ limits) + 1.0) / layers
     count = len(columns)
     objective = np.concatenate([np.zeros(count), usd, [penalty]])
@@ -163,7 +165,7 @@ def _machine_prices(
         bounds=[(0, None)] * count + [(0, limit) for limit in limits] + [(0, layers)],
         method="highs",
     )
-    return float(solved.fun), np.maximum(-solved.ineqlin.marginals[:-1], 0.0)
+    return float(solved.fun or 0.0), np.maximum(-solved.ineqlin.marginals[:-1], 0.0)
 
 
 def _use(items: Items, pattern: Sequence[int], pools: int) -> Floats:

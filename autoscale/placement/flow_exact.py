@@ -1,9 +1,10 @@
 """Layer spans as integer programs for HiGHS, small enough to be solved to proof.
 
-Unlike Helix's formulation, spans are chosen whole (one binary for each start and number of layers), so
-no big-M ties a switch to a start. Where links cannot bind, nodes that are alike are one integer and
-tokens flow along layer boundaries (`solve_counted`); otherwise each machine has its own variables
-(`solve_linked`). Flows are in units of a known upper bound, which also caps every node's rate."""
+Unlike Helix's formulation, spans are chosen whole (one binary for each start and number of layers),
+so no big-M ties a switch to a start. Where links cannot bind, nodes that are alike are one integer
+and tokens flow along layer boundaries (`solve_counted`); otherwise each machine has its own
+variables (`solve_linked`). Flows are in units of a known upper bound, which also caps every node's
+rate."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ class _Program:
         solved = milp(
             self._cost,
             constraints=LinearConstraint(matrix, low, high),
-            integrality=self._whole,
+            integrality=np.array(self._whole),
             bounds=Bounds(0, self._upper),
             options={"time_limit": max(0.05, deadline - time.monotonic()), "mip_rel_gap": 1e-7},
         )
@@ -219,7 +220,9 @@ def _linked_flows(
     into: dict[Slot, dict[int, float]] = {slot: {} for slot in spans}
     out: dict[Slot, dict[int, float]] = {slot: {} for slot in spans}
     for slot, binaries in spans.items():
-        first = _flow(program, min(links.enter / cap, 1.0), [], _accepts(problem, binaries, 0), -1.0)
+        first = _flow(
+            program, min(links.enter / cap, 1.0), [], _accepts(problem, binaries, 0), -1.0
+        )
         ends = _ends(binaries, problem.layers)
         last = _flow(program, min(links.leave / cap, 1.0), ends, [], 0.0)
         into[slot][first], out[slot][last] = 1.0, 1.0
@@ -262,6 +265,5 @@ def _accepts(problem: SpanProblem, binaries: Mapping[Placed, int], boundary: int
     return [
         column
         for (_, start, stop), column in binaries.items()
-        if start == boundary or (problem.partial and 0 < boundary and start <= boundary < stop)
+        if start == boundary or (problem.partial and boundary > 0 and start <= boundary < stop)
     ]
-

@@ -1,5 +1,5 @@
-"""Where which layers lie so that most tokens flow, and which machines carry a given flow at least cost:
-bound, blocks, integer program and local search put together, anytime."""
+"""Where which layers lie so that most tokens flow, and which machines carry a given flow at least
+cost: bound, blocks, integer program and local search put together, anytime."""
 
 import time
 from dataclasses import dataclass, replace
@@ -147,6 +147,7 @@ def buy(
     deadline = began + deadline_s
     if not problem.free_links:
         raise ValueError("links: buying takes links that carry more than any node; faster links")
+    _check_room(problem)
     bound = cost_bound(problem, tokens_per_s)
     if bound is None:
         most = flow_bound(problem, at_least=0.0)
@@ -171,6 +172,4 @@ def buy(
 
 
 def _cost(problem: SpanProblem, machines: tuple[int, ...]) -> float:
-    return sum(
-        count * pool.usd_per_h for count, pool in zip(machines, problem.pools, strict=True)
-    )
+    return sum(count * pool.usd_per_h for count, pool in zip(machines, problem.pools, strict=True))

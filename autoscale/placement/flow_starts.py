@@ -1,5 +1,6 @@
-"""Simple layouts to start from, and to compare with: equal stages (as SWARM, ICML 23, balances them),
-greedy windows (as Petals, NeurIPS 23, places joining servers), a pipeline of its own for each pool."""
+"""Simple layouts to start from, and to compare with: equal stages (as SWARM, ICML 23, balances
+them), greedy windows (as Petals, NeurIPS 23, places joining servers), a pipeline of its own for
+each pool."""
 
 from itertools import pairwise
 

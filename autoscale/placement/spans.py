@@ -1,5 +1,5 @@
-"""Layers of one model spread over unlike nodes: what a node can be, how nodes are linked, and what a
-layout is (Helix, ASPLOS 25; a tensor degree per stage as in HexGen, ICML 24)."""
+"""Layers of one model spread over unlike nodes: what a node can be, how nodes are linked, and what
+a layout is (Helix, ASPLOS 25; a tensor degree per stage as in HexGen, ICML 24)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from autoscale.placement.plan import LayerSpan
 
 @dataclass(frozen=True)
 class Pool:
-    """`machines` alike, each of `accelerators`. usd_per_h: of one machine. names: of the machines, in
-    order; by default "pool-0", "pool-1", …"""
+    """`machines` alike, each of `accelerators`. usd_per_h: of one machine. names: of the machines,
+    in order; by default "pool-0", "pool-1", …"""
 
     name: str
     machines: int
@@ -30,8 +30,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One way to use a pool: `tensor` of a machine's accelerators share l consecutive layers and pass
-    tokens_per_s[l - 1] tokens a second, for as many l as their memory holds."""
+    """One way to use a pool: `tensor` of a machine's accelerators share l consecutive layers and
+    pass tokens_per_s[l - 1] tokens a second, for as many l as their memory holds."""
 
     pool: str
     tokens_per_s: tuple[float, ...]
@@ -135,7 +135,8 @@ def rate(problem: SpanProblem, node: Node) -> float:
 
 
 def check_layout(problem: SpanProblem, layout: Layout) -> None:
-    """ValueError with what is wrong: layers that do not exist or do not fit, a machine used twice."""
+    """ValueError with what is wrong: layers that do not exist or do not fit, a machine used
+    twice."""
     used: dict[str, int] = {}
     for node in layout.nodes:
         stage = problem.stages[node.stage]
@@ -157,23 +158,22 @@ def check_layout(problem: SpanProblem, layout: Layout) -> None:
 
 def on_machines(problem: SpanProblem, placed: Sequence[tuple[int, int, int]]) -> Layout:
     """Stages as (place in `stages`, start, stop) put on machines of their pools, largest tensor
-    degree first. ValueError where they do not fit; they do as soon as their sum does, for each degree
-    of a pool divides the next."""
+    degree first. ValueError where they do not fit; they do as soon as their sum does, for each
+    degree of a pool divides the next."""
     free = {
-        pool.name: [[pool.machine(n), pool.accelerators] for n in range(pool.machines)]
+        pool.name: {pool.machine(n): pool.accelerators for n in range(pool.machines)}
         for pool in problem.pools
     }
     nodes = []
     by_size = sorted(placed, key=lambda item: -problem.stages[item[0]].tensor)
     for stage, start, stop in by_size:
         tensor = problem.stages[stage].tensor
-        for slot in free[problem.stages[stage].pool]:
-            if int(slot[1]) >= tensor:
-                slot[1] = int(slot[1]) - tensor
-                nodes.append(Node(str(slot[0]), stage, start, stop))
-                break
-        else:
+        left = free[problem.stages[stage].pool]
+        machine = next((name for name, room in left.items() if room >= tensor), None)
+        if machine is None:
             raise ValueError(f"no machine of {problem.stages[stage].pool} has {tensor} left")
+        left[machine] -= tensor
+        nodes.append(Node(machine, stage, start, stop))
     return Layout(tuple(sorted(nodes, key=lambda node: (node.start, node.stop, node.machine))))
 
 

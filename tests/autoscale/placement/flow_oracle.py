@@ -1,5 +1,5 @@
-"""Every layout of a small problem tried, each with SciPy's max-flow on integer capacities, and random
-small problems."""
+"""Every layout of a small problem tried, each with SciPy's max-flow on integer capacities, and
+random small problems."""
 
 from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
@@ -41,7 +41,8 @@ def size(problem: SpanProblem) -> int:
 
 
 def layouts(problem: SpanProblem) -> Iterator[list[tuple[str, int, int, int]]]:
-    """(machine, stage, start, stop) of all nodes; machines alike are not told apart unless links do."""
+    """(machine, stage, start, stop) of all nodes; machines alike are not told apart unless links
+    do."""
     per_pool = []
     for pool in problem.pools:
         options = choices(problem, pool)
@@ -83,11 +84,12 @@ def best(problem: SpanProblem) -> int:
 
 
 def cheapest(problem: SpanProblem, tokens_per_s: float) -> float:
-    """The least cost of machines that carry tokens_per_s, over every number of each; inf if none."""
+    """The least cost of machines that carry tokens_per_s, over every number of each; inf if
+    none."""
     least = inf
     for machines in product(*(range(pool.machines + 1) for pool in problem.pools)):
         usd = sum(n * p.usd_per_h for n, p in zip(machines, problem.pools, strict=True))
-        if usd < least and sum(machines):
+        if usd < least and any(machines):
             pools = tuple(
                 Pool(p.name, n, p.accelerators, p.usd_per_h)
                 for n, p in zip(machines, problem.pools, strict=True)
@@ -99,8 +101,8 @@ def cheapest(problem: SpanProblem, tokens_per_s: float) -> float:
 
 
 def random_problem(random: np.random.Generator, *, most_layouts: int = 2500) -> SpanProblem:
-    """2 to 5 machines of 1 to 3 pools, 2 to 6 layers; links that bind, partial inference and several
-    tensor degrees in some."""
+    """2 to 5 machines of 1 to 3 pools, 2 to 6 layers; links that bind, partial inference and
+    several tensor degrees in some."""
     while True:
         problem = _random_problem(random)
         if size(problem) <= most_layouts:
@@ -118,8 +120,12 @@ def _random_problem(random: np.random.Generator) -> SpanProblem:
         base, most = int(random.integers(20, 100)), int(random.integers(1, layers + 1))
         for tensor in (1, 2) if double else (1,):
             speed = base if tensor == 1 else int(base * 1.7)
-            stages.append(Stage(f"p{number}", _rates(random, speed, min(layers, most * tensor)), tensor))
-    return SpanProblem(layers, tuple(pools), tuple(stages), _links(random, pools), random.random() < 0.3)
+            stages.append(
+                Stage(f"p{number}", _rates(random, speed, min(layers, most * tensor)), tensor)
+            )
+    return SpanProblem(
+        layers, tuple(pools), tuple(stages), _links(random, pools), random.random() < 0.3
+    )
 
 
 def _rates(random: np.random.Generator, base: int, most: int) -> tuple[float, ...]:
