@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autoscale.catalog.kind import GpuKind
+from autoscale.catalog.model import ModelSize
 from autoscale.catalog.offer import Offer
 from autoscale.placement.demand import Bucket, Demand, Slo
 from autoscale.placement.plan import Plan, ReplicaShape
@@ -40,7 +41,8 @@ class ThroughputProfile(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a planner is given. current: what runs now, so that moving has a price."""
+    """All that a planner is given. current: what runs now, so that moving has a price. model: its
+    size, for who counts memory; None where the profile's kv_tokens is all that is known."""
 
     demand: Demand
     catalog: Catalog
@@ -48,6 +50,7 @@ class Problem:
     shapes: Sequence[ReplicaShape]
     current: Plan | None = None
     at_s: float | None = None
+    model: ModelSize | None = None
 
 
 class Planner(Protocol):
