@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
 
-from autoscale.placement.spans import Layout, Node, SpanProblem, node_names, rate
+from autoscale.placement.spans_layout import Layout, Node, SpanProblem, node_names, rate
 
 SOURCE, SINK = "source", "sink"
 

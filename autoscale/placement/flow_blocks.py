@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from autoscale.placement.flow_bound import room
-from autoscale.placement.spans import SpanProblem
+from autoscale.placement.spans_layout import SpanProblem
 
 Floats = NDArray[np.float64]
 GRID = 300

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from autoscale.placement.spans import SpanProblem
+from autoscale.placement.spans_layout import SpanProblem
 
 Floats = NDArray[np.float64]
 GRID = 1500

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from autoscale.placement.spans import Layout, Node, SpanProblem, on_machines
+from autoscale.placement.spans_layout import Layout, Node, SpanProblem, on_machines
 
 Placed = tuple[int, int, int]
 

@@ -18,10 +18,11 @@ from autoscale.placement.flow_exact import (
 from autoscale.placement.flow_search import improve
 from autoscale.placement.flow_starts import starts
 from autoscale.placement.planner import InfeasibleError
-from autoscale.placement.spans import Layout, Links, SpanProblem, check_layout, on_machines
+from autoscale.placement.spans_layout import Layout, Links, SpanProblem, check_layout, on_machines
 
 TOLERANCE = 1e-3
 COUNTED_LIMIT, LINKED_LIMIT = 4000, 6000
+RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def place(
                 flow = layout_flow(problem, best).tokens_per_s
                 bound = max(bound, flow)
     if flow < bound * (1 - tolerance) and not (problem.free_links and not problem.partial):
-        tried, better = improve(problem, best, deadline=deadline, seed=seed, enough=bound)
+        tried, better = _search(problem, best, bound, deadline, seed)
         if better > flow:
             best, flow, solver = tried, better, f"{solver}, local search"
     if flow <= 0:
@@ -91,6 +92,23 @@ def _best_start(problem: SpanProblem) -> tuple[Layout, float, str]:
     flows = [(layout_flow(problem, layout).tokens_per_s, layout) for layout in starts(problem)]
     flow, layout = max(flows, key=lambda pair: pair[0])
     return layout, flow, "a simple layout"
+
+
+def _search(
+    problem: SpanProblem, best: Layout, bound: float, deadline: float, seed: int
+) -> tuple[Layout, float]:
+    """From the best layout so far, then from simple ones, the time shared out between them."""
+    simple = sorted(starts(problem), key=lambda layout: -layout_flow(problem, layout).tokens_per_s)
+    begin = [best, *simple[: RESTARTS - 1]]
+    found = best, layout_flow(problem, best).tokens_per_s
+    for number, start in enumerate(begin):
+        share = (deadline - time.monotonic()) / (len(begin) - number)
+        until = time.monotonic() + share
+        tried = improve(problem, start, deadline=until, seed=seed + number, enough=bound)
+        found = max(found, tried, key=lambda pair: pair[1])
+        if found[1] >= bound * (1 - 1e-6):
+            break
+    return found
 
 
 def _by_blocks(

@@ -8,7 +8,7 @@ import numpy as np
 
 from autoscale.placement.flow import layout_flow
 from autoscale.placement.flow_starts import largest_stages
-from autoscale.placement.spans import Layout, Node, SpanProblem, on_machines, rate
+from autoscale.placement.spans_layout import Layout, Node, SpanProblem, on_machines, rate
 
 
 def improve(

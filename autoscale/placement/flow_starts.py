@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from autoscale.placement.spans import Layout, SpanProblem, on_machines
+from autoscale.placement.spans_layout import Layout, SpanProblem, on_machines
 
 Placed = tuple[int, int, int]
 

@@ -1,203 +1,166 @@
-"""Layers of one model spread over unlike nodes: what a node can be, how nodes are linked, and what
-a layout is (Helix, ASPLOS 25; a tensor degree per stage as in HexGen, ICML 24)."""
+"""A planner of one model over unlike machines: which to buy, which layers where, how much flows."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from math import inf, isfinite
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from autoscale.placement.plan import LayerSpan
+from autoscale.catalog.model import ACTIVATION_BYTES, ModelSize
+from autoscale.catalog.offer import Offer
+from autoscale.catalog.profile import LayerTimes
+from autoscale.placement.demand import Demand
+from autoscale.placement.flow import layout_flow
+from autoscale.placement.flow_place import Bought, buy
+from autoscale.placement.flow_rates import LayerLoad, LayerPace, largest, span_rates
+from autoscale.placement.plan import Plan, Purchase, ReplicaShape
+from autoscale.placement.planner import InfeasibleError, Problem
+from autoscale.placement.spans_layout import Pool, SpanProblem, Stage
 
-
-@dataclass(frozen=True)
-class Pool:
-    """`machines` alike, each of `accelerators`. usd_per_h: of one machine. names: of the machines,
-    in order; by default "pool-0", "pool-1", …"""
-
-    name: str
-    machines: int
-    accelerators: int = 1
-    usd_per_h: float = 0.0
-    names: tuple[str, ...] = ()
-
-    @property
-    def total_accelerators(self) -> int:
-        return self.machines * self.accelerators
-
-    def machine(self, index: int) -> str:
-        return self.names[index] if self.names else f"{self.name}-{index}"
+MOST_MACHINES = 256  # of an offer without quota
+# A pass waits at worst for the whole of the pass before it, at every node.
+WAITS = 2.0
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One way to use a pool: `tensor` of a machine's accelerators share l consecutive layers and
-    pass tokens_per_s[l - 1] tokens a second, for as many l as their memory holds."""
+class SpansPlanner:
+    """The cheapest machines, each one node over some of the layers, that carry the demand's output
+    tokens; prompts count as time.
 
-    pool: str
-    tokens_per_s: tuple[float, ...]
-    tensor: int = 1
-
-    @property
-    def most_layers(self) -> int:
-        return len(self.tokens_per_s)
-
-
-@dataclass(frozen=True)
-class Links:
-    """Most tokens per second from the front to a node, from a node back to it, and between two
-    machines; `pairs` holds those between two machines that differ, 0.0 where there is no link."""
-
-    enter: float = inf
-    leave: float = inf
-    between: float = inf
-    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
-
-    def rate(self, first: str, second: str) -> float:
-        """Tokens per second from one machine to another; without limit within one."""
-        return inf if first == second else self.pairs.get((first, second), self.between)
-
-
-@dataclass(frozen=True)
-class SpanProblem:
-    """A model of `layers` layers, pools of machines and the stages that they can be.
-
-    partial: a request may enter a node in the middle of its span, where the sender's span overlaps
-    it (Helix calls it partial inference). Without, spans have to meet end to end.
+    Takes a profile with times of layers and a model. The SLO is kept by construction: batches are
+    no larger than that all layers, each pass waited for once, stay within tpot_s, and kinds whose
+    prompts take longer than ttft_s so counted are left out. A machine of several accelerators is
+    asked for as one kind: "L4x2".
     """
 
-    layers: int
-    pools: tuple[Pool, ...]
-    stages: tuple[Stage, ...]
-    links: Links = Links()
-    partial: bool = False
+    name = "spans"
 
-    def __post_init__(self) -> None:
-        for sentence in _wrong(self):
-            raise ValueError(sentence)
+    def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan:
+        """InfeasibleError with what binds; ValueError where the problem says too little."""
+        began = time.monotonic()
+        model, times = problem.model, problem.profile
+        if model is None:
+            raise ValueError("model: layer spans need the model's size; give its layers and widths")
+        if not isinstance(times, LayerTimes):
+            raise ValueError(f"profile: {problem.profile.source} has no times of single layers")
+        offers = list(problem.catalog.offers(at_s=problem.at_s))
+        nodes = [(offer, _rates(offer, problem, model, times)) for offer in offers]
+        nodes = [(offer, rates) for offer, rates in nodes if rates]
+        if not nodes:
+            raise InfeasibleError("memory or SLO: no offer's machine can hold a layer within both")
+        spans = _span_problem(nodes, model)
+        bought = buy(spans, output_tokens_per_s(problem.demand), deadline_s=deadline_s)
+        _check_network(nodes, bought, spans, problem)
+        return _as_plan(_Found(spans, [offer for offer, _ in nodes], bought), problem, began)
 
-    def pool_of(self, stage: int) -> int:
-        """The place in `pools` of the stage at that place in `stages`."""
-        return [pool.name for pool in self.pools].index(self.stages[stage].pool)
 
-    @property
-    def free_links(self) -> bool:
-        """No link can bind: each carries more than the faster of any two nodes."""
-        fastest = max(max(stage.tokens_per_s) for stage in self.stages)
-        slowest_link = min(
-            self.links.enter, self.links.leave, self.links.between, *self.links.pairs.values(), inf
-        )
-        return slowest_link >= fastest
+def output_tokens_per_s(demand: Demand) -> float:
+    """What flows: each output token passes all layers once."""
+    return sum(rate * bucket.output_tokens for bucket, rate in demand.requests_per_s.items())
+
+
+def node_kind(offer: Offer) -> str:
+    """The name under which times of a whole machine are asked for."""
+    return offer.kind if offer.count == 1 else f"{offer.kind}x{offer.count}"
+
+
+def _mean(demand: Demand, place: int) -> float:
+    """Mean of a bucket's field over requests."""
+    return sum(rate * bucket[place] for bucket, rate in demand.requests_per_s.items()) / (
+        demand.total_per_s
+    )
+
+
+def _rates(
+    offer: Offer, problem: Problem, model: ModelSize, times: LayerTimes
+) -> tuple[float, ...]:
+    """Of one machine as a node; none where its kind has no times or the SLO is out of reach."""
+    demand, kind = problem.demand, node_kind(offer)
+    bits = min((shape.weight_bits for shape in problem.shapes), default=16)
+    load = LayerLoad(
+        model.layer_weight_bytes(bits),
+        model.kv_layer_bytes_per_token,
+        _mean(demand, 0),
+        _mean(demand, 1),
+    )
+
+    def decode_s(batch: float) -> float:
+        return times.layer_s(kind, "decode", batch)
+
+    try:
+        prompt_s = times.layer_s(kind, "prefill", load.input_tokens)
+    except ValueError:
+        return ()
+    slo, passes = demand.slo, WAITS * model.layers
+    if slo.ttft_s is not None and passes * prompt_s > slo.ttft_s:
+        return ()
+    most = largest(decode_s, float("inf") if slo.tpot_s is None else slo.tpot_s / passes)
+    memory = offer.count * problem.catalog.kind(offer.kind).memory_bytes
+    return span_rates(load, LayerPace(prompt_s, decode_s, most), memory, model.layers)
+
+
+def _span_problem(
+    nodes: Sequence[tuple[Offer, tuple[float, ...]]], model: ModelSize
+) -> SpanProblem:
+    pools, stages = [], []
+    for offer, rates in nodes:
+        machines = MOST_MACHINES if offer.quota is None else offer.quota
+        names = tuple(f"{offer.name}/{n}" for n in range(machines))
+        pools.append(Pool(offer.name, machines, 1, offer.usd_per_h, names))
+        stages.append(Stage(offer.name, rates))
+    return SpanProblem(model.layers, tuple(pools), tuple(stages))
+
+
+def _check_network(
+    nodes: Sequence[tuple[Offer, tuple[float, ...]]],
+    bought: Bought,
+    spans: SpanProblem,
+    problem: Problem,
+) -> None:
+    """InfeasibleError where a machine's network carries less than its layers pass on."""
+    assert problem.model is not None
+    per_output = 1 + _mean(problem.demand, 0) / _mean(problem.demand, 1)
+    size = problem.model.hidden * ACTIVATION_BYTES * per_output
+    room = {offer.name: offer.network_gb_per_s * 1e9 / size for offer, _ in nodes}
+    for (start, end), tokens in layout_flow(spans, bought.placement.layout).links.items():
+        for node in (start, end):
+            offer = node.rpartition("/")[0]
+            if "source" not in (start, end) and "sink" not in (start, end) and tokens > room[offer]:
+                raise InfeasibleError(
+                    f"network: {start} -> {end} would carry {tokens:.1f} tokens/s with their "
+                    f"prompts, {offer} {room[offer]:.1f}"
+                )
 
 
 @dataclass(frozen=True)
-class Node:
-    """A stage (its place in SpanProblem.stages) on a machine, holding layers start..stop-1."""
-
-    machine: str
-    stage: int
-    start: int
-    stop: int
+class _Found:
+    spans: SpanProblem
+    offers: Sequence[Offer]
+    bought: Bought
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which layers lie where."""
-
-    nodes: tuple[Node, ...]
-
-    def spans(self) -> tuple[LayerSpan, ...]:
-        """As a plan holds them."""
-        names = node_names(self.nodes)
-        return tuple(
-            LayerSpan(name, node.start, node.stop)
-            for name, node in zip(names, self.nodes, strict=True)
-        )
-
-
-def node_names(nodes: Sequence[Node]) -> list[str]:
-    """One name each: the machine's, with a number behind where it holds several nodes."""
-    many = {node.machine for n, node in enumerate(nodes) if node.machine in _before(nodes, n)}
-    count: dict[str, int] = {}
-    names = []
-    for node in nodes:
-        number = count[node.machine] = count.get(node.machine, -1) + 1
-        names.append(f"{node.machine}.{number}" if node.machine in many else node.machine)
-    return names
+def _as_plan(found: _Found, problem: Problem, began: float) -> Plan:
+    purchases, limits = [], list[str]()
+    layout = found.bought.placement.layout
+    bits = min((shape.weight_bits for shape in problem.shapes), default=16)
+    for offer, machines in zip(found.offers, found.bought.machines, strict=True):
+        if machines:
+            shape = ReplicaShape(offer.kind, tensor=offer.count, weight_bits=bits)
+            usd = machines * offer.usd_per_h
+            purchases.append(Purchase(offer.name, machines, shape, machines, usd))
+        if offer.quota is not None and machines == offer.quota:
+            limits.append("quota")
+    return Plan(
+        tuple(purchases),
+        found.bought.usd_per_h,
+        found.bought.bound_usd_per_h,
+        f"spans: {found.bought.placement.solver}",
+        spans=layout.spans(),
+        flow_tokens_per_s=_scaled(found, output_tokens_per_s(problem.demand)),
+        limits=tuple(dict.fromkeys(limits)),
+        sources=(problem.profile.source,),
+        solved_s=time.monotonic() - began,
+    )
 
 
-def _before(nodes: Sequence[Node], n: int) -> set[str]:
-    return {node.machine for node in nodes[:n]}
-
-
-def rate(problem: SpanProblem, node: Node) -> float:
-    """Tokens per second that pass through a node."""
-    return problem.stages[node.stage].tokens_per_s[node.stop - node.start - 1]
-
-
-def check_layout(problem: SpanProblem, layout: Layout) -> None:
-    """ValueError with what is wrong: layers that do not exist or do not fit, a machine used
-    twice."""
-    used: dict[str, int] = {}
-    for node in layout.nodes:
-        stage = problem.stages[node.stage]
-        held = node.stop - node.start
-        if node.start < 0 or node.stop > problem.layers or held < 1:
-            raise ValueError(f"{node.machine}: no layers {node.start} to {node.stop - 1}")
-        if held > stage.most_layers:
-            raise ValueError(f"{node.machine}: {held} layers where {stage.most_layers} fit")
-        used[node.machine] = used.get(node.machine, 0) + stage.tensor
-    room = {
-        pool.machine(index): pool.accelerators
-        for pool in problem.pools
-        for index in range(pool.machines)
-    }
-    for machine, accelerators in used.items():
-        if accelerators > room.get(machine, 0):
-            raise ValueError(f"{machine}: {accelerators} accelerators of {room.get(machine, 0)}")
-
-
-def on_machines(problem: SpanProblem, placed: Sequence[tuple[int, int, int]]) -> Layout:
-    """Stages as (place in `stages`, start, stop) put on machines of their pools, largest tensor
-    degree first. ValueError where they do not fit; they do as soon as their sum does, for each
-    degree of a pool divides the next."""
-    free = {
-        pool.name: {pool.machine(n): pool.accelerators for n in range(pool.machines)}
-        for pool in problem.pools
-    }
-    nodes = []
-    by_size = sorted(placed, key=lambda item: -problem.stages[item[0]].tensor)
-    for stage, start, stop in by_size:
-        tensor = problem.stages[stage].tensor
-        left = free[problem.stages[stage].pool]
-        machine = next((name for name, room in left.items() if room >= tensor), None)
-        if machine is None:
-            raise ValueError(f"no machine of {problem.stages[stage].pool} has {tensor} left")
-        left[machine] -= tensor
-        nodes.append(Node(machine, stage, start, stop))
-    return Layout(tuple(sorted(nodes, key=lambda node: (node.start, node.stop, node.machine))))
-
-
-def _wrong(problem: SpanProblem) -> Iterator[str]:
-    if problem.layers < 1:
-        yield f"layers = {problem.layers}: at least one is needed"
-    if not problem.stages:
-        yield "stages: at least one is needed"
-    machines = {pool.name: pool for pool in problem.pools}
-    if len(machines) < len(problem.pools):
-        yield "pools: two have the same name"
-    for pool in problem.pools:
-        if pool.names and len(pool.names) != pool.machines:
-            yield f"pool {pool.name}: {len(pool.names)} names for {pool.machines} machines"
-    for stage in problem.stages:
-        if stage.pool not in machines:
-            yield f"stage of pool {stage.pool!r}: known are {', '.join(machines)}"
-            return
-        if not 1 <= stage.tensor <= machines[stage.pool].accelerators:
-            yield f"tensor = {stage.tensor}: {stage.pool} has {machines[stage.pool].accelerators}"
-        if not stage.tokens_per_s or not all(isfinite(r) and r > 0 for r in stage.tokens_per_s):
-            yield f"tokens_per_s of {stage.pool}: a positive rate for each number of layers"
-    for pool in problem.pools:
-        degrees = sorted({s.tensor for s in problem.stages if s.pool == pool.name})
-        chain = [*degrees, pool.accelerators]
-        if any(larger % smaller for smaller, larger in pairwise(chain)):
-            yield f"tensor degrees of {pool.name}, {chain}: each has to divide the next"
+def _scaled(found: _Found, asked: float) -> dict[tuple[str, str], float]:
+    """The flow at the demand, not at the most that the layout could carry."""
+    flow = layout_flow(found.spans, found.bought.placement.layout)
+    return {ends: tokens * asked / flow.tokens_per_s for ends, tokens in flow.links.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from autoscale.placement.spans import Links, Pool, SpanProblem, Stage
+from autoscale.placement.spans_layout import Links, Pool, SpanProblem, Stage
 
 FREE = 10**8
 Choice = tuple[tuple[int, int, int], ...]  # of one machine: (stage, start, stop) of its nodes
