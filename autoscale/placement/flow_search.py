@@ -1,7 +1,7 @@
 """Local search over layouts with the true max-flow, where links bind or spans may overlap."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import exp
 
 import numpy as np
@@ -10,29 +10,57 @@ from autoscale.placement.flow import layout_flow
 from autoscale.placement.flow_starts import largest_stages
 from autoscale.placement.spans_layout import Layout, Node, SpanProblem, on_machines, rate
 
+ROUNDS = 12
+SWAPS, MOVES = (3,), (0, 1, 2, 3, 4)
+WARMTH = 0.05  # of the flow, at the beginning of a round
+
 
 def improve(
     problem: SpanProblem, start: Layout, *, deadline: float, seed: int = 0, enough: float
 ) -> tuple[Layout, float]:
-    """Simulated annealing from `start` until `deadline` (time.monotonic) or a flow of `enough`:
-    a node moves, grows or takes another's span, two change places, a boundary shifts. Returns the
-    best layout seen and its tokens per second."""
+    """Simulated annealing until `deadline` (time.monotonic) or a flow of `enough`. Rounds begin at
+    `start`, where nodes only change places, and at the best so far, where a node also moves, grows
+    or takes another's span and boundaries shift, in turns. Returns the best layout seen and its
+    tokens per second."""
     random = np.random.default_rng(seed)
     nodes = _with_idle(problem, start)
+    best = nodes, layout_flow(problem, Layout(tuple(nodes))).tokens_per_s
+    for number in range(ROUNDS):
+        now = time.monotonic()
+        if now >= deadline or best[1] >= enough * (1 - 1e-6):
+            break
+        until = now + (deadline - now) / (ROUNDS - number)
+        begin, moves = (nodes, SWAPS) if number % 2 == 0 else (best[0], MOVES)
+        round_ = _Round(until, enough, moves)
+        best = max(best, _anneal(problem, begin, round_, random), key=lambda pair: pair[1])
+    return Layout(tuple(best[0])), best[1]
+
+
+@dataclass(frozen=True)
+class _Round:
+    deadline: float
+    enough: float
+    moves: tuple[int, ...]
+
+
+def _anneal(
+    problem: SpanProblem, nodes: list[Node], limits: _Round, random: np.random.Generator
+) -> tuple[list[Node], float]:
+    """One round: warmth falls linearly to nothing at the deadline."""
     now = _score(problem, nodes)
-    best, best_flow = nodes, layout_flow(problem, Layout(tuple(nodes))).tokens_per_s
-    began = time.monotonic()
-    while time.monotonic() < deadline and best_flow < enough * (1 - 1e-6):
-        warmth = 0.05 * max(now[0], enough / 10) * (deadline - time.monotonic())
-        warmth /= max(deadline - began, 1e-9)
-        tried = _move(problem, nodes, random)
+    best, best_flow, began = nodes, now[0], time.monotonic()
+    span_s = max(limits.deadline - began, 1e-9)
+    while time.monotonic() < limits.deadline and best_flow < limits.enough * (1 - 1e-6):
+        left = (limits.deadline - time.monotonic()) / span_s
+        warmth = WARMTH * max(now[0], limits.enough / 10) * left
+        tried = _move(problem, nodes, random, limits.moves)
         score = _score(problem, tried)
         loss = (now[0] - score[0]) + 0.05 * (now[1] - score[1])
         if loss <= 0 or random.random() < exp(-loss / max(warmth, 1e-9)):
             nodes, now = tried, score
             if score[0] > best_flow * (1 + 1e-9):
                 best, best_flow = tried, score[0]
-    return Layout(tuple(best)), best_flow
+    return best, best_flow
 
 
 def _with_idle(problem: SpanProblem, start: Layout) -> list[Node]:
@@ -53,9 +81,11 @@ def _score(problem: SpanProblem, nodes: list[Node]) -> tuple[float, float]:
     return flow, float(np.minimum(covered, ceiling).mean())
 
 
-def _move(problem: SpanProblem, nodes: list[Node], random: np.random.Generator) -> list[Node]:
+def _move(
+    problem: SpanProblem, nodes: list[Node], random: np.random.Generator, moves: tuple[int, ...]
+) -> list[Node]:
     tried = list(nodes)
-    n, kind = int(random.integers(len(nodes))), int(random.integers(5))
+    n, kind = int(random.integers(len(nodes))), moves[int(random.integers(len(moves)))]
     if kind == 0:
         tried[n] = _anywhere(problem, nodes[n], random)
     elif kind == 1:
