@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, replace
 
 from autoscale.placement.flow import layout_flow
-from autoscale.placement.flow_blocks import BlockPool
+from autoscale.placement.flow_blocks import GRID, BlockPool
 from autoscale.placement.flow_bound import cost_bound, flow_bound
 from autoscale.placement.flow_exact import (
     Exact,
@@ -23,6 +23,7 @@ from autoscale.placement.spans_layout import Layout, Links, SpanProblem, check_l
 TOLERANCE = 1e-3
 COUNTED_LIMIT, LINKED_LIMIT = 4000, 6000
 RESTARTS = 3
+FINENESS = 3  # blocks are looked for again on grids so many times finer
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ def place(
     _check_room(problem)
     best, flow, solver = _best_start(problem)
     bound = max(flow_bound(problem, at_least=flow), flow)
-    if flow < bound * (1 - tolerance):
-        found = _by_blocks(problem, flow, bound, began + 0.6 * deadline_s, seed, tolerance)
-        if found is not None and found[1] > flow:
-            (best, flow), solver = found, "blocks"
+    for fineness in range(1, FINENESS + 1):
+        if flow < bound * (1 - tolerance) and time.monotonic() < began + 0.3 * deadline_s:
+            aim = _Aim(flow, bound, began + 0.6 * deadline_s, tolerance, seed + fineness, fineness)
+            found = _by_blocks(problem, aim)
+            if found is not None and found[1] > flow:
+                (best, flow), solver = found, "blocks"
     if flow < bound * (1 - tolerance):
         exact = _exactly(problem, flow, bound, deadline)
         if exact is not None:
@@ -111,16 +114,27 @@ def _search(
     return found
 
 
-def _by_blocks(
-    problem: SpanProblem, flow: float, bound: float, deadline: float, seed: int, tolerance: float
-) -> tuple[Layout, float] | None:
+@dataclass(frozen=True)
+class _Aim:
+    """Between which flows to look for blocks, until when (time.monotonic), how finely."""
+
+    flow: float
+    bound: float
+    deadline: float
+    tolerance: float
+    seed: int
+    fineness: int
+
+
+def _by_blocks(problem: SpanProblem, aim: _Aim) -> tuple[Layout, float] | None:
     """Bisection of the flow that blocks reach; measured with the links as they are."""
     free = replace(problem, links=Links(), partial=False)
     best: tuple[Layout, float] | None = None
-    low, high = flow, bound * (1 + 1e-9)
+    low, high = aim.flow, aim.bound * (1 + 1e-9)
     target = high
-    while time.monotonic() < deadline:
-        placed = BlockPool(free, target, seed=seed).cover(deadline)
+    while time.monotonic() < aim.deadline:
+        pool = BlockPool(free, target, seed=aim.seed, grid=aim.fineness * GRID)
+        placed = pool.cover(aim.deadline)
         if placed is None:
             high = target
         else:
@@ -129,7 +143,7 @@ def _by_blocks(
             real = layout_flow(problem, layout).tokens_per_s
             if best is None or real > best[1]:
                 best = layout, real
-        if high - low <= 0.3 * tolerance * high:
+        if high - low <= 0.3 * aim.tolerance * high:
             break
         target = (low + high) / 2
     return best

@@ -46,10 +46,7 @@ def two_halves(machines: int) -> Links:
     """A fast network among the even and among the odd, a slow one between."""
     names = [f"p0-{n}" for n in range(machines)]
     pairs = {
-        (a, b): 40.0
-        for n, a in enumerate(names)
-        for m, b in enumerate(names)
-        if n % 2 != m % 2
+        (a, b): 40.0 for n, a in enumerate(names) for m, b in enumerate(names) if n % 2 != m % 2
     }
     return Links(pairs=pairs)
 
