@@ -1,7 +1,8 @@
 """The kernel of `prefill_attention`: sequences over themselves, side by side without padding.
 
 A program holds BM queries of one head and walks over the keys they see (FlashAttention, Dao et
-al., 2022). Semantics: reference/attention_prefill.py. Called by kernels/ops/attention_prefill.py
+al., 2022); in the middle are tiles that all of them see, where nothing is asked key by key.
+Semantics: reference/attention_prefill.py. Called by kernels/ops/attention_prefill.py
 on a CUDA or ROCm device.
 """
 
@@ -26,7 +27,7 @@ from kernels.triton.plan import (
     shipped,
 )
 from kernels.triton.targets import Target
-from kernels.triton.tile import product, score_factor, softmax_step
+from kernels.triton.tile import product, score_factor
 
 
 @triton.jit
@@ -50,29 +51,11 @@ def _sequence(starts, sequences, program, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sequences", "window", "sink_tokens"])
 def prefill_attention_kernel(
-    q,
-    k,
-    v,
-    starts,
-    out,
-    factor,
-    sequences,
-    window,
-    sink_tokens,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    MATRIX: tl.constexpr,
-):
+    q, k, v, starts, out, factor, sequences, window, sink_tokens,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
     """Block of queries and head are the program ids; factor turns a product into a score in
     powers of two. out [T, H, D] is contiguous."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -87,25 +70,91 @@ def prefill_attention_kernel(
     at = (start + query).to(tl.int64)[:, None]
     ours = (query < tokens)[:, None] & (column < D)
     block = tl.load(q + at * q_stride_t + head * q_stride_h + column, mask=ours, other=0.0)
+    # Scores of a factor above zero have their largest where products have theirs.
+    block = (block.to(tl.float32) * tl.where(factor < 0, -1.0, 1.0)).to(block.dtype)
+    factor = tl.maximum(tl.abs(factor), 1e-30)
     k += head // G * k_stride_h + start.to(tl.int64) * k_stride_t
     v += head // G * v_stride_h + start.to(tl.int64) * v_stride_t
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
     sinks, first, stop = _key_blocks(row, tokens, window, sink_tokens, CAUSAL, BM, BN)
-    for step in range(sinks + stop - first):
+    clear, cut = _clear_blocks(row, tokens, window, first, stop, CAUSAL, BM, BN)
+    for step in range(sinks + clear - first):
         key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-        ok = (key < tokens)[:, None] & (column < D)
-        at_key = key.to(tl.int64)[:, None]
-        keys = tl.load(k + at_key * k_stride_t + column, mask=ok, other=0.0)
-        scores = product(block, tl.trans(keys), tl.zeros((BM, BN), tl.float32), MATRIX)
         seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL)
-        weights, shrink, top, total = softmax_step(scores * factor, seen, top, total)
-        values = tl.load(v + at_key * v_stride_t + column, mask=ok, other=0.0)
-        acc = product(weights.to(values.dtype), values, acc * shrink[:, None], MATRIX)
+        top, total, acc = _tile(
+            block, k, v, key, tokens, seen, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
+    for step in range(clear, cut):
+        top, total, acc = _tile(
+            block, k, v, step * BN + tl.arange(0, BN), tokens, None, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
+    for step in range(cut, stop):
+        key = step * BN + tl.arange(0, BN)
+        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL)
+        top, total, acc = _tile(
+            block, k, v, key, tokens, seen, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     where = (at * tl.num_programs(1) + head) * D + column
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=ours)
+
+
+@triton.jit
+def _tile(
+    block, k, v, key, tokens, seen, factor, top, total, acc, k_stride_t, v_stride_t,
+    D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
+    """(top, total, acc) after one more tile of keys, as `softmax_step` has them. seen [BM, BN]:
+    which count; None for all, which are then all there."""
+    column = tl.arange(0, DP)[None, :]
+    at = key.to(tl.int64)[:, None]
+    if seen is not None:
+        ok = (key < tokens)[:, None] & (column < D)
+        keys = tl.load(k + at * k_stride_t + column, mask=ok, other=0.0)
+    elif D == DP:
+        keys = tl.load(k + at * k_stride_t + column)
+    else:
+        keys = tl.load(k + at * k_stride_t + column, mask=column < D, other=0.0)
+    blank = tl.zeros((block.shape[0], key.shape[0]), tl.float32)
+    scores = product(block, tl.trans(keys), blank, MATRIX)
+    if seen is not None:
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1) * factor)
+    base = higher
+    if seen is not None:
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    if seen is not None:
+        values = tl.load(v + at * v_stride_t + column, mask=ok, other=0.0)
+    elif D == DP:
+        values = tl.load(v + at * v_stride_t + column)
+    else:
+        values = tl.load(v + at * v_stride_t + column, mask=column < D, other=0.0)
+    total = total * shrink + tl.sum(weights, axis=1)
+    return higher, total, product(weights.to(values.dtype), values, acc * shrink[:, None], MATRIX)
+
+
+@triton.jit
+def _clear_blocks(
+    row, tokens, window, first, stop, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from `row`
+    on."""
+    cut = tokens // BN
+    if CAUSAL:
+        cut = tl.minimum(cut, (row + 1) // BN)
+    clear = first
+    if window > 0:
+        clear = tl.cdiv(tl.maximum(row + BM - window, 0), BN)
+        cut = tl.minimum(cut, (row + window) // BN)
+    clear = tl.minimum(tl.maximum(clear, first), stop)
+    return clear, tl.minimum(tl.maximum(cut, clear), stop)
 
 
 @triton.jit
