@@ -2,8 +2,8 @@
 
 A program holds the query heads that share one key head, for one part of one sequence. The numbers
 of a head keep the order of the cache: for 4 bits that is not theirs, and queries are read and
-results stored accordingly. Semantics: reference/attention_paged.py. Called by kernels/ops/attention_paged.py on
-a CUDA or ROCm device.
+results stored accordingly. Semantics: reference/attention_paged.py. Called by
+kernels/ops/attention_paged.py on a CUDA or ROCm device.
 """
 
 from typing import Any
