@@ -51,7 +51,7 @@ class Measured(NamedTuple):
 
 
 def compiled(op: str, number: int, config: Config, target_name: str) -> str:
-    """Compiles what a candidate launches for the first shape of a tuning. What went wrong, or ""."""
+    """Compiles what a candidate launches for a tuning's first shape. What went wrong, or ""."""
     tuning = tunings(op)[number]
     try:
         with tried(tuning.key, config):
