@@ -54,10 +54,10 @@ def prefill_attention_kernel(
     q, k, v, starts, out, factor, sequences, window, sink_tokens,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     """Block of queries and head are the program ids; factor turns a product into a score in
-    powers of two. out [T, H, D] is contiguous."""
+    powers of two. out [T, H, D] is contiguous. WINDOW: there is one, of `window` tokens."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = _sequence(starts, sequences, program, BM)
     start = tl.load(starts + sequence)
@@ -78,15 +78,16 @@ def prefill_attention_kernel(
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
-    sinks, first, stop = _key_blocks(row, tokens, window, sink_tokens, CAUSAL, BM, BN)
-    clear, cut = _clear_blocks(row, tokens, window, first, stop, CAUSAL, BM, BN)
-    for step in range(sinks + clear - first):
-        key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL)
-        top, total, acc = _tile(
-            block, k, v, key, tokens, seen, factor, top, total, acc,
-            k_stride_t, v_stride_t, D, DP, MATRIX,
-        )  # fmt: skip
+    sinks, first, stop = _key_blocks(row, tokens, window, sink_tokens, CAUSAL, WINDOW, BM, BN)
+    clear, cut = _clear_blocks(row, tokens, window, first, stop, CAUSAL, WINDOW, BM, BN)
+    if WINDOW:
+        for step in range(sinks + clear - first):
+            key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
+            seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL, WINDOW)
+            top, total, acc = _tile(
+                block, k, v, key, tokens, seen, factor, top, total, acc,
+                k_stride_t, v_stride_t, D, DP, MATRIX,
+            )  # fmt: skip
     for step in range(clear, cut):
         top, total, acc = _tile(
             block, k, v, step * BN + tl.arange(0, BN), tokens, None, factor, top, total, acc,
@@ -94,7 +95,7 @@ def prefill_attention_kernel(
         )  # fmt: skip
     for step in range(cut, stop):
         key = step * BN + tl.arange(0, BN)
-        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL)
+        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL, WINDOW)
         top, total, acc = _tile(
             block, k, v, key, tokens, seen, factor, top, total, acc,
             k_stride_t, v_stride_t, D, DP, MATRIX,
@@ -142,15 +143,16 @@ def _tile(
 
 @triton.jit
 def _clear_blocks(
-    row, tokens, window, first, stop, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+    row, tokens, window, first, stop,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from `row`
     on."""
     cut = tokens // BN
     if CAUSAL:
         cut = tl.minimum(cut, (row + 1) // BN)
     clear = first
-    if window > 0:
+    if WINDOW:
         clear = tl.cdiv(tl.maximum(row + BM - window, 0), BN)
         cut = tl.minimum(cut, (row + window) // BN)
     clear = tl.minimum(tl.maximum(clear, first), stop)
@@ -159,28 +161,31 @@ def _clear_blocks(
 
 @triton.jit
 def _key_blocks(
-    row, tokens, window, sink_tokens, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+    row, tokens, window, sink_tokens,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """(sinks, first, stop): the queries from `row` on see blocks 0..sinks and first..stop of BN
     keys, sinks <= first."""
     stop = tokens
     if CAUSAL:
         stop = tl.minimum(stop, row + BM)
-    first = 0
-    if window > 0:
+    first, sinks = 0, 0
+    if WINDOW:
         first = tl.maximum(row - window + 1, 0) // BN
         stop = tl.minimum(stop, tl.maximum(row + BM + window - 1, sink_tokens))
-    return tl.minimum(tl.cdiv(sink_tokens, BN), first), first, tl.cdiv(stop, BN)
+        sinks = tl.minimum(tl.cdiv(sink_tokens, BN), first)
+    return sinks, first, tl.cdiv(stop, BN)
 
 
 @triton.jit
-def _seen(query, key, tokens, window, sink_tokens, CAUSAL: tl.constexpr):
+def _seen(query, key, tokens, window, sink_tokens, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """bool: whether a query sees a key, by their positions."""
     seen = key < tokens
     if CAUSAL:
         seen = seen & (key <= query)
-    near = (tl.abs(query - key) < window) | (key < sink_tokens)
-    return seen & ((window <= 0) | near)
+    if WINDOW:
+        seen = seen & ((tl.abs(query - key) < window) | (key < sink_tokens))
+    return seen
 
 
 def prefill_attention(
@@ -238,6 +243,7 @@ def _plan(
         "D": width,
         "DP": max(power(width), 16),
         "CAUSAL": causal,
+        "WINDOW": window > 0,
         **config.constants,
     }
     return Plan(prefill_attention_kernel, (blocks, heads), args, config)

@@ -31,8 +31,8 @@ def sum_parts_kernel(sums, bias, out, count, parts, N, BLOCK: tl.constexpr):
     ours = place < count
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
-        at = sums + part.to(tl.int64) * count + place
-        total += tl.load(at, mask=ours, other=0.0)
+        at = part * count.to(tl.int64) + place
+        total += tl.load(sums + at, mask=ours, other=0.0)
     if bias is not None:
         total += tl.load(bias + place % N, mask=ours, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=ours)

@@ -230,7 +230,7 @@ def _narrow(op: str) -> Iterator[Tuning]:
     few = _tiles(BM=(16, 64), BN=(32, 64), BK=(128, 256, 512), warps=(4,), stages=(3, 4))
     some = list(_tiles(BM=(64,), BN=(32, 64, 128), BK=(128, 256), warps=(4,), stages=(3, 4)))
     more = list(_tiles(BM=(128,), BN=(64, 128), BK=(128,), warps=(4, 8), stages=(3, 4)))
-    many = _tiles(BM=(128,), BN=(128, 256), BK=(64, 128), warps=(8,), stages=(3, 4))
+    many = _tiles(BM=(128, 256), BN=(128, 256), BK=(64, 128), warps=(8, 16), stages=(3, 4))
     for rows, measured, found in (
         (16, (16,), few),
         (64, (64,), some),
