@@ -1,9 +1,9 @@
 """The kernel of `paged_attention`: one new token per sequence over its pages, in parts if asked.
 
-A program holds the query heads that share one key head, for one part of one sequence. A head is
-kept as two halves, which for a cache of 4 bits are the low and the high nibbles, so that all forms
-take one way. Semantics: reference/attention_paged.py. Called by kernels/ops/attention_paged.py on
-a CUDA or ROCm device.
+A program holds the query heads that share one key head, for one part of one sequence. The numbers
+of a head keep the order of the cache: for 4 bits that is not theirs, and queries are read and
+results stored accordingly. Semantics: reference/attention_paged.py. Called by
+kernels/ops/attention_paged.py on a CUDA or ROCm device.
 """
 
 from typing import Any
@@ -34,6 +34,7 @@ from kernels.triton.tile import LOG2_E, product, score_factor, softmax_step
 
 __all__ = ["cases", "merge_states", "paged_attention", "paged_attention_parts"]
 
+WHOLE = tl.constexpr(0x4B000000)  # of a float32 in whole numbers from 2 ** 23 on, with no bit set
 # The forms of cache, dtypes and head sizes that are compiled ahead of time.
 SHIPPED = (
     ("float", torch.float16, 64),
@@ -52,59 +53,64 @@ SHIPPED = (
 
 
 @triton.jit
-def _columns(PACKED: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
-    """(first, second) int32 [C]: which of a head's D numbers the halves hold; D or more: none."""
-    column = tl.arange(0, C)
-    half: tl.constexpr = (D + 1) // 2
+def _columns(PACKED: tl.constexpr, DP: tl.constexpr):
+    """int32 [DP]: which of a head's numbers stands in each column of a tile; D or more: none. The
+    two of a byte are neighbours in a tile, and 16 apart in a head."""
+    column = tl.arange(0, DP)
     if PACKED:
-        first = tl.where(column < half, column // 16 * 32 + column % 16, D)
-        return first, first + 16
-    return tl.where(column < half, column, D), column + half
+        byte = column // 2
+        column = byte // 16 * 32 + byte % 16 + column % 2 * 16
+    return column
 
 
 @triton.jit
-def _query(q, at, ours, first, second, D: tl.constexpr):
-    """Both halves [GP, C] of the query heads at q + at."""
-    ours = ours[:, None]
-    low = tl.load(q + at[:, None] + first[None, :], mask=ours & (first < D)[None, :], other=0.0)
-    high = tl.load(q + at[:, None] + second[None, :], mask=ours & (second < D)[None, :], other=0.0)
-    return low, high
+def _group_scales(scales, scale_at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
+    """(scale, least) float32 [BN, DP / 2]: those of each byte's group of 32 numbers."""
+    groups: tl.constexpr = DP // 32
+    place = tl.arange(0, 2 * groups)[None, :]
+    ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 16)
+    both = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0.0).to(tl.float32)
+    scale, least = tl.split(tl.reshape(both, (BN, groups, 2)))
+    scale = tl.broadcast_to(scale[:, :, None], (BN, groups, 16))
+    least = tl.broadcast_to(least[:, :, None], (BN, groups, 16))
+    return tl.reshape(scale, (BN, DP // 2)), tl.reshape(least, (BN, DP // 2))
 
 
 @triton.jit
-def _halves(cache, scales, at, scale_at, seen, first, second, D: tl.constexpr, C: tl.constexpr):
-    """Both halves [BN, C] of the tokens at cache + at: as they are stored, 4 bits as float32."""
-    kept: tl.constexpr = cache.dtype.element_ty
-    if kept == tl.uint8:
-        byte = tl.arange(0, C)[None, :]
-        ok = seen[:, None] & (byte < D // 2)
-        levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0)
-        place = scales + scale_at[:, None] + byte // 16 * 2
-        scale = tl.load(place, mask=ok, other=0.0).to(tl.float32)
-        least = tl.load(place + 1, mask=ok, other=0.0).to(tl.float32)
-        low = (levels & 15).to(tl.float32) * scale + least
-        high = (levels >> 4).to(tl.float32) * scale + least
+def _tile(
+    cache, scales, at, scale_at, seen, whole, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr
+):
+    """[BN, DP], the tokens at cache + at: as they are stored, 4 bits as float32."""
+    if cache.dtype.element_ty == tl.uint8:
+        byte = tl.arange(0, DP // 2)[None, :]
+        ok = seen[:, None] if D == DP else seen[:, None] & (byte < D // 2)
+        levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0).to(tl.int32)
+        # As linear_w4.py makes floats of levels: the high ones 16 times too large.
+        low = ((levels & 15) | whole).to(tl.float32, bitcast=True) - 8388608.0
+        high = ((levels & 240) | whole).to(tl.float32, bitcast=True) - 8388608.0
+        scale, least = _group_scales(scales, scale_at, seen, D, DP, BN)
+        low, high = low * scale + least, high * (scale * 0.0625) + least
+        found = tl.reshape(tl.join(low, high), (BN, DP))
     else:
-        at = at[:, None]
-        low = tl.load(cache + at + first, mask=seen[:, None] & (first < D)[None, :], other=0)
-        high = tl.load(cache + at + second, mask=seen[:, None] & (second < D)[None, :], other=0)
-    return low, high
+        column = tl.arange(0, DP)[None, :]
+        ok = seen[:, None] if D == DP else seen[:, None] & (column < D)
+        found = tl.load(cache + at[:, None] + column, mask=ok, other=0)
+    return found
 
 
 @triton.jit
-def _weighed(weights, low, high, scales, scale_at, seen, dtype: tl.constexpr):
-    """(weights [GP, BN], low, high [BN, C]) of dtype, the scales of int8 values multiplied in.
+def _weighed(weights, found, scales, scale_at, seen, dtype: tl.constexpr):
+    """(weights [GP, BN], found [BN, DP]) of dtype, the scales of int8 values multiplied in.
 
     bfloat16 holds an int8 exactly, and any scale as a weight; float16 would lose a small one.
     """
-    if low.dtype == tl.int8:
+    if found.dtype == tl.int8:
         scale = tl.load(scales + scale_at, mask=seen, other=0.0)
         if dtype == tl.bfloat16:
             weights *= scale[None, :]
         else:
-            low = low.to(tl.float32) * scale[:, None]
-            high = high.to(tl.float32) * scale[:, None]
-    return weights.to(dtype), low.to(dtype), high.to(dtype)
+            found = found.to(tl.float32) * scale[:, None]
+    return weights.to(dtype), found.to(dtype)
 
 
 @triton.jit
@@ -116,13 +122,20 @@ def _span(context, window, part, splits, BN: tl.constexpr):
     return start, tl.minimum(start + size, context)
 
 
+@triton.jit
+def _pages(page_table, place, stop, PAGE: tl.constexpr, BN: tl.constexpr):
+    """[BN]: the pages of the tokens from `place` on."""
+    token = place + tl.arange(0, BN)
+    return tl.load(page_table + token // PAGE, mask=token < stop, other=0)
+
+
 @triton.jit(do_not_specialize=["window", "splits"])
 def paged_attention_kernel(
     q, keys, values, key_scales, value_scales, page_tables, context_tokens, outs, lse,
     factor, window, splits, table_stride, q_stride_s, q_stride_h,
     key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     key_scale_stride_t, key_scale_stride_h, value_scale_stride_t, value_scale_stride_h,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     """Sequence, key head and part are the program ids; factor turns a product into a score in
@@ -131,52 +144,45 @@ def paged_attention_kernel(
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     PACKED: tl.constexpr = keys.dtype.element_ty == tl.uint8
-    first, second = _columns(PACKED, D, C)
+    column = _columns(PACKED, DP)[None, :]
     group = tl.arange(0, GP)
     row = sequence * q_stride_s + (head * G + group) * q_stride_h
-    q_low, q_high = _query(q, row, group < G, first, second, D)
+    ours = (group < G)[:, None] & (column < D)
+    query = tl.load(q + row[:, None] + column, mask=ours, other=0.0)
     top = tl.full((GP,), float("-inf"), tl.float32)
     total = tl.zeros((GP,), tl.float32)
-    out_low, out_high = tl.zeros((GP, C), tl.float32), tl.zeros((GP, C), tl.float32)
+    acc = tl.zeros((GP, DP), tl.float32)
     start, stop = _span(tl.load(context_tokens + sequence), window, part, splits, BN)
+    whole = WHOLE | (splits >> 31)
+    page_tables += sequence * table_stride
+    page = _pages(page_tables, start, stop, PAGE, BN)
     for place in range(start, stop, BN):
         token = place + tl.arange(0, BN)
         seen = token < stop
-        page = tl.load(page_tables + sequence * table_stride + token // PAGE, mask=seen, other=0)
         slot = page.to(tl.int64) * PAGE + token % PAGE
+        # The next ones: that numbers of pages are read first should delay nobody.
+        page = _pages(page_tables, place + BN, stop, PAGE, BN)
         at = slot * key_stride_t + head * key_stride_h
         scale_at = slot * key_scale_stride_t + head * key_scale_stride_h
-        low, high = _halves(keys, key_scales, at, scale_at, seen, first, second, D, C)
-        scores = tl.zeros((GP, BN), tl.float32)
-        scores = product(q_low, tl.trans(low.to(q_low.dtype)), scores, MATRIX)
-        scores = product(q_high, tl.trans(high.to(q_low.dtype)), scores, MATRIX)
+        found = _tile(keys, key_scales, at, scale_at, seen, whole, D, DP, BN).to(query.dtype)
+        scores = product(query, tl.trans(found), tl.zeros((GP, BN), tl.float32), MATRIX)
         if keys.dtype.element_ty == tl.int8:
             # Taken as whole numbers until here, which every dtype holds exactly.
             scores *= tl.load(key_scales + scale_at, mask=seen, other=0.0)[None, :]
         weights, shrink, top, total = softmax_step(scores * factor, seen[None, :], top, total)
         at = slot * value_stride_t + head * value_stride_h
         scale_at = slot * value_scale_stride_t + head * value_scale_stride_h
-        low, high = _halves(values, value_scales, at, scale_at, seen, first, second, D, C)
-        weights, low, high = _weighed(weights, low, high, value_scales, scale_at, seen, q_low.dtype)
-        out_low = product(weights, low, out_low * shrink[:, None], MATRIX)
-        out_high = product(weights, high, out_high * shrink[:, None], MATRIX)
+        found = _tile(values, value_scales, at, scale_at, seen, whole, D, DP, BN)
+        weights, found = _weighed(weights, found, value_scales, scale_at, seen, query.dtype)
+        acc = product(weights, found, acc * shrink[:, None], MATRIX)
     row = (
         (part.to(tl.int64) * tl.num_programs(0) + sequence) * tl.num_programs(1) + head
     ) * G + group
-    _finish(outs, lse, row, group < G, top, total, out_low, out_high, first, second, D)
-
-
-@triton.jit
-def _finish(outs, lse, row, ours, top, total, low, high, first, second, D: tl.constexpr):
-    """Stores a part: sums divided by the total of their weights, zeros and -inf if it is empty."""
     divisor = tl.where(total > 0, total, 1.0)
-    tl.store(lse + row, (top + tl.log2(divisor)) / LOG2_E, mask=ours)
-    kept = outs.dtype.element_ty
-    at = outs + row[:, None] * D
-    low = (low / divisor[:, None]).to(kept)
-    high = (high / divisor[:, None]).to(kept)
-    tl.store(at + first[None, :], low, mask=ours[:, None] & (first < D)[None, :])
-    tl.store(at + second[None, :], high, mask=ours[:, None] & (second < D)[None, :])
+    # An empty part is zeros and -inf.
+    tl.store(lse + row, (top + tl.log2(divisor)) / LOG2_E, mask=group < G)
+    made = (acc / divisor[:, None]).to(outs.dtype.element_ty)
+    tl.store(outs + row[:, None] * D + column, made, mask=ours)
 
 
 def paged_attention(
@@ -268,7 +274,7 @@ def _plan(
         # Matrix units want 16 rows at least.
         "GP": max(power(group), 16 if config.constants["MATRIX"] else 1),
         "D": width,
-        "C": max(power((width + 1) // 2), 16),
+        "DP": max(power(width), 32),
         "PAGE": keys.shape[1],
         **config.constants,
     }

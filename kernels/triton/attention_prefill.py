@@ -1,7 +1,8 @@
 """The kernel of `prefill_attention`: sequences over themselves, side by side without padding.
 
 A program holds BM queries of one head and walks over the keys they see (FlashAttention, Dao et
-al., 2022). Semantics: reference/attention_prefill.py. Called by kernels/ops/attention_prefill.py
+al., 2022); in the middle are tiles that all of them see, where nothing is asked key by key.
+Semantics: reference/attention_prefill.py. Called by kernels/ops/attention_prefill.py
 on a CUDA or ROCm device.
 """
 
@@ -26,7 +27,7 @@ from kernels.triton.plan import (
     shipped,
 )
 from kernels.triton.targets import Target
-from kernels.triton.tile import product, score_factor, softmax_step
+from kernels.triton.tile import product, score_factor
 
 
 @triton.jit
@@ -50,32 +51,14 @@ def _sequence(starts, sequences, program, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sequences", "window", "sink_tokens"])
 def prefill_attention_kernel(
-    q,
-    k,
-    v,
-    starts,
-    key_starts,
-    out,
-    factor,
-    sequences,
-    window,
-    sink_tokens,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    MATRIX: tl.constexpr,
-):
+    q, k, v, starts, key_starts, out, factor, sequences, window, sink_tokens,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
     """Block of queries and head are the program ids; factor turns a product into a score in
-    powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous."""
+    powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous. WINDOW:
+    there is one, of `window` tokens."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = _sequence(starts, sequences, program, BM)
     start = tl.load(starts + sequence)
@@ -88,6 +71,9 @@ def prefill_attention_kernel(
     at = (start + query).to(tl.int64)[:, None]
     ours = (query < tokens)[:, None] & (column < D)
     block = tl.load(q + at * q_stride_t + head * q_stride_h + column, mask=ours, other=0.0)
+    # Scores of a factor above zero have their largest where products have theirs.
+    block = (block.to(tl.float32) * tl.where(factor < 0, -1.0, 1.0)).to(block.dtype)
+    factor = tl.maximum(tl.abs(factor), 1e-30)
     if key_starts is None:
         key_start = start
         keys_seen = tokens
@@ -97,50 +83,119 @@ def prefill_attention_kernel(
     k += head // G * k_stride_h + key_start.to(tl.int64) * k_stride_t
     v += head // G * v_stride_h + key_start.to(tl.int64) * v_stride_t
     before = keys_seen - tokens  # keys of earlier positions than the first query's
+    position = (before + query)[:, None]
+    row += before
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
-    sinks, first, stop = _key_blocks(row + before, keys_seen, window, sink_tokens, CAUSAL, BM, BN)
-    for step in range(sinks + stop - first):
-        key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-        ok = (key < keys_seen)[:, None] & (column < D)
-        at_key = key.to(tl.int64)[:, None]
-        keys = tl.load(k + at_key * k_stride_t + column, mask=ok, other=0.0)
-        scores = product(block, tl.trans(keys), tl.zeros((BM, BN), tl.float32), MATRIX)
-        position = (before + query)[:, None]
-        seen = _seen(position, key[None, :], keys_seen, window, sink_tokens, CAUSAL)
-        weights, shrink, top, total = softmax_step(scores * factor, seen, top, total)
-        values = tl.load(v + at_key * v_stride_t + column, mask=ok, other=0.0)
-        acc = product(weights.to(values.dtype), values, acc * shrink[:, None], MATRIX)
+    sinks, first, stop = _key_blocks(row, keys_seen, window, sink_tokens, CAUSAL, WINDOW, BM, BN)
+    clear, cut = _clear_blocks(row, keys_seen, window, first, stop, CAUSAL, WINDOW, BM, BN)
+    if WINDOW:
+        for step in range(sinks + clear - first):
+            key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
+            seen = _seen(position, key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW)
+            top, total, acc = _tile(
+                block, k, v, key, keys_seen, seen, factor, top, total, acc,
+                k_stride_t, v_stride_t, D, DP, MATRIX,
+            )  # fmt: skip
+    for step in range(clear, cut):
+        top, total, acc = _tile(
+            block, k, v, step * BN + tl.arange(0, BN), keys_seen, None, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
+    for step in range(cut, stop):
+        key = step * BN + tl.arange(0, BN)
+        seen = _seen(position, key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW)
+        top, total, acc = _tile(
+            block, k, v, key, keys_seen, seen, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     where = (at * tl.num_programs(1) + head) * D + column
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=ours)
 
 
 @triton.jit
-def _key_blocks(
-    row, tokens, window, sink_tokens, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """(sinks, first, stop): the queries from position `row` on see blocks 0..sinks and first..stop
-    of BN keys, sinks <= first."""
-    stop = tokens
-    if CAUSAL:
-        stop = tl.minimum(stop, row + BM)
-    first = 0
-    if window > 0:
-        first = tl.maximum(row - window + 1, 0) // BN
-        stop = tl.minimum(stop, tl.maximum(row + BM + window - 1, sink_tokens))
-    return tl.minimum(tl.cdiv(sink_tokens, BN), first), first, tl.cdiv(stop, BN)
+def _tile(
+    block, k, v, key, tokens, seen, factor, top, total, acc, k_stride_t, v_stride_t,
+    D: tl.constexpr, DP: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
+    """(top, total, acc) after one more tile of keys, as `softmax_step` has them. seen [BM, BN]:
+    which count; None for all, which are then all there."""
+    column = tl.arange(0, DP)[None, :]
+    at = key.to(tl.int64)[:, None]
+    if seen is not None:
+        ok = (key < tokens)[:, None] & (column < D)
+        keys = tl.load(k + at * k_stride_t + column, mask=ok, other=0.0)
+    elif D == DP:
+        keys = tl.load(k + at * k_stride_t + column)
+    else:
+        keys = tl.load(k + at * k_stride_t + column, mask=column < D, other=0.0)
+    blank = tl.zeros((block.shape[0], key.shape[0]), tl.float32)
+    scores = product(block, tl.trans(keys), blank, MATRIX)
+    if seen is not None:
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1) * factor)
+    base = higher
+    if seen is not None:
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    if seen is not None:
+        values = tl.load(v + at * v_stride_t + column, mask=ok, other=0.0)
+    elif D == DP:
+        values = tl.load(v + at * v_stride_t + column)
+    else:
+        values = tl.load(v + at * v_stride_t + column, mask=column < D, other=0.0)
+    total = total * shrink + tl.sum(weights, axis=1)
+    return higher, total, product(weights.to(values.dtype), values, acc * shrink[:, None], MATRIX)
 
 
 @triton.jit
-def _seen(query, key, tokens, window, sink_tokens, CAUSAL: tl.constexpr):
+def _clear_blocks(
+    row, tokens, window, first, stop,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from `row`
+    on."""
+    cut = tokens // BN
+    if CAUSAL:
+        cut = tl.minimum(cut, (row + 1) // BN)
+    clear = first
+    if WINDOW:
+        clear = tl.cdiv(tl.maximum(row + BM - window, 0), BN)
+        cut = tl.minimum(cut, (row + window) // BN)
+    clear = tl.minimum(tl.maximum(clear, first), stop)
+    return clear, tl.minimum(tl.maximum(cut, clear), stop)
+
+
+@triton.jit
+def _key_blocks(
+    row, tokens, window, sink_tokens,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """(sinks, first, stop): the queries from `row` on see blocks 0..sinks and first..stop of BN
+    keys, sinks <= first."""
+    stop = tokens
+    if CAUSAL:
+        stop = tl.minimum(stop, row + BM)
+    first, sinks = 0, 0
+    if WINDOW:
+        first = tl.maximum(row - window + 1, 0) // BN
+        stop = tl.minimum(stop, tl.maximum(row + BM + window - 1, sink_tokens))
+        sinks = tl.minimum(tl.cdiv(sink_tokens, BN), first)
+    return sinks, first, tl.cdiv(stop, BN)
+
+
+@triton.jit
+def _seen(query, key, tokens, window, sink_tokens, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """bool: whether a query sees a key, by their positions."""
     seen = key < tokens
     if CAUSAL:
         seen = seen & (key <= query)
-    near = (tl.abs(query - key) < window) | (key < sink_tokens)
-    return seen & ((window <= 0) | near)
+    if WINDOW:
+        seen = seen & ((tl.abs(query - key) < window) | (key < sink_tokens))
+    return seen
 
 
 def prefill_attention(
@@ -201,6 +256,7 @@ def _plan(
         "D": width,
         "DP": max(power(width), 16),
         "CAUSAL": causal,
+        "WINDOW": window > 0,
         **config.constants,
     }
     return Plan(prefill_attention_kernel, (blocks, heads), args, config)

@@ -3,11 +3,14 @@
 Nothing is tuned when it runs: launchers and `cases` read the same table, so that what is launched
 is what was compiled and checked. An op's entries for a target are those under the target's name,
 else those under its family ("turing" for targets without matrix units, else "cuda" or "hip").
+`tune.py` measures candidates on a GPU; whoever runs it commits what won.
 """
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +21,28 @@ TABLES = tuple(sorted(Path(__file__).parent.glob("configs*.json")))
 
 class Config(NamedTuple):
     """rows: the largest number of rows it is for, 0 for any. constants: the kernel's tile sizes,
-    and what else of its constants depends on the GPU."""
+    and what else of its constants depends on the GPU. programs: how many the GPU should be given,
+    by parts of K where tiles are fewer; 0 for no parts."""
 
     rows: int
     constants: Mapping[str, int]
     num_warps: int
     num_stages: int
+    programs: int = 0
+
+
+# What `tune.py` tries in the place of an op's entries.
+_TRIED: ContextVar[Mapping[str, Config]] = ContextVar("tried", default={})  # noqa: B039
+
+
+@contextmanager
+def tried(op: str, config: Config) -> Iterator[None]:
+    """Within it, this is the op's only entry, for any target and number of rows."""
+    token = _TRIED.set({op: config})
+    try:
+        yield
+    finally:
+        _TRIED.reset(token)
 
 
 def configs(op: str, target: Target) -> tuple[Config, ...]:
@@ -31,6 +50,8 @@ def configs(op: str, target: Target) -> tuple[Config, ...]:
 
     ValueError for an op or a target that has none.
     """
+    if op in _TRIED.get():
+        return (_TRIED.get()[op],)
     return _entries(op, target.name, target.backend if target.dot else "turing")
 
 
@@ -45,7 +66,8 @@ def _entries(op: str, name: str, family: str) -> tuple[Config, ...]:
     made = []
     for entry in found:
         tiles = {key: value for key, value in entry.items() if key.isupper()}
-        made.append(Config(entry["rows"], tiles, entry["warps"], entry["stages"]))
+        programs = entry.get("programs", 0)
+        made.append(Config(entry["rows"], tiles, entry["warps"], entry["stages"], programs))
     return tuple(made)
 
 

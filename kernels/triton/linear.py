@@ -16,8 +16,8 @@ WIDTH = 4096  # rows and columns of the weight in a case; its kernel takes other
 def cut(op: str, target: Target, x: torch.Tensor) -> Config | None:
     """How a product with x [M, K] is cut into tiles; None above the most rows in the table.
 
-    Float32 takes the way without matrix units ("vector" in the table), as it would on a GPU that
-    has none: its products would be spelled out, or rounded.
+    Float32 has a table of its own, without matrix units: its products would be spelled out, or
+    rounded.
     """
     fitting = entries(op, target, x.dtype)
     if fitting[-1].rows == 0:
@@ -27,9 +27,7 @@ def cut(op: str, target: Target, x: torch.Tensor) -> Config | None:
 
 def entries(op: str, target: Target, dtype: torch.dtype) -> list[Config]:
     """The table's entries for an op that a product in this dtype may take."""
-    halves = target.dot and dtype != torch.float32
-    found = configs(op, target)
-    return [each for each in found if halves or "BM" not in each.constants]
+    return list(configs(f"{op}/float32" if dtype == torch.float32 else op, target))
 
 
 def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

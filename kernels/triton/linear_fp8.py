@@ -19,9 +19,10 @@ from kernels.triton.targets import Target
 @triton.jit(do_not_specialize=["M"])
 def fp8_linear_kernel(
     x, w, x_scales, w_scales, out, M, N, K, x_stride, w_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of rows and of columns are the program ids. out [M, N] is contiguous."""
+    """Tiles of rows and of columns are the program ids. out [M, N] is contiguous. EVEN: K is a
+    multiple of BK."""
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     ours, wanted = (row < M)[:, None], (column < N)[None, :]
@@ -30,8 +31,8 @@ def fp8_linear_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(x + k[None, :], mask=ours & (k < K)[None, :], other=0.0)
-        b = tl.load(w + k[:, None], mask=wanted & (k < K)[:, None], other=0.0)
+        a = tl.load(x + k[None, :], mask=ours if EVEN else ours & (k < K)[None, :], other=0.0)
+        b = tl.load(w + k[:, None], mask=wanted if EVEN else wanted & (k < K)[:, None], other=0.0)
         # Hopper's units keep 14 bits of a running sum: it is handed over to float32 every BK.
         acc = tl.dot(a, b, acc, max_num_imprecise_acc=BK)
     by_row = tl.load(x_scales + row, mask=row < M, other=0.0).to(tl.float32)
@@ -80,7 +81,8 @@ def plan_product(
     config = choose("fp8_linear", target, x.shape[0])
     args: Arguments = dict(
         x=x, w=w, x_scales=x_scales, w_scales=w_scales, out=out, M=x.shape[0], N=w.shape[0],
-        K=x.shape[1], x_stride=x.stride(0), w_stride=w.stride(0), **config.constants,
+        K=x.shape[1], x_stride=x.stride(0), w_stride=w.stride(0),
+        EVEN=x.shape[1] % config.constants["BK"] == 0, **config.constants,
     )  # fmt: skip
     rows = triton.cdiv(x.shape[0], config.constants["BM"])
     grid = rows, triton.cdiv(w.shape[0], config.constants["BN"])

@@ -42,10 +42,10 @@ def quantize_rowwise_int8_kernel(x, q, scales, K, x_stride, BLOCK: tl.constexpr)
 @triton.jit(do_not_specialize=["M"])
 def int8_matmul_kernel(
     a, b, scales, weight_scales, bias, out, M, N, K, a_stride, b_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Tiles of rows and of columns are the program ids; scales None: the sums themselves.
-    out [M, N] is contiguous."""
+    out [M, N] is contiguous. EVEN: K is a multiple of BK."""
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     ours, wanted = (row < M)[:, None], (column < N)[None, :]
@@ -54,8 +54,8 @@ def int8_matmul_kernel(
     acc = tl.zeros((BM, BN), tl.int32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        left = tl.load(a + k[None, :], mask=ours & (k < K)[None, :], other=0)
-        right = tl.load(b + k[:, None], mask=wanted & (k < K)[:, None], other=0)
+        left = tl.load(a + k[None, :], mask=ours if EVEN else ours & (k < K)[None, :], other=0)
+        right = tl.load(b + k[:, None], mask=wanted if EVEN else wanted & (k < K)[:, None], other=0)
         acc = tl.dot(left, right, acc, out_dtype=tl.int32)
     at = out + (row * N)[:, None] + column[None, :]
     if scales is None:
@@ -136,7 +136,8 @@ def plan_product(
     config = choose("int8_matmul", target, a.shape[0])
     args: Arguments = dict(
         a=a, b=b, scales=scales, weight_scales=weight_scales, bias=bias, out=out, M=a.shape[0],
-        N=b.shape[0], K=a.shape[1], a_stride=a.stride(0), b_stride=b.stride(0), **config.constants,
+        N=b.shape[0], K=a.shape[1], a_stride=a.stride(0), b_stride=b.stride(0),
+        EVEN=a.shape[1] % config.constants["BK"] == 0, **config.constants,
     )  # fmt: skip
     rows = triton.cdiv(a.shape[0], config.constants["BM"])
     grid = rows, triton.cdiv(b.shape[0], config.constants["BN"])

@@ -82,8 +82,10 @@ def grouped_linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     MATRIX: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Block of rows and tile of columns are the program ids; out [R, N] is contiguous."""
+    """Block of rows and tile of columns are the program ids; out [R, N] is contiguous. EVEN: K is
+    a multiple of BK."""
     expert = tl.load(block_expert + tl.program_id(0))
     if expert < 0:
         return
@@ -95,8 +97,10 @@ def grouped_linear_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(x + k[None, :], mask=ours & (k < K)[None, :], other=0.0)
-        b = tl.load(weight + k[:, None], mask=wanted & (k < K)[:, None], other=0.0)
+        ok = ours if EVEN else ours & (k < K)[None, :]
+        a = tl.load(x + k[None, :], mask=ok, other=0.0)
+        ok = wanted if EVEN else wanted & (k < K)[:, None]
+        b = tl.load(weight + k[:, None], mask=ok, other=0.0)
         acc = product(a, b, acc, MATRIX)
     out += (row * N)[:, None] + column[None, :]
     tl.store(out, acc.to(out.dtype.element_ty), mask=ours & wanted)
@@ -169,6 +173,7 @@ def _grouped_plan(
         "x_stride": x.stride(0),
         "weight_stride_e": weight.stride(0),
         "weight_stride_n": weight.stride(1),
+        "EVEN": weight.shape[2] % config.constants["BK"] == 0,
         **config.constants,
     }
     tiles = triton.cdiv(weight.shape[1], config.constants["BN"])

@@ -16,9 +16,11 @@ LOG2_E = tl.constexpr(math.log2(math.e))  # softmax runs in powers of two, which
 def product(a, b, acc, MATRIX: tl.constexpr):
     """acc [M, N] float32 + a [M, K] times b [K, N], summed in float32."""
     if MATRIX:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    terms = a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :]
-    return acc + tl.sum(terms, axis=1)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        terms = a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :]
+        acc += tl.sum(terms, axis=1)
+    return acc
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.triton import gated, linear_w4, linear_w8, norm, rope
-from kernels.triton.configs import configs
 from kernels.triton.launch import target_of
+from kernels.triton.linear import entries
 
 MOST_ROWS = 512  # launched for an entry that is for any number of rows
 
@@ -81,9 +81,9 @@ def _linear(each: Linear, dtype: torch.dtype, device: torch.device | str) -> War
     op = f"w{each.bits}_linear"
     scales = torch.zeros(each.rows, each.columns // each.group, dtype=each.scales, device=device)
     bias = torch.zeros(each.rows, dtype=dtype, device=device) if each.bias else None
-    entries = configs(op, target_of(op, scales))
-    rows = tuple(entry.rows or MOST_ROWS for entry in entries)
-    rows += (entries[-1].rows + 1,) if entries[-1].rows else ()
+    known = entries(op, target_of(op, scales), dtype)
+    rows = tuple(entry.rows or MOST_ROWS for entry in known)
+    rows += (known[-1].rows + 1,) if known[-1].rows else ()
     if each.bits == 4:
         levels = torch.zeros(each.rows, each.columns // 2, dtype=torch.uint8, device=device)
         mins = scales if each.mins else None

@@ -130,7 +130,7 @@ def tiles(name: str, said: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 # Constants that follow from a tensor's shape: cases have those of a model's layers.
-OF_SHAPES = {"G", "H", "KH", "HALF", "N", "K", "F", "M"}
+OF_SHAPES = {"G", "H", "KH", "HALF", "N", "K", "F", "M", "EVEN"}
 BY_SHAPE = {"rms_norm_kernel", "rope_kernel"}  # whose tile is as wide as a row
 
 
