@@ -33,9 +33,9 @@ def test_the_last_tokens_of_sequences(
     total = sum(LENGTHS)
     q = normal(total, HEADS, WIDTH, dtype=dtype)
     k, v = (normal(total, KV_HEADS, WIDTH, dtype=dtype, seed=seed) for seed in (2, 3))
-    exact = (each.double().cpu() for each in (q, k, v))
+    q64, k64, v64 = (each.double().cpu() for each in (q, k, v))
     how = (causal, window, sink_tokens)
-    wanted = tails(reference(*exact, starts(LENGTHS).cpu(), *how)).to(DEVICE)
+    wanted = tails(reference(q64, k64, v64, starts(LENGTHS).cpu(), *how)).to(DEVICE)
     chunk = tails(q)
     places = (starts(TAILS), *how, None, starts(LENGTHS))
     with watched():
