@@ -45,10 +45,10 @@ def _explain_offer(offer: Offer, plan: Plan, asker: Asker) -> Explanation:
         other = asker.with_offers(
             f"without {offer.name}", lambda each: None if each.name == offer.name else each
         )
-        without = f"the plan costs {other.usd_per_h:.2f} $/h" if other.plan else "there is no plan"
+        without = f"the plan costs {other.usd_per_h:.3g} $/h" if other.plan else "there is no plan"
         sentences = (
             f"{machines} of {offer.name} at {offer.usd_per_h:g} $/h are bought.",
-            f"Without that offer {without}; with it {plan.usd_per_h:.2f}.",
+            f"Without that offer {without}; with it {plan.usd_per_h:.3g}.",
         )
         usd = other.usd_per_h if other.plan else None
         return Explanation(

@@ -114,7 +114,7 @@ def _say_infeasible(
     click.echo(f"no plan: {error}", err=True)
     for way in ways:
         what = f"{way.limit}: {way.changed} would do"
-        click.echo(f"  {what}, at {way.usd_per_h:.2f} $/h", err=True)
+        click.echo(f"  {what}, at {plan_view.usd(way.usd_per_h)} $/h", err=True)
     if not ways:
         click.echo("  no single limit, made wider by a quarter, makes one possible", err=True)
     return 1

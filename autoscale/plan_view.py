@@ -40,14 +40,19 @@ def _headline(report: "Report") -> Text:
     proved = (
         "proved best"
         if plan.gap <= 1e-6
-        else f"bound {plan.bound_usd_per_h:.2f}, gap {plan.gap:.1%}"
+        else f"bound {usd(plan.bound_usd_per_h)}, gap {plan.gap:.1%}"
     )
-    text = Text(f"{plan.usd_per_h:.2f} $/h", style="bold")
+    text = Text(f"{usd(plan.usd_per_h)} $/h", style="bold")
     text.append(
         f" (about {month:,.0f} $ a month) for {demand.total_per_s:.4g} requests/s", "not bold"
     )
     text.append(f"; {proved}; {plan.solver}, {plan.solved_s:.2f} s", "not bold")
     return text
+
+
+def usd(amount: float) -> str:
+    """Cents, or three digits of what is less than a dollar."""
+    return f"{amount:.2f}" if abs(amount) >= 1 or amount == 0 else f"{amount:.3g}"
 
 
 def shape_words(shape: ReplicaShape) -> str:
@@ -79,7 +84,7 @@ def _purchases(plan: Plan, problem: Problem) -> Table:
             f"{offer.name} ({offer.count} x {offer.kind})",
             f"{offer.zone}, {offer.market.replace('_', '-')}",
             f"{purchase.replicas} ({shape_words(purchase.shape)})",
-            f"{purchase.usd_per_h:.2f}",
+            usd(purchase.usd_per_h),
         )
     return table
 
@@ -121,7 +126,7 @@ def _spans(plan: Plan) -> Table:
 
 def _binds(report: "Report") -> str:
     lines = [
-        f"  {each.limit}: {each.changed} saves {report.plan.usd_per_h - each.usd_per_h:.2f} $/h"
+        f"  {each.limit}: {each.changed} saves {usd(report.plan.usd_per_h - each.usd_per_h)} $/h"
         for each in report.bindings
     ]
     if report.plan.limits:
@@ -129,7 +134,7 @@ def _binds(report: "Report") -> str:
     more = report.more
     dearer = more.usd_per_h - report.plan.usd_per_h
     lines.append(
-        f"  {more.what}: " + (f"{dearer:+.2f} $/h" if more.plan else f"no plan ({more.why})")
+        f"  {more.what}: " + (f"{usd(dearer)} $/h more" if more.plan else f"no plan ({more.why})")
     )
     head = "What binds" if report.bindings else "No limit binds: widened by a quarter, none saves"
     return "\n".join([head, *lines])
@@ -165,7 +170,7 @@ def _alternatives(report: "Report") -> Table:
             continue
         dearer = f"{other.usd_per_h / cost - 1:+.1%}" if cost else "-"
         bought = ", ".join(f"{p.machines} {p.offer}" for p in other.plan.purchases)
-        table.add_row(other.what, f"{other.usd_per_h:.2f}", dearer, bought)
+        table.add_row(other.what, usd(other.usd_per_h), dearer, bought)
     return table
 
 

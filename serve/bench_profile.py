@@ -70,8 +70,7 @@ def measure(settings: Settings, rounds: int, clock: Clock = time.perf_counter) -
     finally:
         storage.close()
     medians = {case: statistics.median(each) for case, each in times.items()}
-    name = model.decoder.config.name or settings.model
-    return Measured(medians, name, settings.engine.kv_tokens, torch.get_num_threads())
+    return Measured(medians, settings.model, settings.engine.kv_tokens, torch.get_num_threads())
 
 
 def fitting(settings: Settings) -> list[Case]:

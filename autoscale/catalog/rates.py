@@ -89,18 +89,26 @@ class _Load:
 
     def alone_s(self, sequences: float) -> float:
         """A step of decodes half-way through their answers, no prompt among them."""
-        context = self.bucket.input_tokens + self.bucket.output_tokens / 2
-        return self.replica.step_s(0, max(1.0, sequences), context)
+        return self.replica.step_s(0, max(1.0, sequences), self._context)
+
+    @property
+    def _context(self) -> float:
+        return self.bucket.input_tokens + self.bucket.output_tokens / 2
 
     @property
     def prompt_s(self) -> float:
-        """What a prompt adds to the steps that compute it."""
+        """What a prompt adds to the steps that compute it. The first in a step may hide behind the
+        weights that are read anyway; under load a step is full of them, and they do not."""
         if self.replica.role == "decode":
             return 0.0
-        context = self.bucket.input_tokens + self.bucket.output_tokens / 2
-        running = max(1.0, self.decoding)
-        step_s = self.replica.step_s(self.bucket.input_tokens, running, context)
-        return step_s - self.alone_s(self.decoding)
+        prompt, context = self.bucket.input_tokens, self._context
+        running, alone_s = max(1.0, self.decoding), self.alone_s(self.decoding)
+        together = max(1, STEP_TOKENS // prompt)
+        full_s = self.replica.step_s(together * prompt, running, context)
+        return max(
+            self.replica.step_s(prompt, running, context) - alone_s,
+            (full_s - alone_s) / together,
+        )
 
     @property
     def elasticity(self) -> float:
