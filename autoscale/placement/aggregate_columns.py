@@ -8,6 +8,7 @@ infinite.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,8 +41,7 @@ class Column:
         return UNLIMITED if self.offer.quota is None else self.offer.quota // self.machines
 
 
-@dataclass(frozen=True)
-class Filling:
+class Filling(NamedTuple):
     """How a shape lies on machines of an offer."""
 
     machines: int
