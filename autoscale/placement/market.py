@@ -44,7 +44,8 @@ class Risk:
             return self.losses_per_h[offer.name]
         if offer.market == "spot":
             raise ValueError(
-                f"losses_per_h has no rate for the spot offer {offer.name}; each spot offer needs one"
+                f"losses_per_h has no rate for the spot offer {offer.name}; "
+                "each spot offer needs one"
             )
         return 0.0
 
@@ -69,8 +70,7 @@ class ExpectedPrice:
     @classmethod
     def of(cls, problem: Problem, risk: Risk) -> "ExpectedPrice":
         """The stand-in is the cheapest on-demand machine with at least as many accelerators of the
-        kind. Where none is sold, the price of the offer itself, times what such accelerators cost
-        most elsewhere per accelerator, would be a guess: ValueError."""
+        kind; ValueError where none is sold, since any other price would be a guess."""
         offers = problem.catalog.offers(at_s=problem.at_s)
         stand_in = {}
         for offer in offers:

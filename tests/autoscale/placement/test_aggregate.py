@@ -11,6 +11,7 @@ from autoscale.placement import aggregate_milp, aggregate_search
 from autoscale.placement.aggregate import AggregatePlanner
 from autoscale.placement.aggregate_bounds import Proofs
 from autoscale.placement.aggregate_columns import columns, demanded, filling
+from autoscale.placement.aggregate_model import Floats, Instance, Integers
 from autoscale.placement.demand import Bucket, Demand
 from autoscale.placement.exhaustive import ExhaustivePlanner
 from autoscale.placement.plan import Plan, ReplicaShape
@@ -122,7 +123,7 @@ def test_bounds_keep_highs_out(monkeypatch: pytest.MonkeyPatch):
     costs = [outcome(AggregatePlanner(4), problem) for problem in problems]
     with_proofs = len(calls)
 
-    def nothing(instance: aggregate_milp.Instance, units: np.ndarray) -> tuple[Proofs, np.ndarray]:
+    def nothing(instance: Instance, units: Integers) -> tuple[Proofs, Floats]:
         none = Proofs(np.zeros((0, len(instance.groups))), np.zeros(0))
         return none, np.tile(instance.cheapest, (len(units), 1))
 
