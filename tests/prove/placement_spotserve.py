@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import networkx as nx
+import networkx as nx  # type: ignore[import-untyped]
 
 from autoscale.placement.migration import (
     Device,
@@ -169,7 +169,7 @@ Event = tuple[tuple[str, ...], tuple[str, ...]]
 
 def read_events(path: Path) -> list[Event]:
     """(added, removed) machines, event by event."""
-    events = []
+    events: list[Event] = []
     for line in path.read_text().splitlines():
         _, what, given = json.loads(line)
         nodes = tuple(given["nodes"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,11 +115,14 @@ def test_costs_what_the_papers_program_costs(seed: int):
 
 def test_bounds_keep_highs_out(monkeypatch: pytest.MonkeyPatch):
     """Most instances end without an integer program; without the proofs they do not."""
-    calls = []
+    calls: list[aggregate_milp.Found] = []
     solve = aggregate_milp.solve
-    monkeypatch.setattr(
-        aggregate_milp, "solve", lambda *a, **k: (calls.append(1), solve(*a, **k))[1]
-    )
+
+    def counted(*given: Any, **named: Any) -> aggregate_milp.Found:
+        calls.append(solve(*given, **named))
+        return calls[-1]
+
+    monkeypatch.setattr(aggregate_milp, "solve", counted)
     problems = [large_problem(np.random.default_rng(seed)) for seed in range(12)]
     costs = [outcome(AggregatePlanner(4), problem) for problem in problems]
     with_proofs = len(calls)

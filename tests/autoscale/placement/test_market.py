@@ -104,7 +104,7 @@ def test_blind_to_risk_costs_more():
 def test_roles_apart_only_where_that_pays():
     """Prompts on what computes, tokens on what has bandwidth, unless hand-offs cost half."""
     shapes = [
-        ReplicaShape(kind, role=role)  # type: ignore[arg-type]
+        ReplicaShape(kind, role=role)
         for kind in ("compute", "bandwidth")
         for role in ("mixed", "prefill", "decode")
     ]

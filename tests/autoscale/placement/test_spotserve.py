@@ -87,7 +87,8 @@ def test_the_choice_is_the_rule_applied_to_every_configuration(seed: int):
     for t, p, b in itertools.product((1, 2, 4, 8), range(1, 41), (1, 2, 4)):
         if t * p < 3 or t * p > gpus or 12 % p:
             continue
-        for micro in itertools.product([m for m in (1, 2, 4) if m <= b], repeat=2):
+        parts = [m for m in (1, 2, 4) if m <= b]
+        for micro in itertools.product(parts, parts):
             each_ms = simulated_ms(profile, t, p, b, micro, 128)
             every.append((each_ms, gpus // (t * p) * b / each_ms * 1000))
     got = choose(profile, space, gpus, rate)
