@@ -57,12 +57,12 @@ def _plan(
     of: Sequence[Column],
     solved_s: float,
 ) -> Plan:
-    bought = {
-        group: program.groups[group].filled(int(units))
-        for group, units in enumerate(solution.units)
-        if units
-    }
-    order = [(group, column, units) for group, all_of in bought.items() for column, units in all_of]
+    order = [
+        (group, tier.column, solution.bought[tier.column])
+        for group, of_group in enumerate(program.groups)
+        for tier in of_group.tiers
+        if solution.bought.get(tier.column)
+    ]
     purchases = tuple(_purchase(of[column], units) for _, column, units in order)
     routing = {
         bucket: _shares(program, solution, at, order) for at, bucket in enumerate(demanded(problem))

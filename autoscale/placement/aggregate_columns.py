@@ -5,9 +5,9 @@ checked here: weights that do not fit, or requests whose keys and values do not,
 infinite.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,7 @@ class Column:
         return UNLIMITED if self.offer.quota is None else self.offer.quota // self.machines
 
 
-@dataclass(frozen=True)
-class Filling:
+class Filling(NamedTuple):
     """How a shape lies on machines of an offer."""
 
     machines: int
@@ -105,17 +104,8 @@ def instance(problem: Problem, of: Sequence[Column], slices: int | None) -> Inst
     for at, bucket in enumerate(buckets):
         if not _served(of, at):
             raise InfeasibleError(why_unserved(of, at, bucket))
-    groups, pools = _grouped(_loads(problem, of), of)
-    kept = _undominated(groups, pools)
-    place = {at: new for new, at in enumerate(kept)}
-    return Instance(
-        tuple(groups[at] for at in kept),
-        len(buckets),
-        slices,
-        tuple(
-            Pool(tuple(place[g] for g in pool.groups), pool.weights, pool.most) for pool in pools
-        ),
-    )
+    groups = _undominated(_grouped(_loads(problem, of), of))
+    return Instance(tuple(groups), len(buckets), slices, tuple(_pools(groups, of)))
 
 
 def why_unserved(of: Sequence[Column], at: int, bucket: Bucket) -> str:
@@ -153,46 +143,52 @@ def _loads(problem: Problem, of: Sequence[Column]) -> list[Floats]:
         return [asked / np.array(column.requests_per_s) for column in of]
 
 
-def _grouped(loads: Sequence[Floats], of: Sequence[Column]) -> tuple[list[Group], list[Pool]]:
-    """Columns of equal loads become one group, unless their offer's quota is drawn on twice."""
-    used = Counter(column.offer.name for column in of)
+def _grouped(loads: Sequence[Floats], of: Sequence[Column]) -> list[Group]:
+    """Columns of equal loads and role are one group, which needs no tier above an unlimited one."""
     together: dict[tuple[object, ...], list[int]] = {}
     for at, column in enumerate(of):
-        shared = used[column.offer.name] > 1 and column.offer.quota is not None
-        key = (column.shape.role, loads[at].tobytes(), at if shared else -1)
-        together.setdefault(key, []).append(at)
-    groups: list[Group] = []
-    drawn: dict[str, list[int]] = {}
+        if column.most > 0 and np.isfinite(loads[at]).any():
+            together.setdefault((column.shape.role, loads[at].tobytes()), []).append(at)
+    groups = []
     for members in together.values():
-        tiers = sorted(Tier(of[at].usd_per_h, of[at].most, at) for at in members if of[at].most > 0)
-        group = Group(ROLES[of[members[0]].shape.role], loads[members[0]], tuple(tiers))
-        if not tiers or group.most == 0:
-            continue
-        if used[of[members[0]].offer.name] > 1 and of[members[0]].offer.quota is not None:
-            drawn.setdefault(of[members[0]].offer.name, []).append(len(groups))
-        groups.append(group)
-    return groups, [_pool(groups, of, members) for members in drawn.values()]
+        tiers: list[Tier] = []
+        for tier in sorted(Tier(of[at].usd_per_h, of[at].most, at) for at in members):
+            tiers.append(tier)
+            if tier.most == UNLIMITED:
+                break
+        groups.append(Group(ROLES[of[members[0]].shape.role], loads[members[0]], tuple(tiers)))
+    return groups
 
 
-def _pool(groups: Sequence[Group], of: Sequence[Column], members: Sequence[int]) -> Pool:
-    first = [of[groups[at].tiers[0].column] for at in members]
-    quota = first[0].offer.quota
-    assert quota is not None
-    return Pool(tuple(members), tuple(column.machines for column in first), quota)
+def _pools(groups: Sequence[Group], of: Sequence[Column]) -> list[Pool]:
+    """Quotas that more than one column draws on."""
+    drawn: dict[str, list[int]] = {}
+    for group in groups:
+        for tier in group.tiers:
+            if of[tier.column].offer.quota is not None:
+                drawn.setdefault(of[tier.column].offer.name, []).append(tier.column)
+    return [
+        Pool(
+            tuple(members),
+            tuple(of[at].machines for at in members),
+            of[members[0]].offer.quota or 0,
+        )
+        for members in drawn.values()
+        if len(members) > 1
+    ]
 
 
-def _undominated(groups: Sequence[Group], pools: Sequence[Pool]) -> list[int]:
-    """Groups that no other one beats in price and in every load. One that a quota can exhaust beats
-    nothing; what shares a quota is kept."""
-    pooled = {at for pool in pools for at in pool.groups}
+def _undominated(groups: Sequence[Group]) -> list[Group]:
+    """Groups that no other one without a limit beats in price and in every load."""
 
-    def beats(one: int, other: int) -> bool:
-        a, b = groups[one], groups[other]
-        if one == other or a.role != b.role or one in pooled or other in pooled:
-            return False
-        if a.tiers[-1].most < UNLIMITED or a.tiers[-1].usd_per_h > b.tiers[0].usd_per_h:
-            return False
-        same = bool((a.loads == b.loads).all()) and a.tiers[-1] == b.tiers[0]
-        return bool((a.loads <= b.loads).all()) and not (same and one > other)
+    def beats(a: Group, b: Group) -> bool:
+        dearest = a.tiers[-1]
+        return (
+            a is not b
+            and a.role == b.role
+            and dearest.most == UNLIMITED
+            and dearest.usd_per_h <= b.tiers[0].usd_per_h
+            and bool((a.loads <= b.loads).all())
+        )
 
-    return [b for b in range(len(groups)) if not any(beats(a, b) for a in range(len(groups)))]
+    return [b for b in groups if not any(beats(a, b) for a in groups)]

@@ -46,6 +46,7 @@ class Found:
     answer is final, also where it is that nothing exists."""
 
     units: Integers | None
+    bought: dict[int, int]
     assignment: Assignment | None
     bound_usd_per_h: float
     proved: bool
@@ -89,7 +90,7 @@ def solve(
     proved = answer.status in (0, 2)
     bound_usd = -np.inf if bound is None else float(bound)
     if answer.x is None:
-        return Found(None, None, bound_usd, proved)
+        return Found(None, {}, None, bound_usd, proved)
     return Found(*index.read(answer.x), bound_usd, proved)
 
 
@@ -114,15 +115,16 @@ class _Index:
     def all_bought(self, group: int) -> list[int]:
         return [self.bought(g, t) for g, t, _ in self.tiers if g == group]
 
-    def read(self, x: Floats) -> tuple[Integers, Assignment]:
+    def read(self, x: Floats) -> tuple[Integers, dict[int, int], Assignment]:
         slices = self.instance.slices
+        bought = {tier.column: round(x[self.bought(g, t)]) for g, t, tier in self.tiers}
         units = np.array(
-            [round(sum(x[c] for c in self.all_bought(g))) for g in range(self.groups)],
+            [sum(bought[tier.column] for tier in group.tiers) for group in self.instance.groups],
             dtype=np.int64,
         )
         parts = x[: self.parts].reshape(-1, self.groups)
         parts = np.rint(parts) / slices if slices else np.maximum(parts, 0)
-        return units, paired(self.instance, parts)
+        return units, {c: n for c, n in bought.items() if n}, paired(self.instance, parts)
 
 
 def paired(instance: Instance, parts: Floats) -> Assignment:
@@ -167,10 +169,11 @@ def _capacity(instance: Instance, index: _Index, rows: Rows) -> None:
         ]
         rows.add(terms + [(c, -1.0) for c in index.all_bought(group)], -np.inf, 0)
     for pool in instance.pools:
+        weight_of = dict(zip(pool.columns, pool.weights, strict=True))
         drawn = [
-            (column, float(weight))
-            for group, weight in zip(pool.groups, pool.weights, strict=True)
-            for column in index.all_bought(group)
+            (index.bought(g, t), float(weight_of[tier.column]))
+            for g, t, tier in index.tiers
+            if tier.column in weight_of
         ]
         rows.add(drawn, 0, pool.most)
 

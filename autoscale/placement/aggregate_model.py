@@ -6,6 +6,7 @@ requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024
 shared out freely. A part goes to one mixed group, or to one prefill and one decode group.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -52,26 +53,15 @@ class Group:
             each += [tier.usd_per_h] * min(tier.most, self.most - len(each))
         return np.concatenate([[0.0], np.cumsum(each)])
 
-    def filled(self, units: int) -> list[tuple[int, int]]:
-        """(column, units of it) of the cheapest way to buy so many."""
-        bought = []
-        for tier in self.tiers:
-            taken = min(units, tier.most)
-            if taken:
-                bought.append((tier.column, taken))
-            units -= taken
-        assert units == 0
-        return bought
-
 
 Option = tuple[int, ...]  # groups that a part needs: one mixed, or one prefill and one decode
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Groups that draw on one quota: units of each that fill it, and how much there is."""
+    """Columns that draw on one quota: what a unit of each takes, and how much there is."""
 
-    groups: tuple[int, ...]
+    columns: tuple[int, ...]
     weights: tuple[int, ...]
     most: int
 
@@ -137,12 +127,30 @@ class Instance:
     def cost(self, units: Integers) -> float:
         return float(sum(g.costs[n] for g, n in zip(self.groups, units, strict=True)))
 
-    def within_quota(self, units: Integers) -> NDArray[np.bool_]:
-        """For rows of counts [n, group]: which keep every pool."""
-        kept = np.ones(len(units), dtype=np.bool_)
-        for pool in self.pools:
-            kept &= units[:, list(pool.groups)] @ np.array(pool.weights) <= pool.most
-        return kept
+    def buy(self, units: Integers) -> dict[int, int] | None:
+        """Units of each column for these counts of groups, cheap tiers first; best where there are
+        no pools. None where it finds no way within the pools."""
+        left = {pool: pool.most for pool in self.pools}
+        drawn = {c: (p, w) for p in self.pools for c, w in zip(p.columns, p.weights, strict=True)}
+        bought: dict[int, int] = {}
+        for group, needed in zip(self.groups, units.tolist(), strict=True):
+            for tier in group.tiers:
+                taken = min(needed, tier.most)
+                if tier.column in drawn:
+                    pool, weight = drawn[tier.column]
+                    taken = min(taken, left[pool] // weight)
+                    left[pool] -= taken * weight
+                if taken:
+                    bought[tier.column] = taken
+                needed -= taken
+            if needed:
+                return None
+        return bought
+
+    def price_of(self, bought: Mapping[int, int]) -> float:
+        """$/h of so many units of each column."""
+        prices = {tier.column: tier.usd_per_h for group in self.groups for tier in group.tiers}
+        return sum(prices[column] * units for column, units in bought.items())
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Solution:
-    """units of each group, who serves what, and what no plan can go below."""
+    """units of each group and of each column, who serves what, and what no plan can go below."""
 
     units: Integers
+    bought: dict[int, int]
     assignment: Assignment
     usd_per_h: float
     bound_usd_per_h: float

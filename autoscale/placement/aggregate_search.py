@@ -8,6 +8,7 @@ many of them are undecided, HiGHS takes over with the bound and the plan (`aggre
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,7 +45,9 @@ def search(
         return None
     held = first_plan(instance)
     highest = np.inf if held is None else held.usd_per_h - STEP_USD
-    counts = counts_below(instance, bound, highest, most_counts)
+    counts = None
+    if not instance.pools:
+        counts = counts_below(instance, bound, highest, most_counts)
     if counts is None:
         return _by_milp(instance, held, bound, ends_s)
     found, reached = _first_feasible(instance, counts, ends_s)
@@ -76,8 +79,6 @@ def counts_below(
         counts = counts[rows]
         counts[:, at] = units
         costs = total[rows, units]
-    kept = instance.within_quota(counts)
-    counts, costs = counts[kept], costs[kept]
     return counts[np.argsort(costs, kind="stable")]
 
 
@@ -92,11 +93,12 @@ def first_plan(instance: Instance) -> Solution | None:
             continue
         assignment = Assignment(shares)
         units = np.ceil(assignment.usage(instance) - TOLERANCE).astype(np.int64)
-        if (units > instance.most).any() or not instance.within_quota(units[None])[0]:
+        bought = instance.buy(units)
+        if bought is None:
             continue
-        usd = instance.cost(units)
+        usd = instance.price_of(bought)
         if best is None or usd < best.usd_per_h:
-            best = Solution(units, assignment, usd, 0.0, "rounding")
+            best = Solution(units, bought, assignment, usd, 0.0, "rounding")
     return best
 
 
@@ -166,7 +168,9 @@ def _first_feasible(
                 assignment = answer.assignment
             if assignment is None:
                 return None, usd
-            return Solution(units, assignment, usd, usd, "cost order"), usd
+            bought = instance.buy(units)
+            assert bought is not None
+            return Solution(units, bought, assignment, usd, usd, "cost order"), usd
     return None, None
 
 
@@ -189,6 +193,7 @@ def _by_milp(
         at_least=bound - STEP_USD,
         below=below,
     )
+    bound = max(bound, answer.bound_usd_per_h)
     if answer.units is None or answer.assignment is None:
         if answer.proved:
             return None if held is None else _proved(held, "HiGHS")
@@ -197,14 +202,14 @@ def _by_milp(
                 "deadline_s is over and neither a plan nor a proof that there is none was found; "
                 "accepted is a longer deadline_s"
             )
-        return Solution(held.units, held.assignment, held.usd_per_h, bound, "HiGHS, deadline")
-    usd = instance.cost(answer.units)
-    low = usd if answer.proved else max(bound, answer.bound_usd_per_h)
-    return Solution(answer.units, answer.assignment, usd, min(low, usd), "HiGHS")
+        return replace(held, bound_usd_per_h=min(bound, held.usd_per_h), solver="HiGHS, deadline")
+    usd = instance.price_of(answer.bought)
+    low = usd if answer.proved else min(bound, usd)
+    return Solution(answer.units, answer.bought, answer.assignment, usd, low, "HiGHS")
 
 
 def _proved(held: Solution, solver: str) -> Solution:
-    return Solution(held.units, held.assignment, held.usd_per_h, held.usd_per_h, solver)
+    return replace(held, bound_usd_per_h=held.usd_per_h, solver=solver)
 
 
 def _cheapest_shares(

@@ -23,7 +23,7 @@ class Device(NamedTuple):
     """One accelerator of a machine."""
 
     machine: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def assign(
             value = _worth(old, devices[name], group, sizes, live)
             worth[row, column] = value[linear_sum_assignment(value, maximize=True)].sum()
     taken: dict[Device, Place] = {}
-    for row, column in zip(*linear_sum_assignment(worth, maximize=True), strict=True):
-        on, group = devices[names[row]], groups[column]
+    rows, columns = linear_sum_assignment(worth, maximize=True)
+    for at, to in zip(rows.tolist(), columns.tolist(), strict=True):
+        on, group = devices[names[at]], groups[to]
         value = _worth(old, on, group, sizes, live)
         for device, place in zip(*linear_sum_assignment(value, maximize=True), strict=True):
             taken[on[device]] = group[place]
@@ -182,7 +183,7 @@ def _groups(
             f"{len(new)} places need {len(groups)} machines of {size} accelerators; "
             f"there are {len(machines)}"
         )
-    return groups, {name: [Device(name, index) for index in range(size)] for name in machines}
+    return groups, {name: [Device(name, number) for number in range(size)] for name in machines}
 
 
 def _worth(

@@ -4,7 +4,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import replace
 
-import networkx as nx
+import networkx as nx  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
