@@ -100,10 +100,10 @@ class _Prefill:
     free_s: float = 0.0  # when the next batch may start
 
     def advance(self, until_s: float, arrivals: Sequence[Arrival], first_s: list[float]) -> None:
-        """Start every batch that starts by until_s."""
+        """Start every batch that starts before until_s."""
         while self.queue:
             start_s = max(self.free_s, arrivals[self.queue[0]].at_s)
-            if start_s > until_s:
+            if start_s >= until_s:
                 return
             batch: list[int] = []
             lengths: list[int] = []
@@ -135,7 +135,6 @@ def prefill(arrivals: Sequence[Arrival], replicas: Sequence[Replica]) -> list[fl
         least = min(pool, key=lambda each: each.load_s(arrival.at_s))
         least.queue.append(number)
         least.tokens += arrival.input_tokens
-        least.advance(arrival.at_s, arrivals, first_s)
     for each in pool:
         each.advance(float("inf"), arrivals, first_s)
     return first_s
@@ -157,11 +156,11 @@ class _Decode:
     reserved: int = 0
 
     def advance(self, until_s: float, last_s: list[float]) -> None:
-        """Take every step that starts by until_s."""
+        """Take every step that starts before until_s: what comes then may still join."""
         while self.waiting or self.ends:
             if not self.ends:
                 self.now_s = max(self.now_s, self.ready_s[self.waiting[0]])
-            if self.now_s > until_s:
+            if self.now_s >= until_s:
                 return
             self._admit()
             self._step(last_s)
@@ -261,7 +260,7 @@ class _Both(_Decode):
         while self.waiting or self.ends:
             if not self.ends:
                 self.now_s = max(self.now_s, self.ready_s[self.waiting[0]])
-            if self.now_s > until_s:
+            if self.now_s >= until_s:
                 return
             before = self.now_s
             self._admit()
