@@ -1,7 +1,7 @@
 """The kernel of `paged_attention`: one new token per sequence over its pages, in parts if asked.
 
 A program holds the query heads that share one key head, for one part of one sequence. A head is
-kept as two halves, which for a cache of 4 bits are the low and the high nibbles, so that all forms
+kept as two halves, which for a packed cache are the low and the high nibbles, so that all forms
 take one way. Semantics: reference/attention_paged.py. Called by kernels/ops/attention_paged.py on
 a CUDA or ROCm device.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import choose
-from kernels.triton.kv_cache import meta_cache
+from kernels.triton.kv_cache import cache_bits, meta_cache
 from kernels.triton.launch import target_of
 from kernels.triton.merge import merge_plan, merge_states
 from kernels.triton.plan import (
@@ -72,18 +72,26 @@ def _query(q, at, ours, first, second, D: tl.constexpr):
 
 
 @triton.jit
-def _halves(cache, scales, at, scale_at, seen, first, second, D: tl.constexpr, C: tl.constexpr):
-    """Both halves [BN, C] of the tokens at cache + at: as they are stored, 4 bits as float32."""
+def _halves(
+    cache, scales, at, scale_at, seen, first, second,
+    D: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Both halves [BN, C] of the tokens at cache + at: as they are stored, BITS bits as float32."""
     kept: tl.constexpr = cache.dtype.element_ty
     if kept == tl.uint8:
         byte = tl.arange(0, C)[None, :]
         ok = seen[:, None] & (byte < D // 2)
-        levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0)
-        place = scales + scale_at[:, None] + byte // 16 * 2
-        scale = tl.load(place, mask=ok, other=0.0).to(tl.float32)
-        least = tl.load(place + 1, mask=ok, other=0.0).to(tl.float32)
-        low = (levels & 15).to(tl.float32) * scale + least
-        high = (levels >> 4).to(tl.float32) * scale + least
+        zero: tl.constexpr = 2 ** (BITS - 1)
+        levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0).to(tl.int32)
+        low, high = levels & 15, levels >> 4
+        if BITS == 5:
+            # Two of a group's four bytes for its first 16 numbers, two for the others.
+            fifths = cache + at[:, None] + D // 2 + byte // 16 * 4 + byte % 16 // 8
+            low |= (tl.load(fifths, mask=ok, other=0).to(tl.int32) >> byte % 8 & 1) << 4
+            high |= (tl.load(fifths + 2, mask=ok, other=0).to(tl.int32) >> byte % 8 & 1) << 4
+        scale = tl.load(scales + scale_at[:, None] + byte // 16, mask=ok, other=0.0).to(tl.float32)
+        low = (low - zero).to(tl.float32) * scale
+        high = (high - zero).to(tl.float32) * scale
     else:
         at = at[:, None]
         low = tl.load(cache + at + first, mask=seen[:, None] & (first < D)[None, :], other=0)
@@ -124,6 +132,7 @@ def paged_attention_kernel(
     key_scale_stride_t, key_scale_stride_h, value_scale_stride_t, value_scale_stride_h,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Sequence, key head and part are the program ids; factor turns a product into a score in
     powers of two. outs [splits, S, H, D] and lse [splits, S, H] are contiguous; strides are of
@@ -146,7 +155,7 @@ def paged_attention_kernel(
         slot = page.to(tl.int64) * PAGE + token % PAGE
         at = slot * key_stride_t + head * key_stride_h
         scale_at = slot * key_scale_stride_t + head * key_scale_stride_h
-        low, high = _halves(keys, key_scales, at, scale_at, seen, first, second, D, C)
+        low, high = _halves(keys, key_scales, at, scale_at, seen, first, second, D, C, KEY_BITS)
         scores = tl.zeros((GP, BN), tl.float32)
         scores = product(q_low, tl.trans(low.to(q_low.dtype)), scores, MATRIX)
         scores = product(q_high, tl.trans(high.to(q_low.dtype)), scores, MATRIX)
@@ -156,7 +165,9 @@ def paged_attention_kernel(
         weights, shrink, top, total = softmax_step(scores * factor, seen[None, :], top, total)
         at = slot * value_stride_t + head * value_stride_h
         scale_at = slot * value_scale_stride_t + head * value_scale_stride_h
-        low, high = _halves(values, value_scales, at, scale_at, seen, first, second, D, C)
+        low, high = _halves(
+            values, value_scales, at, scale_at, seen, first, second, D, C, VALUE_BITS
+        )
         weights, low, high = _weighed(weights, low, high, value_scales, scale_at, seen, q_low.dtype)
         out_low = product(weights, low, out_low * shrink[:, None], MATRIX)
         out_high = product(weights, high, out_high * shrink[:, None], MATRIX)
@@ -270,6 +281,8 @@ def _plan(
         "D": width,
         "C": max(power((width + 1) // 2), 16),
         "PAGE": keys.shape[1],
+        "KEY_BITS": cache_bits(keys, key_scales),
+        "VALUE_BITS": cache_bits(values, value_scales),
         **config.constants,
     }
     return Plan(paged_attention_kernel, (sequences, kv_heads, outs.shape[0]), args, config)
@@ -291,11 +304,12 @@ def cases(target: Target) -> list[Case | Refused]:
     """16 sequences of 2048 tokens in pages of 16, 32 heads over 8, 4 parts."""
     made: list[Case | Refused] = []
     for kind, dtype, width in SHIPPED:
-        cache, scales = meta_cache(kind, dtype, 2048, 16, 8, width)
+        keys, key_scales = meta_cache(kind, dtype, 2048, 16, 8, width, bits=5)
+        values, value_scales = meta_cache(kind, dtype, 2048, 16, 8, width)
         q = torch.empty(16, 32, width, dtype=dtype, device="meta")
         tables = torch.empty(16, 128, dtype=torch.int32, device="meta")
         outs, lse = _parts(q, 4, torch.float32)
-        caches = (cache, cache, scales, scales, tables, tables[:, 0].contiguous())
+        caches = (keys, values, key_scales, value_scales, tables, tables[:, 0].contiguous())
         plan = _plan(target, q, *caches, outs, lse, 0, None)
         matrix = operands(plan.config, dtype)
         name = f"paged_attention/{TYPES[dtype]}-{kind}-{width}"

@@ -51,8 +51,9 @@ struct Matrix {
 enum class Precision { accurate, fast, float32 };
 
 // How the cache stores one token's keys, or values, of one head; kernels/kv_formats.py says it for Python.
-// int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 values, byte j with value j low and
-// j + 16 high; then for each 32 values scale and minimum as halves.
+// int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 numbers, byte j with number j low and
+// j + 16 high; behind them 4 bytes for each 32, with keys their fifth bits, with values two halves: the
+// values' scale and the keys'.
 enum class KvFormat { float32, float16, int8, int4 };
 
 SANDERLING_INLINE int64_t kv_bytes(KvFormat format, int64_t head_dim) {

@@ -161,8 +161,8 @@ def any_caches(s: Source, kind: str, pages: int, page_tokens: int, heads: int, w
     if kind == "int8":
         pair = signed(s, *shape, width), signed(s, *shape, width)
         return *pair, s.plain(*shape) * 0.02, s.plain(*shape) * 0.02
-    packed = [s.whole(0, 256, *shape, width // 2, dtype=torch.uint8) for _ in range(2)]
-    scales = [(s.plain(*shape, width // 32, 2) - 0.5).half() for _ in range(2)]
+    packed = [s.whole(0, 256, *shape, width * bits // 8, dtype=torch.uint8) for bits in (5, 4)]
+    scales = [(s.plain(*shape, width // 32) - 0.5).half() for _ in range(2)]
     return *packed, *scales
 
 
