@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.clock import Clock
 from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from models.detokenize import Detokenizer
 from serve.clients import ConnectPrefill
 from serve.engine.cost import StepCost
@@ -50,7 +51,9 @@ def load(settings: Settings) -> Model:
     """Read the model that the settings name. ValueError with a sentence when it cannot be."""
     from models.load import NotForCpuError, load_for_cpu, load_text
 
-    options = settings.engine
+    options, cost = settings.engine, quality_cost(settings)
+    if cost:
+        log.warning("%s", cost)
     if options.kernels == "reference" or options.dtype != "float32":
         return _load_reference(settings)
     try:

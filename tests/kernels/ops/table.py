@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from kernels import ops
-from tests.kernels.ops import cases, oracles
+from tests.kernels.ops import cases, integer_cases, oracles
 from tests.kernels.ops.cases import EXACT, Case
 
 W4 = ops.linear_w4.w4_linear
@@ -68,7 +68,7 @@ CASES = (
             partial(cases.blocks_case, form=form),
             oracles.blocks,
         )
-        for form in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
+        for form in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
     ),
     Case(
         "quantize_rowwise_int8",
@@ -183,4 +183,5 @@ CASES = (
         for state in (False, True)
     ),
     Case("sample", ops.sampling.sample, cases.sample_case, oracles.sample),
+    *integer_cases.CASES,
 )
