@@ -6,7 +6,7 @@ stay on boundaries that a GPU reads widely. What they mean is in reference/kv_ca
 
 from typing import NamedTuple
 
-GROUP = 32  # values that share scale and minimum in int4
+GROUP = 32  # values that share a scale in int4
 
 
 class KVPlanes(NamedTuple):
@@ -33,7 +33,8 @@ def planes(kv_format: str, head_dim: int) -> KVPlanes:
             raise ValueError(
                 f"a KV cache in int4 takes heads of a multiple of {GROUP} values, not of {head_dim}"
             )
-        return KVPlanes("uint8", head_dim // 2, "float16", (head_dim // GROUP, 2))
+        # Keys fill their bytes; behind the nibbles of values are the scales of both.
+        return KVPlanes("uint8", head_dim // 2 + head_dim // 8)
     raise ValueError(
         f"A KV cache in {kv_format} is not supported; use one of {', '.join(FORMATS)}."
     )

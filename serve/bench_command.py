@@ -12,6 +12,8 @@ import httpx
 from rich.console import Console
 
 from cluster.options import Resolved, with_settings
+from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from serve.bench import Load, Slo, run, run_arrivals
 from serve.commands import KEY, service_url, unwell
 from serve.runfiles import RunFiles
@@ -52,6 +54,8 @@ def bench_serve(
         from serve.plot import refuse_without_library
 
         refuse_without_library()
+    if files.settings.exists():
+        _tell_cost(files.read_settings())
     try:
         report = send(service_url(files), key, given)
     except (httpx.HTTPError, RuntimeError) as error:
@@ -95,6 +99,7 @@ def bench_engine(
     from serve.bench_engine import run_engine
 
     load = Load(streams, streams, prompt_tokens, max_tokens)
+    _tell_cost(resolved.settings)
     _show(run_engine(resolved.settings, load), as_json)
 
 
@@ -155,6 +160,12 @@ def bench_profile(resolved: Resolved, rounds: int, kind: str, out: Path | None) 
     else:
         out.write_text(table, encoding="utf-8")
         click.echo(f"written to {out}")
+
+
+def _tell_cost(settings: Settings) -> None:
+    """What the speed that follows has cost; beside the report, which may be read by programs."""
+    if cost := quality_cost(settings):
+        click.echo(cost, err=True)
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

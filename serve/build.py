@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.clock import Clock
 from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from models.detokenize import Detokenizer
 from serve.clients import ConnectPrefill
 from serve.computing import Computing, computing, on_cpu
@@ -70,7 +71,9 @@ def load(settings: Settings) -> Model:
 def _load_for_cpu(settings: Settings, chosen: Computing) -> Model:
     from models.load import NotForCpuError, load_for_cpu, load_text
 
-    options = settings.engine
+    options, cost = settings.engine, quality_cost(settings)
+    if cost:
+        log.warning("%s", cost)
     if chosen.kernels == "reference":
         return _load_reference(settings, chosen.dtype)
     try:

@@ -18,9 +18,7 @@ from models.batch import TokenBatch
 from models.config import ModelConfig
 from models.device.matrix import Matrix, multiply, multiply_fused, rows
 from models.device.ops import Ops, ops_for
-from models.device.step import Cache, Chunks, PagedRows, Sizes, Step, step_of
-
-Layer4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+from models.device.step import Cache, CacheLayer, Chunks, PagedRows, Sizes, Step, step_of
 
 
 class LayerWeights(NamedTuple):
@@ -93,12 +91,9 @@ class DeviceDecoder:
         rotation = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         residual = rows(ops, step.ids, self.embed, self.dtype)
         normed = ops.rms_norm(residual, self.layers[0].mixer_norm, eps)
-        scales = [None] * len(self.layers) if cache.scales is None else cache.scales.unbind(0)
         following = [*(layer.mixer_norm for layer in self.layers[1:]), self.norm]
-        caches = zip(cache.numbers.unbind(0), scales, strict=True)
-        for layer, norm, (numbers, scale) in zip(self.layers, following, caches, strict=True):
-            each = (None, None) if scale is None else (scale[0], scale[1])
-            mixed = self._mix(normed, layer, step, rotation, (numbers[0], numbers[1], *each))
+        for layer, norm, kept in zip(self.layers, following, cache.layers(), strict=True):
+            mixed = self._mix(normed, layer, step, rotation, kept)
             normed, residual = ops.rms_norm_residual(mixed, residual, layer.feedforward_norm, eps)
             inner = ops.gated(multiply_fused(ops, normed, layer.gate_up), "silu")
             fed = multiply(ops, inner, layer.down)
@@ -111,7 +106,7 @@ class DeviceDecoder:
         layer: LayerWeights,
         step: Step,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        cache: Layer4,
+        cache: CacheLayer,
     ) -> torch.Tensor:
         """Attention of one layer: x [N, hidden] -> the same shape."""
         config, ops = self.config, self.ops
@@ -128,7 +123,7 @@ class DeviceDecoder:
             attended = attended @ self.turn
         return multiply(ops, attended.flatten(1), layer.out, layer.out_bias)
 
-    def _attend(self, q: torch.Tensor, step: Step, cache: Layer4) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, step: Step, cache: CacheLayer) -> torch.Tensor:
         if step.chunks is None:
             assert step.paged is not None
             return self._read_pages(q, step.paged, cache)
@@ -141,11 +136,11 @@ class DeviceDecoder:
         out[chunked] = self._read_chunks(q.index_select(0, chunked), step.chunks, cache)
         return out
 
-    def _read_pages(self, q: torch.Tensor, paged: PagedRows, cache: Layer4) -> torch.Tensor:
+    def _read_pages(self, q: torch.Tensor, paged: PagedRows, cache: CacheLayer) -> torch.Tensor:
         places = (paged.tables, paged.contexts)
         return self.ops.paged_attention(q, *cache, *places, 0, paged.splits)
 
-    def _read_chunks(self, q: torch.Tensor, chunks: Chunks, cache: Layer4) -> torch.Tensor:
+    def _read_chunks(self, q: torch.Tensor, chunks: Chunks, cache: CacheLayer) -> torch.Tensor:
         """Over what is stored, this step's keys too: how a prompt is cut then changes nothing."""
         slots = chunks.key_slots
         keys, values = (

@@ -5,6 +5,7 @@ what a decode step is made of, and its shape does not depend on lengths. A chunk
 they read: its context is gathered once and attended to in blocks.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,15 @@ PROGRAMS_PER_UNIT = 2
 LEAST_PART_TOKENS = 256
 
 
+CacheLayer = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""Numbers of keys and of values, scales of keys and of values."""
+
+
 class Cache(NamedTuple):
     """numbers [layers, 2, pages, page_tokens, KH, n] and scales [layers, 2, pages, page_tokens, KH,
     ...], None where there are none: as kernels.kv_planes has them. [l, 0] are keys, [l, 1]
-    values."""
+    values. In int4 the last bytes of a head of values are float16 scales of its groups, then those
+    of the key."""
 
     numbers: torch.Tensor
     scales: torch.Tensor | None = None
@@ -28,6 +34,20 @@ class Cache(NamedTuple):
     @property
     def page_tokens(self) -> int:
         return self.numbers.shape[3]
+
+    def layers(self) -> Iterator[CacheLayer]:
+        """Each layer's part, as `kv_write` and `paged_attention` take it."""
+        numbers, scales = self.numbers, self.scales
+        if numbers.dtype != torch.uint8:
+            for layer, both in enumerate(numbers):
+                scale = (None, None) if scales is None else (scales[layer, 0], scales[layer, 1])
+                yield both[0], both[1], *scale
+            return
+        nibble_bytes = numbers.shape[-1] * 4 // 5
+        behind = numbers[:, 1, ..., nibble_bytes:].view(torch.float16)
+        groups = behind.shape[-1] // 2
+        for both, scale in zip(numbers, behind, strict=True):
+            yield both[0], both[1, ..., :nibble_bytes], scale[..., groups:], scale[..., :groups]
 
 
 class PagedRows(NamedTuple):

@@ -72,9 +72,11 @@ class DeviceStorage:
             None if plane is None else plane[:, :, list(pages)] for plane in self.cache
         )
         assert numbers is not None
+        if self.kv_format == "int4":
+            return _side_by_side(numbers, 2).cpu()
         if scales is None:
             return numbers.cpu()
-        behind = (scales.flatten(5) if scales.dim() > 5 else scales[..., None]).view(torch.uint8)
+        behind = scales[..., None].view(torch.uint8)
         return torch.cat((numbers.view(torch.uint8), behind), dim=-1).cpu()
 
     def from_host(self, stored: torch.Tensor, pages: Sequence[int]) -> None:
@@ -82,18 +84,34 @@ class DeviceStorage:
         numbers, scales = self.cache
         moved, chosen = stored.to(numbers.device), list(pages)
         if scales is None:
+            if self.kv_format == "int4":
+                moved = _side_by_side(moved, moved.shape[-1] // 20)
             numbers[:, :, chosen] = moved
             return
         width = numbers.shape[-1]
         numbers[:, :, chosen] = moved[..., :width].contiguous().view(numbers.dtype)
         behind = moved[..., width:].contiguous().view(scales.dtype)
-        scales[:, :, chosen] = behind.view(*moved.shape[:5], *scales.shape[5:])
+        scales[:, :, chosen] = behind.view(moved.shape[:5])
 
     def close(self) -> None:
         """Lets go of the memory, and of what was lent. Idempotent."""
         self._cache = None
         if self._lent is not None:
             self._lent.close()
+
+
+def _side_by_side(stored: torch.Tensor, parts: int) -> torch.Tensor:
+    """A copy of a cache in int4 whose scales stand in another order: the scales of a head in
+    `parts` runs give way to the first of each run, the second of each, and so on.
+
+    The CPU kernels have a group's two scales side by side, `Cache` those of values, then of keys.
+    """
+    nibble_bytes = stored.shape[-1] * 4 // 5
+    moved = stored.clone()
+    behind = stored[:, 1, ..., nibble_bytes:].contiguous().view(torch.float16)
+    turned = torch.unflatten(behind, -1, (parts, -1)).transpose(-1, -2).flatten(-2)
+    moved[:, 1, ..., nibble_bytes:] = turned.contiguous().view(torch.uint8)
+    return moved
 
 
 def token_bytes(shape: KVShape, kept: KVPlanes) -> int:
