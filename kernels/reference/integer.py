@@ -137,7 +137,7 @@ def linear(
     sums = sums + int8_product(low, columns)
     made = round_shift(sums * multiplier, shift - exponent)
     made = narrow(made if bias is None else made + bias)
-    return made.view(*x.shape[:-1], -1)
+    return made.view(*x.shape[:-1], weight.shape[0])
 
 
 def pair_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -267,7 +267,7 @@ def attention(
         scores = narrow(round_shift(pair_product(rows, keys) * multiplier, shift))
         weights, exponent = quantise(softmax(scores, visible))
         mixed = round_shift(pair_product(weights, values.t()), ONE_POINT - MIXED_POINT - exponent)
-        made.append(narrow(mixed).view(groups, tokens, -1).transpose(0, 1))
+        made.append(narrow(mixed).view(groups, tokens, v.shape[-1]).transpose(0, 1))
     return torch.cat(made, 1)
 
 

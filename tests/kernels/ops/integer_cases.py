@@ -22,7 +22,7 @@ def drawn(s: Source, *shape: int, most: int = TOP) -> torch.Tensor:
 def unlike(s: Source, rows: int, columns: int) -> torch.Tensor:
     """Rows from zeros to the ends of int32."""
     bits = torch.tensor([31, 0, 3, 8, 12, 17, 20, 23, 28])[torch.arange(rows) % 9, None]
-    return drawn(s, rows, columns) >> (31 - bits)
+    return (drawn(s, rows, columns) >> (31 - bits)).int()
 
 
 def plain(made: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -35,6 +35,8 @@ def requantise(values, multiplier, shift):
 
 
 def quantise(values):
+    if not len(values):
+        return values, torch.zeros(0, 1, dtype=torch.int64)
     short, shifts = model.fifteen_bits(model.array(values))
     return plain(short), plain(shifts.reshape(-1, 1), torch.int64)
 
