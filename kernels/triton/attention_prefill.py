@@ -50,30 +50,11 @@ def _sequence(starts, sequences, program, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sequences", "window", "sink_tokens"])
 def prefill_attention_kernel(
-    q,
-    k,
-    v,
-    starts,
-    key_starts,
-    out,
-    factor,
-    sequences,
-    window,
-    sink_tokens,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    MATRIX: tl.constexpr,
-):
+    q, k, v, starts, key_starts, out, factor, sequences, window, sink_tokens,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
     """Block of queries and head are the program ids; factor turns a product into a score in
     powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
