@@ -107,14 +107,28 @@ def bench_engine(
 @click.option(
     "--rounds", type=COUNT, default=5, show_default=True, help="Of all measures in turns."
 )
+@click.option(
+    "--device", default="cpu", show_default=True, help="cpu, or cuda: the Triton kernels on a GPU."
+)
+@click.option("--only", multiple=True, help="On a GPU: one group of kernels; may be repeated.")
 @click.option("--isa", default="auto", show_default=True, help="Instruction set; auto: the best.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--plot", type=FILE, help="Also draw them under both limits to this PNG.")
 @with_settings("model")
 def bench_kernels(
-    resolved: Resolved, rounds: int, isa: str, as_json: bool, plot: Path | None
+    resolved: Resolved,
+    rounds: int,
+    device: str,
+    only: tuple[str, ...],
+    isa: str,
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
-    """Measure the CPU kernels on a model's matrices, against memory and arithmetic limits."""
+    """Measure the CPU kernels on a model's matrices, against memory and arithmetic limits; or those
+    of a GPU on matrices of Llama-3-8B, against torch and cuBLAS."""
+    if device != "cpu":
+        _bench_gpu(device, only, rounds)
+        return
     import torch
 
     from kernels.cpu.bench import run as run_kernels
@@ -166,6 +180,20 @@ def _tell_cost(settings: Settings) -> None:
     """What the speed that follows has cost; beside the report, which may be read by programs."""
     if cost := quality_cost(settings):
         click.echo(cost, err=True)
+
+
+def _bench_gpu(device: str, only: tuple[str, ...], rounds: int) -> None:
+    """As `python -m kernels.triton.bench`. A ClickException where there is no such GPU."""
+    from models.device.place import open_device
+
+    try:
+        open_device(device)
+    except ValueError as refusal:
+        raise click.ClickException(str(refusal)) from None
+    from kernels.triton.bench.__main__ import main
+
+    groups = [word for group in only for word in ("--only", group)]
+    raise SystemExit(main(["--device", device, "--rounds", str(rounds), *groups]))
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

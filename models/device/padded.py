@@ -7,7 +7,7 @@ result depends on no other row's, so padding changes none that is real. Without 
 run uncaptured, which is how this is tested. Called by serve/engine/device_runner.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,19 +17,23 @@ from models.device.decoder import DeviceDecoder
 from models.device.step import Cache, PagedRows, Step, widened
 
 # Of keys and values that the rows of prompts may read in one layer, each row all of its context:
-# beyond it, launching every kernel from Python for `Chunks` is the faster way.
-MOST_READ_BYTES = 128 << 20
+# half a millisecond of a large GPU. Beyond it, launching every kernel from Python for `Chunks`,
+# whose rows share what they read, is the faster way.
+MOST_READ_BYTES = 512 << 20
 MOST_ROWS = 512
-LONGEST_TOKENS = 1 << 30  # lengths are not known when a step is captured
+# Contexts are not known when a step is captured, and how many parts they are read in is fixed then:
+# a step is captured for each of these lengths that leads to another number of parts.
+LONGEST_TOKENS = (256, 2048, 1 << 30)
 
 
 class _Body(NamedTuple):
-    """Of one number of rows: host and device tensors of its inputs, and what runs it. numbers
-    int64 [4, rows]: ids, positions, slots, contexts; tables int32 [rows, columns]."""
+    """Of one number of rows: its inputs on the device, and what runs it by the number of parts that
+    contexts are read in. numbers int64 [5, rows]: ids, positions, slots, contexts, and the rows
+    whose states are wanted; tables int32 [rows, columns]."""
 
     numbers: torch.Tensor
     tables: torch.Tensor
-    run: Callable[[], torch.Tensor]
+    runs: Mapping[int, Callable[[], torch.Tensor]]
 
 
 class _Head(NamedTuple):
@@ -67,15 +71,21 @@ class PaddedSteps:
         each row to read its own context."""
         starts, contexts = batch.query_starts, batch.context_tokens
         counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
-        read = sum(n * context for n, context in zip(counts, contexts, strict=True) if n > 1)
+        read = sum(
+            n * (2 * context - n + 1) // 2
+            for n, context in zip(counts, contexts, strict=True)
+            if n > 1
+        )
         return len(batch.ids) <= self.sizes[-1] and read * self._read_bytes <= MOST_READ_BYTES
 
     def states(self, batch: TokenBatch) -> torch.Tensor:
         """[R, hidden] of batch.logit_rows, for a batch that is taken; writes keys and values. What
         is returned is new."""
-        body = self._bodies[next(size for size in self.sizes if size >= len(batch.ids))]
+        size = next(size for size in self.sizes if size >= len(batch.ids))
+        body = self._bodies[size]
         self._fill(body, batch)
-        return body.run().index_select(0, batch.logit_rows.to(self.decoder.device))
+        made = body.runs[self._splits(size, max(batch.context_tokens))]()
+        return made.index_select(0, body.numbers[4, : len(batch.logit_rows)])
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[R, vocab] float32 of states [R, hidden], until the next call; more rows than any size
@@ -87,6 +97,11 @@ class PaddedSteps:
         head.states[: len(states)] = states
         return head.run()[: len(states)]
 
+    def _splits(self, rows: int, longest_tokens: int) -> int:
+        """Parts that contexts are read in, of those that are captured."""
+        longest = next(each for each in LONGEST_TOKENS if each >= longest_tokens)
+        return self.decoder.sizes.splits(rows, longest)
+
     @property
     def _captures(self) -> bool:
         return self.decoder.device.type == "cuda"
@@ -95,13 +110,14 @@ class PaddedSteps:
         """The batch's rows, then rows of nobody."""
         used, size = len(batch.ids), body.numbers.shape[1]
         counts = torch.tensor(batch.query_starts).diff()
-        numbers = torch.empty(4, size, dtype=torch.int64, pin_memory=self._captures)
-        numbers[:, used:] = torch.tensor([0, 0, -1, 0])[:, None]
+        numbers = torch.empty(5, size, dtype=torch.int64, pin_memory=self._captures)
+        numbers[:, used:] = torch.tensor([0, 0, -1, 0, 0])[:, None]
         numbers[0, :used] = batch.ids
         numbers[1, :used] = batch.positions
         numbers[2, :used] = batch.slots
         # A row sees what stands before it, itself included, whatever its sequence computes behind.
         numbers[3, :used] = batch.positions + 1
+        numbers[4, : len(batch.logit_rows)] = batch.logit_rows
         tables = batch.page_tables.int().repeat_interleave(counts, dim=0)
         if self._captures:
             tables = tables.pin_memory()
@@ -109,18 +125,21 @@ class PaddedSteps:
         body.tables[:used, : tables.shape[1]].copy_(tables, non_blocking=True)
 
     def _body(self, rows: int, pool: object) -> _Body:
-        decoder, device = self.decoder, self.decoder.device
-        numbers = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        device = self.decoder.device
+        numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
         numbers[2] = -1
         tables = torch.zeros(rows, self.columns, dtype=torch.int32, device=device)
-        splits = decoder.sizes.splits(rows, LONGEST_TOKENS)
 
-        def compute() -> torch.Tensor:
-            paged = PagedRows(None, tables, numbers[3].int(), splits)
-            step = Step(numbers[0], numbers[1], numbers[2], paged, None)
-            return decoder.rows(step, self.cache)
+        def runs(splits: int) -> Callable[[], torch.Tensor]:
+            def compute() -> torch.Tensor:
+                paged = PagedRows(None, tables, numbers[3].int(), splits)
+                step = Step(numbers[0], numbers[1], numbers[2], paged, None)
+                return self.decoder.rows(step, self.cache)
 
-        return _Body(numbers, tables, self._runs(compute, pool))
+            return self._runs(compute, pool)
+
+        parts = {self._splits(rows, longest) for longest in LONGEST_TOKENS}
+        return _Body(numbers, tables, {splits: runs(splits) for splits in parts})
 
     def _head(self, rows: int, pool: object) -> _Head:
         states = torch.zeros(

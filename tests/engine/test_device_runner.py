@@ -244,9 +244,44 @@ def test_long_prompts_and_large_steps_are_computed_launch_by_launch(
     made = padded(8)
     assert made.takes(step([(0, 0, 8)], 6)) and not made.takes(step([(0, 0, 9)], 6))
     assert made.takes(step([(0, 20, 3)], 6))
-    monkeypatch.setattr("models.device.padded.MOST_READ_BYTES", 3 * 23 * made._read_bytes - 1)
+    read_tokens = 21 + 22 + 23  # by the rows of three tokens
+    monkeypatch.setattr("models.device.padded.MOST_READ_BYTES", read_tokens * made._read_bytes - 1)
     assert not made.takes(step([(0, 20, 3)], 6))
     assert made.takes(step([(0, 20, 1), (1, 20, 1), (2, 20, 1)], 6)), "tokens always read pages"
+
+
+def test_contexts_are_read_in_as_many_parts_as_their_lengths_ask_for(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As on a GPU of some multiprocessors: one part of a short context, more of a long one."""
+    decoder = on_device(SOURCE, CONFIG)
+    decoder.sizes = decoder.sizes._replace(units=8)
+    monkeypatch.setattr("models.device.step.LEAST_PART_TOKENS", 4)
+    monkeypatch.setattr("models.device.padded.LONGEST_TOKENS", (4, 12, 1 << 30))
+    made = PaddedSteps(decoder, cache_of(CONFIG, 24, PAGE_TOKENS), 8, 8)
+    plain = cache_of(CONFIG, 24, PAGE_TOKENS)
+    used: list[int] = []
+    attend = decoder.ops.paged_attention
+
+    def noted(*args: Any) -> torch.Tensor:
+        used.append(args[-1])
+        return attend(*args)
+
+    decoder.ops = decoder.ops._replace(paged_attention=noted)
+    with torch.inference_mode():
+        made.prepare()
+        assert sorted(made._bodies[1].runs) == [1, 3, 8]
+        for rows in ([(0, 0, 8)], [(0, 8, 1)], [(1, 0, 1)], [(0, 9, 7)], [(0, 16, 1), (1, 1, 1)]):
+            batch = step(rows, 6)
+            used.clear()
+            got = made.logits(made.states(batch)).clone()
+            assert len(set(used)) == 1
+            parts = used[0]
+            assert torch.allclose(got, decoder(batch, plain), atol=1e-4)
+            longest = max(first + count for _, first, count in rows)
+            size = next(each for each in made.sizes if each >= len(batch.ids))
+            most = {4: 1, 8: 3, 9: 3, 1: 1, 16: 1 << 30, 17: 1 << 30}[longest]
+            assert parts == min(decoder.sizes.splits(size, 1 << 30), most), rows
 
 
 def test_more_logits_than_any_size():

@@ -44,6 +44,7 @@ ANSWER_TOKENS = 32
 STREAMS = (1, 8, 32, 64, 128)
 STREAM_PROMPT, STREAM_TOKENS = 32, 96
 PREFILL_TOKENS, PREFILL_ROUNDS = 512, 9
+LONG_PROMPTS = (512, 4096)
 PAGE_TOKENS, KV_TOKENS = 16, 65_536
 
 
@@ -129,9 +130,9 @@ class Ours:
             "launching_ms": statistics.median(inside) * 1e3,
         }
 
-    def first_token_s(self, seed: int, vocab: int) -> float:
+    def first_token_s(self, seed: int, vocab: int, tokens: int) -> float:
         """Of a prompt of which nothing is cached."""
-        self.add(some_ids(PREFILL_TOKENS, vocab, seed), 1)
+        self.add(some_ids(tokens, vocab, seed), 1)
         begun = time.perf_counter()
         while self.engine.has_work:
             self.engine.step()
@@ -204,8 +205,8 @@ class Theirs:
         return {"tokens_per_s": streams / step_s, "step_ms": step_s * 1e3}
 
     @torch.inference_mode()
-    def first_token_s(self, seed: int, vocab: int) -> float:
-        ids = torch.tensor([some_ids(PREFILL_TOKENS, vocab, seed)], device=self.device)
+    def first_token_s(self, seed: int, vocab: int, tokens: int) -> float:
+        ids = torch.tensor([some_ids(tokens, vocab, seed)], device=self.device)
         begun = time.perf_counter()
         self.model(ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
         return time.perf_counter() - begun
@@ -254,7 +255,10 @@ def main() -> int:
         report.part("agreement", lambda: agreement(ours, theirs, prompt))
         for streams in asked.streams or STREAMS:
             report.part(f"decode, {streams} streams", lambda s=streams: decoding(ours, theirs, s))  # type: ignore[misc]
-        report.part(f"prefill of {PREFILL_TOKENS}", lambda: prefilling(ours, theirs))
+        for tokens in LONG_PROMPTS:
+            report.part(f"prefill of {tokens}", lambda n=tokens: prefilling(ours, theirs, n))  # type: ignore[misc]
+        if asked.device != "cpu":
+            report.part("captured steps, us", lambda: replayed(ours))
     report.part("compiled after warm-up", lambda: sorted(set(late)))
     report.part("float32 beside the CPU", lambda: exactly(path, asked.device, prompt))
     if asked.json:
@@ -318,12 +322,31 @@ def decoding(ours: Ours, theirs: Theirs, streams: int) -> dict[str, Any]:
     return {"ours": mine, "theirs": other, "ratio": mine["tokens_per_s"] / other["tokens_per_s"]}
 
 
-def prefilling(ours: Ours, theirs: Theirs) -> dict[str, Any]:
+def replayed(ours: Ours) -> dict[str, float]:
+    """Microseconds of the GPU for each captured step of nobody's rows, and for logits of so many:
+    without attention, which has nothing to read."""
+    padded, found = ours.runner.padded, {}
+    runs = {f"{rows} rows": min(body.runs.items())[1] for rows, body in padded._bodies.items()}
+    runs |= {f"{rows} logits": head.run for rows, head in padded._heads.items()}
+    for name, run in runs.items():
+        taken = []
+        for _ in range(7):
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            run()
+            ended.record()
+            ended.synchronize()
+            taken.append(begun.elapsed_time(ended) * 1e3)
+        found[name] = round(statistics.median(taken), 1)
+    return found
+
+
+def prefilling(ours: Ours, theirs: Theirs, tokens: int) -> dict[str, Any]:
     vocab = ours.runner.decoder.config.vocab
     mine, other = [], []
     for seed in range(PREFILL_ROUNDS + 2):
-        mine.append(ours.first_token_s(1000 + seed, vocab))
-        other.append(theirs.first_token_s(1000 + seed, vocab))
+        mine.append(ours.first_token_s(1000 + seed, vocab, tokens))
+        other.append(theirs.first_token_s(1000 + seed, vocab, tokens))
     ours_s, theirs_s = statistics.median(mine[2:]), statistics.median(other[2:])
     return {"ours_ms": ours_s * 1e3, "theirs_ms": theirs_s * 1e3, "ratio": theirs_s / ours_s}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from cluster.settings import Settings
 from models.load import NotForDeviceError, load_for_device
@@ -192,3 +193,11 @@ def test_large_heads_are_refused():
     config = replace(random_model().text.config, head_dim=320)
     with pytest.raises(NotForDeviceError, match="heads have 320 values, up to 256 are taken"):
         on_device(RandomSource(config, "F32"), config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it would be measured")
+def test_measuring_a_gpu_that_is_not_there_is_refused():
+    from serve.bench_command import bench
+
+    done = CliRunner().invoke(bench, ["kernels", "--device", "cuda"])
+    assert done.exit_code == 1 and "engine.device = 'cuda' needs a GPU" in done.output
