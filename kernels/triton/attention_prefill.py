@@ -51,13 +51,14 @@ def _sequence(starts, sequences, program, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sequences", "window", "sink_tokens"])
 def prefill_attention_kernel(
-    q, k, v, starts, out, factor, sequences, window, sink_tokens,
+    q, k, v, starts, key_starts, out, factor, sequences, window, sink_tokens,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     """Block of queries and head are the program ids; factor turns a product into a score in
-    powers of two. out [T, H, D] is contiguous. WINDOW: there is one, of `window` tokens."""
+    powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous.
+    WINDOW: there is one, of `window` tokens."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = _sequence(starts, sequences, program, BM)
     start = tl.load(starts + sequence)
@@ -73,31 +74,43 @@ def prefill_attention_kernel(
     # Scores of a factor above zero have their largest where products have theirs.
     block = (block.to(tl.float32) * tl.where(factor < 0, -1.0, 1.0)).to(block.dtype)
     factor = tl.maximum(tl.abs(factor), 1e-30)
-    k += head // G * k_stride_h + start.to(tl.int64) * k_stride_t
-    v += head // G * v_stride_h + start.to(tl.int64) * v_stride_t
+    if key_starts is None:
+        key_start = start
+        keys_seen = tokens
+    else:
+        key_start = tl.load(key_starts + sequence)
+        keys_seen = tl.load(key_starts + sequence + 1) - key_start
+    k += head // G * k_stride_h + key_start.to(tl.int64) * k_stride_t
+    v += head // G * v_stride_h + key_start.to(tl.int64) * v_stride_t
+    position = query + (keys_seen - tokens)  # behind the keys of tokens that are no queries
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
-    sinks, first, stop = _key_blocks(row, tokens, window, sink_tokens, CAUSAL, WINDOW, BM, BN)
-    clear, cut = _clear_blocks(row, tokens, window, first, stop, CAUSAL, WINDOW, BM, BN)
+    row += keys_seen - tokens
+    sinks, first, stop = _key_blocks(row, keys_seen, window, sink_tokens, CAUSAL, WINDOW, BM, BN)
+    clear, cut = _clear_blocks(row, keys_seen, window, first, stop, CAUSAL, WINDOW, BM, BN)
     if WINDOW:
         for step in range(sinks + clear - first):
             key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-            seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL, WINDOW)
+            seen = _seen(
+                position[:, None], key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW
+            )
             top, total, acc = _tile(
-                block, k, v, key, tokens, seen, factor, top, total, acc,
+                block, k, v, key, keys_seen, seen, factor, top, total, acc,
                 k_stride_t, v_stride_t, D, DP, MATRIX,
             )  # fmt: skip
     for step in range(clear, cut):
         top, total, acc = _tile(
-            block, k, v, step * BN + tl.arange(0, BN), tokens, None, factor, top, total, acc,
+            block, k, v, step * BN + tl.arange(0, BN), keys_seen, None, factor, top, total, acc,
             k_stride_t, v_stride_t, D, DP, MATRIX,
         )  # fmt: skip
     for step in range(cut, stop):
         key = step * BN + tl.arange(0, BN)
-        seen = _seen(query[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL, WINDOW)
+        seen = _seen(
+            position[:, None], key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW
+        )
         top, total, acc = _tile(
-            block, k, v, key, tokens, seen, factor, top, total, acc,
+            block, k, v, key, keys_seen, seen, factor, top, total, acc,
             k_stride_t, v_stride_t, D, DP, MATRIX,
         )  # fmt: skip
     acc /= tl.where(total > 0, total, 1.0)[:, None]
@@ -146,8 +159,8 @@ def _clear_blocks(
     row, tokens, window, first, stop,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from `row`
-    on."""
+    """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from
+    position `row` on."""
     cut = tokens // BN
     if CAUSAL:
         cut = tl.minimum(cut, (row + 1) // BN)
@@ -164,8 +177,8 @@ def _key_blocks(
     row, tokens, window, sink_tokens,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """(sinks, first, stop): the queries from `row` on see blocks 0..sinks and first..stop of BN
-    keys, sinks <= first."""
+    """(sinks, first, stop): the queries from position `row` on see blocks 0..sinks and first..stop
+    of BN keys, sinks <= first."""
     stop = tokens
     if CAUSAL:
         stop = tl.minimum(stop, row + BM)
@@ -197,11 +210,12 @@ def prefill_attention(
     window: int = 0,
     sink_tokens: int = 0,
     scale: float | None = None,
+    key_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See reference/attention_prefill.py. ValueError for float64 and for heads above 256."""
     target = target_of("prefill_attention", q)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    run(_plan(target, q, k, v, starts, out, causal, window, sink_tokens, scale))
+    run(_plan(target, q, k, v, starts, out, causal, window, sink_tokens, scale, key_starts))
     return out
 
 
@@ -216,6 +230,7 @@ def _plan(
     window: int = 0,
     sink_tokens: int = 0,
     scale: float | None = None,
+    key_starts: torch.Tensor | None = None,
 ) -> Plan:
     tokens, heads, width = q.shape
     tiles = f"{precision('prefill_attention', q.dtype)}-{head_size('prefill_attention', width)}"
@@ -228,6 +243,7 @@ def _plan(
         "k": k,
         "v": v,
         "starts": starts,
+        "key_starts": None if key_starts is None else key_starts.contiguous(),
         "out": out,
         "factor": score_factor(width, scale),
         "sequences": sequences,
@@ -266,4 +282,16 @@ def cases(target: Target) -> list[Case | Refused]:
         matrix = operands(plan.config, dtype)
         name = f"prefill_attention/{TYPES[dtype]}-{width}"
         made.append(shipped(name, plan, 4 * 4 * 32 * width * 1024 * 1024 // 2, matrix))
-    return made
+    return [*made, _chunks(target)]
+
+
+def _chunks(target: Target) -> Case:
+    """The last 1024 tokens of 4 sequences of 4096, each over all of its keys."""
+    q = torch.empty(4096, 32, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(16384, 8, 128, dtype=torch.bfloat16, device="meta")
+    starts = torch.empty(5, dtype=torch.int32, device="meta")
+    plan = _plan(target, q, k, k, starts, q, key_starts=starts.clone())
+    operations = 4 * 4 * 32 * 128 * 1024 * 3584
+    return shipped(
+        "prefill_attention/bf16-128-chunks", plan, operations, operands(plan.config, q.dtype)
+    )
