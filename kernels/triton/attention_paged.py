@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.case import Case, Refused
-from kernels.triton.configs import choose
+from kernels.triton.configs import Config, choose, known
 from kernels.triton.kv_cache import meta_cache
 from kernels.triton.launch import target_of
 from kernels.triton.merge import merge_plan, merge_states
@@ -65,12 +65,14 @@ def _columns(PACKED: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def _group_scales(scales, scale_at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
-    """(scale, least) float32 [BN, DP / 2]: those of each byte's group of 32 numbers."""
+    """(scale, least) float32 [BN, DP / 2]: those of each byte's group of 32 numbers. scales: both
+    as one int32, which is fetched ahead; a float16 alone would not be."""
     groups: tl.constexpr = DP // 32
-    place = tl.arange(0, 2 * groups)[None, :]
-    ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 16)
-    both = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0.0).to(tl.float32)
-    scale, least = tl.split(tl.reshape(both, (BN, groups, 2)))
+    group = tl.arange(0, groups)[None, :]
+    ok = seen[:, None] if D == DP else seen[:, None] & (group < D // 32)
+    both = tl.load(scales + scale_at[:, None] + group, mask=ok, other=0)
+    scale = (both & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     scale = tl.broadcast_to(scale[:, :, None], (BN, groups, 16))
     least = tl.broadcast_to(least[:, :, None], (BN, groups, 16))
     return tl.reshape(scale, (BN, DP // 2)), tl.reshape(least, (BN, DP // 2))
@@ -117,9 +119,9 @@ def _weighed(weights, found, scales, scale_at, seen, dtype: tl.constexpr):
 def _span(context, window, part, splits, BN: tl.constexpr):
     """(start, stop): the tokens of one part, in whole tiles but for the last."""
     first = tl.where(window > 0, tl.maximum(context - window, 0), 0)
-    size = tl.cdiv(tl.cdiv(context - first, BN), splits) * BN
+    size = tl.cdiv(tl.cdiv(context - first, BN), splits).to(tl.int64) * BN
     start = first + part * size
-    return start, tl.minimum(start + size, context)
+    return start.to(tl.int32), tl.minimum(start + size, context).to(tl.int32)
 
 
 @triton.jit
@@ -251,10 +253,9 @@ def _plan(
     window: int,
     scale: float | None,
 ) -> Plan:
-    op = "paged_attention"
     sequences, heads, width = q.shape
     kv_heads, group = keys.shape[2], heads // keys.shape[2]
-    config = choose(f"{op}/{precision(op, q.dtype)}-{head_size(op, width)}", target, sequences)
+    config = _config(target, q, keys)
     q, page_tables = packed(q), packed(page_tables)
     args: dict[str, Any] = {
         "q": q,
@@ -281,6 +282,14 @@ def _plan(
     return Plan(paged_attention_kernel, (sequences, kv_heads, outs.shape[0]), args, config)
 
 
+def _config(target: Target, q: torch.Tensor, keys: torch.Tensor) -> Config:
+    """The entry of the cache's kind where a target has one, else that of all kinds."""
+    op = "paged_attention"
+    key = f"{op}/{precision(op, q.dtype)}-{head_size(op, q.shape[2])}"
+    kind = {torch.int8: "int8", torch.uint8: "int4"}.get(keys.dtype, "float")
+    return choose(f"{key}-{kind}" if known(f"{key}-{kind}", target) else key, target, q.shape[0])
+
+
 def _side(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> dict[str, Any]:
     """The arguments for the keys, or those for the values."""
     flat = flat_slots("paged_attention", f"{name}s", cache, 1)
@@ -288,6 +297,8 @@ def _side(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> dict[s
     steps = (0, 0)
     if scales is not None:
         inner = flat_slots("paged_attention", f"{name}_scales", scales, scales.dim() - 3)
+        if cache.dtype == torch.uint8:
+            inner = inner.view(torch.int32)  # (scale, least), both float16
         args[f"{name}_scales"], steps = inner, (inner.stride(0), inner.stride(1))
     args |= {f"{name}_stride_t": flat.stride(0), f"{name}_stride_h": flat.stride(1)}
     return args | {f"{name}_scale_stride_t": steps[0], f"{name}_scale_stride_h": steps[1]}
