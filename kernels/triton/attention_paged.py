@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.case import Case, Refused
-from kernels.triton.configs import choose
+from kernels.triton.configs import Config, choose, known
 from kernels.triton.kv_cache import cache_bits, meta_cache
 from kernels.triton.launch import target_of
 from kernels.triton.merge import merge_plan, merge_states
@@ -127,9 +127,9 @@ def _weighed(weights, found, scales, scale_at, seen, dtype: tl.constexpr):
 def _span(context, window, part, splits, BN: tl.constexpr):
     """(start, stop): the tokens of one part, in whole tiles but for the last."""
     first = tl.where(window > 0, tl.maximum(context - window, 0), 0)
-    size = tl.cdiv(tl.cdiv(context - first, BN), splits) * BN
+    size = tl.cdiv(tl.cdiv(context - first, BN), splits).to(tl.int64) * BN
     start = first + part * size
-    return start, tl.minimum(start + size, context)
+    return start.to(tl.int32), tl.minimum(start + size, context).to(tl.int32)
 
 
 @triton.jit
@@ -263,10 +263,9 @@ def _plan(
     window: int,
     scale: float | None,
 ) -> Plan:
-    op = "paged_attention"
     sequences, heads, width = q.shape
     kv_heads, group = keys.shape[2], heads // keys.shape[2]
-    config = choose(f"{op}/{precision(op, q.dtype)}-{head_size(op, width)}", target, sequences)
+    config = _config(target, q, keys)
     q, page_tables = packed(q), packed(page_tables)
     args: dict[str, Any] = {
         "q": q,
@@ -293,6 +292,14 @@ def _plan(
         **config.constants,
     }
     return Plan(paged_attention_kernel, (sequences, kv_heads, outs.shape[0]), args, config)
+
+
+def _config(target: Target, q: torch.Tensor, keys: torch.Tensor) -> Config:
+    """The entry of the cache's kind where a target has one, else that of all kinds."""
+    op = "paged_attention"
+    key = f"{op}/{precision(op, q.dtype)}-{head_size(op, q.shape[2])}"
+    kind = {torch.int8: "int8", torch.uint8: "int4"}.get(keys.dtype, "float")
+    return choose(f"{key}-{kind}" if known(f"{key}-{kind}", target) else key, target, q.shape[0])
 
 
 def _side(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> dict[str, Any]:

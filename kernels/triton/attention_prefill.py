@@ -156,8 +156,8 @@ def _clear_blocks(
     row, tokens, window, first, stop,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from `row`
-    on."""
+    """(clear, cut), within first..stop: blocks clear..cut are seen whole by all queries from
+    position `row` on."""
     cut = tokens // BN
     if CAUSAL:
         cut = tl.minimum(cut, (row + 1) // BN)
@@ -174,8 +174,8 @@ def _key_blocks(
     row, tokens, window, sink_tokens,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """(sinks, first, stop): the queries from `row` on see blocks 0..sinks and first..stop of BN
-    keys, sinks <= first."""
+    """(sinks, first, stop): the queries from position `row` on see blocks 0..sinks and first..stop
+    of BN keys, sinks <= first."""
     stop = tokens
     if CAUSAL:
         stop = tl.minimum(stop, row + BM)

@@ -55,6 +55,11 @@ def configs(op: str, target: Target) -> tuple[Config, ...]:
     return _entries(op, target.name, target.backend if target.dot else "turing")
 
 
+def known(op: str, target: Target) -> bool:
+    """Whether the table has entries of its own for an op on this target, which not all need."""
+    return op in _TRIED.get() or target.name in _table().get(op, {})
+
+
 @functools.cache
 def _entries(op: str, name: str, family: str) -> tuple[Config, ...]:
     table = _table().get(op, {})

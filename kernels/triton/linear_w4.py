@@ -127,8 +127,9 @@ def w4_vector_kernel(
             qweight, scales, mins, q_at, s_at, wanted, start, K, whole, G, BN, BK, EVEN
         )
         k = _places(start, BK)[None, :]
-        acc += low * tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        acc += high * tl.load(x + k + 16, mask=k < K, other=0.0).to(tl.float32)
+        ok = None if EVEN else k < K
+        acc += low * tl.load(x + k, mask=ok, other=None if EVEN else 0.0).to(tl.float32)
+        acc += high * tl.load(x + k + 16, mask=ok, other=None if EVEN else 0.0).to(tl.float32)
     total = tl.sum(acc, axis=1)
     if bias is not None:
         total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)

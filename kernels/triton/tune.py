@@ -180,7 +180,7 @@ def main() -> int:
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "entries": {}, "measured": []}
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 24), mp_context=fresh) as pool:
-        waiting = _submitted(pool, asked.only or [""], chosen)
+        waiting = _submitted(pool, asked.only or [""], asked.rows, chosen)
         for tuning, futures in waiting:
             if session.over():
                 print(f"{tuning.key} rows={tuning.rows}: no time is left", flush=True)
@@ -196,11 +196,15 @@ def main() -> int:
 Waiting = list[tuple[Tuning, list[tuple[Config, "Future[str]"]]]]
 
 
-def _submitted(pool: ProcessPoolExecutor, only: Sequence[str], chosen: Target) -> Waiting:
+def _submitted(
+    pool: ProcessPoolExecutor, only: Sequence[str], rows: Sequence[int] | None, chosen: Target
+) -> Waiting:
     """Candidates that differ in `programs` alone are one to the compiler."""
     waiting: Waiting = []
     for op in only:
         for number, tuning in enumerate(tunings(op)):
+            if rows and tuning.rows not in rows:
+                continue
             once: dict[str, Future[str]] = {}
             futures = []
             for config in tuning.candidates:
@@ -255,6 +259,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=120)
     parser.add_argument("--only", action="append", help="the beginning of a key; may be repeated")
+    parser.add_argument("--rows", type=int, action="append", help="of an entry; may be repeated")
     return parser.parse_args()
 
 

@@ -197,14 +197,25 @@ def _fits(config: Config, weight_bits: int, x_bits: int) -> bool:
     a warp has 16 columns of a weight, or more."""
     bm, bn, bk = (config.constants[name] for name in ("BM", "BN", "BK"))
     stage_bytes = (bn * bk * weight_bits + bm * bk * x_bits) // 8
-    sums = bm * bn // (32 * config.num_warps)
-    return stage_bytes * (config.num_stages - 1) <= SHARED_BYTES and 4 <= sums <= 128
+    return stage_bytes * (config.num_stages - 1) <= SHARED_BYTES and 4 <= _sums(config) <= 128
+
+
+def _sums(config: Config) -> int:
+    """Registers of a thread that hold sums."""
+    return config.constants["BM"] * config.constants["BN"] // (32 * config.num_warps)
 
 
 def _weights(op: str, bits: int) -> Iterator[Tuning]:
     """Products with weights that are unpacked on the way; a tile of more rows unpacks each weight
     less often."""
     shape = _w4 if bits == 4 else _w8
+    one = [
+        each
+        for each in _tiles(BN=(4, 8, 16, 32), BK=(512, 1024, 2048), warps=(1, 2, 4, 8), stages=(1,))
+        if 8 <= each.constants["BN"] * each.constants["BK"] * bits // (256 * each.num_warps) <= 64
+    ]
+    one += _tiles((264, 528), BM=(16,), BN=(64,), BK=(128, 256), warps=(4,), stages=(3,))
+    yield Tuning(op, 1, tuple(shape(1, *each) for each in FEW), tuple(one))
     for rows, bm, bk, stages, programs in (
         (16, (16,), (128, 256), (3, 4, 5), (132, 264, 528)),
         (32, (32,), (128, 256), (3, 4), (0, 132, 264, 528)),
@@ -226,7 +237,8 @@ def _weights(op: str, bits: int) -> Iterator[Tuning]:
 
 def _narrow(op: str) -> Iterator[Tuning]:
     """Products of 8 bits with 8."""
-    shape = _int8 if op == "int8_matmul" else _fp8
+    fp8 = op == "fp8_linear"
+    shape = _fp8 if fp8 else _int8
     few = _tiles(BM=(16, 64), BN=(32, 64), BK=(128, 256, 512), warps=(4,), stages=(3, 4))
     some = list(_tiles(BM=(64,), BN=(32, 64, 128), BK=(128, 256), warps=(4,), stages=(3, 4)))
     more = list(_tiles(BM=(128,), BN=(64, 128), BK=(128,), warps=(4, 8), stages=(3, 4)))
@@ -242,7 +254,8 @@ def _narrow(op: str) -> Iterator[Tuning]:
             op,
             rows,
             tuple(shape(m, *each) for m in measured for each in shapes),
-            tuple(each for each in found if _fits(each, 8, 8)),
+            # Partial sums of fp8 take registers of their own.
+            tuple(each for each in found if _fits(each, 8, 8) and (not fp8 or _sums(each) <= 64)),
         )
 
 
@@ -267,7 +280,7 @@ def _decode() -> Iterator[Tuning]:
             _paged(kind, 1, 32768, 64),
             _paged(kind, 1, 1024, 8),
         )
-        yield Tuning(f"paged_attention/half-{WIDTH}", 0, shapes, tuple(tiles))
+        yield Tuning(f"paged_attention/half-{WIDTH}-{kind}", 0, shapes, tuple(tiles))
 
 
 def _prefill() -> Iterator[Tuning]:
