@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from autoscale.catalog.kind import GpuKind
 from autoscale.catalog.offer import Offer
-from autoscale.catalog.profile import StepTimes
+from autoscale.catalog.profile import LayerTimes, Phase, StepTimes
 from autoscale.catalog.rates import shape_rate
 from autoscale.placement.demand import Bucket, Demand, Slo
 from autoscale.placement.plan import Plan, ReplicaShape
@@ -93,6 +93,14 @@ class RoomierProfile:
         return shape_rate(self, shape, bucket, slo)
 
 
+class RoomierLayers(RoomierProfile):
+    """Of a profile that knows its layers too."""
+
+    def layer_s(self, kind: str, phase: Phase, tokens: float) -> float:
+        assert isinstance(self.times, LayerTimes)
+        return self.times.layer_s(kind, phase, tokens)
+
+
 def alternatives(asker: Asker, plan: Plan) -> list[Replan]:
     """Other plans, cheapest first: without each offer that is bought, of each kind alone, and with
     prefill and decode together where they are apart, or the reverse."""
@@ -175,8 +183,9 @@ def _widened(problem: Problem, plan: Plan | None) -> Iterator[tuple[str, str, Pr
         )
     profile = problem.profile
     if isinstance(profile, StepTimes):
+        kind = RoomierLayers if isinstance(profile, LayerTimes) else RoomierProfile
         source = f"{profile.source}, with room x {RELAXED:g}"
-        roomier = RoomierProfile(profile, profile.kv_tokens, RELAXED, source)
+        roomier = kind(profile, profile.kv_tokens, RELAXED, source)
         changed = f"{RELAXED:g} times the room for keys and values"
         yield "memory", changed, replace(problem, profile=roomier)
     yield from _quotas(problem, plan)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from autoscale.catalog.profile import LayerTimes
 from autoscale.placement.demand import Bucket, Slo
 from autoscale.placement.explain import (
     Asker,
@@ -126,6 +127,22 @@ def test_memory_that_binds_is_named():
     long = problem({Bucket(4096, 1024): 0.5}, Slo(ttft_s=30, tpot_s=1))
     found = binding(Asker(Every(), long, 10.0), Every().plan(long))
     assert "memory" in {each.limit for each in found}
+
+
+def test_a_planner_of_layers_finds_them_in_the_widened_profile():
+    """One that refuses profiles without times of layers is asked about memory all the same."""
+    seen: list[str] = []
+
+    class OfLayers(Every):
+        def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan:
+            assert isinstance(problem.profile, LayerTimes), problem.profile
+            seen.append(f"{problem.profile.source} {problem.profile.layer_s('l4', 'decode', 8)}")
+            return super().plan(problem, deadline_s=deadline_s)
+
+    binding(Asker(OfLayers(), PROBLEM, 10.0), PLAN)
+    assert isinstance(PROBLEM.profile, LayerTimes)
+    layer_s = PROBLEM.profile.layer_s("l4", "decode", 8)
+    assert f"{PROBLEM.profile.source}, with room x 1.25 {layer_s}" in seen
 
 
 def test_more_demand_never_costs_less():
