@@ -169,7 +169,10 @@ def _alternatives(report: "Report") -> Table:
             table.add_row(other.what, "-", "-", f"no plan: {other.why}")
             continue
         dearer = f"{other.usd_per_h / cost - 1:+.1%}" if cost else "-"
-        bought = ", ".join(f"{p.machines} {p.offer}" for p in other.plan.purchases)
+        held: dict[str, int] = {}
+        for purchase in other.plan.purchases:
+            held[purchase.offer] = held.get(purchase.offer, 0) + purchase.machines
+        bought = ", ".join(f"{machines} {name}" for name, machines in held.items())
         table.add_row(other.what, usd(other.usd_per_h), dearer, bought)
     return table
 

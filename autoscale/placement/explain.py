@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from autoscale.catalog.kind import GpuKind
 from autoscale.catalog.offer import Offer
-from autoscale.catalog.profile import StepTimes
+from autoscale.catalog.profile import LayerTimes, Phase, StepTimes
 from autoscale.catalog.rates import shape_rate
 from autoscale.placement.demand import Bucket, Demand, Slo
 from autoscale.placement.plan import Plan, ReplicaShape
@@ -93,12 +93,22 @@ class RoomierProfile:
         return shape_rate(self, shape, bucket, slo)
 
 
+class RoomierLayers(RoomierProfile):
+    """Of a profile that knows its layers too."""
+
+    def layer_s(self, kind: str, phase: Phase, tokens: float) -> float:
+        assert isinstance(self.times, LayerTimes)
+        return self.times.layer_s(kind, phase, tokens)
+
+
 def alternatives(asker: Asker, plan: Plan) -> list[Replan]:
-    """Other plans, cheapest first: without each offer that is bought, and of each kind alone."""
+    """Other plans, cheapest first: without each offer that is bought, of each kind alone, and with
+    prefill and decode together where they are apart, or the reverse."""
     kinds = {offer.kind for offer in asker.problem.catalog.offers(at_s=asker.problem.at_s)}
     bought = dict.fromkeys(p.offer for p in plan.purchases if p.machines)
     tried = [asker.with_offers(f"without {name}", _without(name)) for name in bought]
     tried += [asker.with_offers(f"only {kind}", _only(kind)) for kind in sorted(kinds)]
+    tried += _other_roles(asker, plan)
     tried.sort(key=lambda each: each.usd_per_h)
     seen, found = {_bill(plan)}, []
     for each in tried:
@@ -107,6 +117,19 @@ def alternatives(asker: Asker, plan: Plan) -> list[Replan]:
         if each.plan is not None:
             seen.add(_bill(each.plan))
     return found[:MOST_ALTERNATIVES]
+
+
+def _other_roles(asker: Asker, plan: Plan) -> Iterator[Replan]:
+    """Nothing where only one way was asked for."""
+    shapes = asker.problem.shapes
+    mixed = [shape for shape in shapes if shape.role == "mixed"]
+    apart = [shape for shape in shapes if shape.role in ("prefill", "decode")]
+    roles = {purchase.shape.role for purchase in plan.purchases}
+    if mixed and roles & {"prefill", "decode"}:
+        together = replace(asker.problem, shapes=mixed)
+        yield asker.replan("prefill and decode together", together)
+    elif apart and "mixed" in roles:
+        yield asker.replan("prefill and decode apart", replace(asker.problem, shapes=apart))
 
 
 def _bill(plan: Plan) -> frozenset[tuple[str, int, ReplicaShape, int]]:
@@ -160,8 +183,9 @@ def _widened(problem: Problem, plan: Plan | None) -> Iterator[tuple[str, str, Pr
         )
     profile = problem.profile
     if isinstance(profile, StepTimes):
+        kind = RoomierLayers if isinstance(profile, LayerTimes) else RoomierProfile
         source = f"{profile.source}, with room x {RELAXED:g}"
-        roomier = RoomierProfile(profile, profile.kv_tokens, RELAXED, source)
+        roomier = kind(profile, profile.kv_tokens, RELAXED, source)
         changed = f"{RELAXED:g} times the room for keys and values"
         yield "memory", changed, replace(problem, profile=roomier)
     yield from _quotas(problem, plan)

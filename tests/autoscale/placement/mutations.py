@@ -42,16 +42,30 @@ def exceed_the_quota(plan: Plan, problem: Problem) -> Broken:
 
 
 def overfill_the_memory(plan: Plan, problem: Problem) -> Broken:
-    """A model of twice the layers, that the profile knows nothing of."""
+    """A model of eight times the layers, that the profile knows nothing of."""
     assert problem.model is not None
     larger = replace(problem.model, layers=8 * problem.model.layers)
     return plan, replace(problem, model=larger)
 
 
-def halve_a_replica(plan: Plan, problem: Problem) -> Broken:
-    """Twice the requests for the same replicas: each is given what two are to do."""
-    rates = {bucket: 2.5 * rate for bucket, rate in problem.demand.requests_per_s.items()}
-    return plan, replace(problem, demand=replace(problem.demand, requests_per_s=rates))
+def overload_the_replicas(plan: Plan, problem: Problem) -> Broken:
+    """The fullest replicas are given the work of five each. Rates are of a lone replica and on the
+    safe side, so that twice as much may go well in a larger fleet; five times never does."""
+    rates = problem.demand.requests_per_s
+    loads = [0.0] * len(plan.purchases)
+    for bucket, shares in plan.routing.items():
+        for place, share in shares.items():
+            shape = plan.purchases[place].shape
+            most = problem.profile.requests_per_s(shape, bucket, problem.demand.slo)
+            loads[place] += rates[bucket] * share / most / plan.purchases[place].replicas
+    more = {bucket: 5 / max(loads) * rate for bucket, rate in rates.items()}
+    return plan, replace(problem, demand=replace(problem.demand, requests_per_s=more))
+
+
+def halve_the_replicas(plan: Plan, problem: Problem) -> Broken:
+    """Half as many replicas (or none of one) under the overload of twice their number."""
+    halved = _first(plan, replicas=plan.purchases[0].replicas // 2)
+    return halved, overload_the_replicas(plan, problem)[1]
 
 
 def lose_the_replicas(plan: Plan, problem: Problem) -> Broken:
@@ -104,7 +118,8 @@ MUTATIONS: Mapping[str, tuple[Callable[[Plan, Problem], Broken], frozenset[str]]
     "swap a role": (swap_a_role, frozenset({"routing"})),
     "exceed the quota": (exceed_the_quota, frozenset({"quota"})),
     "overfill the memory": (overfill_the_memory, frozenset({"memory"})),
-    "halve a replica": (halve_a_replica, frozenset({"capacity", "slo"})),
+    "overload the replicas": (overload_the_replicas, frozenset({"capacity", "slo"})),
+    "halve the replicas": (halve_the_replicas, frozenset({"capacity", "slo"})),
     "lose the replicas": (lose_the_replicas, frozenset({"capacity"})),
     "misroute": (misroute, frozenset({"routing"})),
     "forget a bucket": (forget_a_bucket, frozenset({"routing"})),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from autoscale.catalog.profile import LayerTimes
 from autoscale.placement.demand import Bucket, Slo
 from autoscale.placement.explain import (
     Asker,
@@ -13,6 +14,7 @@ from autoscale.placement.explain import (
     choices,
     more_demand,
 )
+from autoscale.placement.plan import Plan, Purchase, ReplicaShape, Role
 from autoscale.placement.planner import InfeasibleError, Problem
 from tests.autoscale.placement.small import OFFERS, Every, problem
 
@@ -38,6 +40,28 @@ def test_alternatives_are_other_plans_by_cost():
             assert each.usd_per_h == pytest.approx(cost_without(each.what.removeprefix("without ")))
         if each.plan:
             assert each.plan.purchases != PLAN.purchases
+
+
+def test_the_other_way_of_roles_is_tried_where_it_was_asked_for():
+    """A planner of fixed prices: apart costs 3, together 5; it is asked for the one not chosen."""
+
+    class ByRole:
+        name = "by role"
+
+        def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan:
+            roles = {shape.role for shape in problem.shapes}
+            cost = 3.0 if "decode" in roles else 5.0
+            chosen: tuple[Role, ...] = ("prefill", "decode") if "decode" in roles else ("mixed",)
+            bought = tuple(Purchase("l4", 1, ReplicaShape("l4", role=r), 1, cost) for r in chosen)
+            return Plan(bought, cost, cost, self.name)
+
+    roles: tuple[Role, ...] = ("mixed", "prefill", "decode")
+    asked = replace(PROBLEM, shapes=[ReplicaShape("l4", role=role) for role in roles])
+    found = alternatives(Asker(ByRole(), asked, 10.0), ByRole().plan(asked))
+    assert ("prefill and decode together", 5.0) in {(each.what, each.usd_per_h) for each in found}
+    one_way = replace(asked, shapes=asked.shapes[1:])
+    found = alternatives(Asker(ByRole(), one_way, 10.0), ByRole().plan(one_way))
+    assert not [each for each in found if "prefill" in each.what]
 
 
 def test_a_price_just_below_the_break_even_is_taken_and_just_above_is_not():
@@ -103,6 +127,22 @@ def test_memory_that_binds_is_named():
     long = problem({Bucket(4096, 1024): 0.5}, Slo(ttft_s=30, tpot_s=1))
     found = binding(Asker(Every(), long, 10.0), Every().plan(long))
     assert "memory" in {each.limit for each in found}
+
+
+def test_a_planner_of_layers_finds_them_in_the_widened_profile():
+    """One that refuses profiles without times of layers is asked about memory all the same."""
+    seen: list[str] = []
+
+    class OfLayers(Every):
+        def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan:
+            assert isinstance(problem.profile, LayerTimes), problem.profile
+            seen.append(f"{problem.profile.source} {problem.profile.layer_s('l4', 'decode', 8)}")
+            return super().plan(problem, deadline_s=deadline_s)
+
+    binding(Asker(OfLayers(), PROBLEM, 10.0), PLAN)
+    assert isinstance(PROBLEM.profile, LayerTimes)
+    layer_s = PROBLEM.profile.layer_s("l4", "decode", 8)
+    assert f"{PROBLEM.profile.source}, with room x 1.25 {layer_s}" in seen
 
 
 def test_more_demand_never_costs_less():
