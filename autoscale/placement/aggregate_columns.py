@@ -144,11 +144,12 @@ def _loads(problem: Problem, of: Sequence[Column]) -> list[Floats]:
 
 
 def _grouped(loads: Sequence[Floats], of: Sequence[Column]) -> list[Group]:
-    """Columns of equal loads and role are one group, which needs no tier above an unlimited one."""
-    together: dict[tuple[object, ...], list[int]] = {}
+    """Columns that hold as many replicas of the same shape are one group, which needs no tier above
+    an unlimited one."""
+    together: dict[tuple[ReplicaShape, int], list[int]] = {}
     for at, column in enumerate(of):
         if column.most > 0 and np.isfinite(loads[at]).any():
-            together.setdefault((column.shape.role, loads[at].tobytes()), []).append(at)
+            together.setdefault((column.shape, column.replicas), []).append(at)
     groups = []
     for members in together.values():
         tiers: list[Tier] = []

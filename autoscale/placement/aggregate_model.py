@@ -1,9 +1,9 @@
 """The program behind the aggregate planners, as arrays: which counts of machines carry which loads.
 
-Groups are machines that serve alike (one kind, shape and role); where they can be bought at several
-prices, the cheap ones are taken first, so that equal machines are never told apart. A bucket's
-requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024, section 5), or
-shared out freely. A part goes to one mixed group, or to one prefill and one decode group.
+Groups are units that serve alike (as many replicas of one shape); where they can be bought at
+several prices, the cheap ones are taken first, so that equal machines are never told apart. A
+bucket's requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024, section
+5), or shared out freely. A part goes to one mixed group, or to one prefill and one decode group.
 """
 
 from collections.abc import Mapping
