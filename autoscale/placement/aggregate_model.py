@@ -19,6 +19,7 @@ Integers = NDArray[np.int64]
 GroupRole = Literal["mixed", "prefill", "decode"]
 TOLERANCE = 1e-6  # of a machine: what a solver of floating point can hold
 STEP_USD = 1e-7
+UNLIMITED = 10**6  # units of an offer without a quota
 
 
 @dataclass(frozen=True, order=True)
@@ -44,6 +45,10 @@ class Group:
         """Never more than carry everything that this group can serve."""
         carried = float(self.loads[np.isfinite(self.loads)].sum())
         return min(sum(tier.most for tier in self.tiers), int(np.ceil(carried - TOLERANCE)))
+
+    @property
+    def unlimited(self) -> bool:
+        return self.tiers[-1].most >= UNLIMITED
 
     @cached_property
     def costs(self) -> Floats:

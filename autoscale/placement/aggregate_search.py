@@ -31,6 +31,7 @@ from autoscale.placement.aggregate_model import (
 
 MOST_COUNTS = 60_000
 MOST_UNDECIDED = 24
+MOST_OPTIONS = 8
 TRIES, NEAR = 8, 0.08
 
 
@@ -83,32 +84,58 @@ def counts_below(
 
 
 def first_plan(instance: Instance) -> Solution | None:
-    """Every bucket where it is cheapest, counts rounded up; else any one option for all. None where
-    quotas allow neither."""
-    weights = instance.cheapest
-    best: Solution | None = None
-    for option in (None, *range(len(instance.options))):
-        shares = _cheapest_shares(instance, weights, option)
-        if shares is None:
-            continue
-        assignment = Assignment(shares)
-        units = np.ceil(assignment.usage(instance) - TOLERANCE).astype(np.int64)
-        bought = instance.buy(units)
-        if bought is None:
-            continue
-        usd = instance.price_of(bought)
-        if best is None or usd < best.usd_per_h:
-            best = Solution(units, bought, assignment, usd, 0.0, "rounding")
-    return best
+    """Every bucket where it is cheapest, counts rounded up; the same over machines without a quota
+    alone; any one option for all. The best of them, None where quotas allow none."""
+    value = _values(instance, instance.cheapest)
+    dearest = np.array([group.tiers[-1].usd_per_h for group in instance.groups])
+    free = np.array([group.unlimited for group in instance.groups])
+    unbound = _values(instance, np.where(free, dearest, np.inf))
+    tried = [value.argmin(axis=0)]
+    if np.isfinite(unbound.min(axis=0)).all():
+        tried.append(unbound.argmin(axis=0))
+    whole = np.argsort(value.sum(axis=1))[:MOST_OPTIONS]
+    tried += [
+        np.full(instance.buckets, option) for option in whole if np.isfinite(value[option]).all()
+    ]
+    plans = [
+        _rounded(instance, Assignment(tuple({int(at): 1.0} for at in options))) for options in tried
+    ]
+    return min((plan for plan in plans if plan), key=lambda plan: plan.usd_per_h, default=None)
+
+
+def _rounded(instance: Instance, assignment: Assignment) -> Solution | None:
+    """With as many machines as this assignment needs; None where quotas do not allow them."""
+    units = np.ceil(assignment.usage(instance) - TOLERANCE).astype(np.int64)
+    bought = instance.buy(units)
+    if bought is None:
+        return None
+    return Solution(units, bought, assignment, instance.price_of(bought), 0.0, "rounding")
+
+
+def _in_slices(assignment: Assignment, slices: int | None) -> Assignment:
+    """Shares as whole slices: the largest remainders are rounded up."""
+    if slices is None:
+        return assignment
+    every = []
+    for shares in assignment.shares:
+        floors = {at: int(share * slices + 1e-9) for at, share in shares.items()}
+        over = sorted(shares, key=lambda at: floors[at] - shares[at] * slices)
+        for at in over[: slices - sum(floors.values())]:
+            floors[at] += 1
+        every.append({at: n / slices for at, n in floors.items() if n})
+    return Assignment(tuple(every))
+
+
+def _values(instance: Instance, weights: Floats) -> Floats:
+    """[option, bucket]: weighted load; inf where the option cannot serve it."""
+    priced = weights[:, None] * instance.loads
+    return np.stack([priced[list(option)].sum(axis=0) for option in instance.options])
 
 
 def fill(instance: Instance, units: Integers, weights: Floats) -> Assignment | None:
     """Share the demand out over these counts: buckets with most to lose first, each where its
     weighted load is least and room is left. None when that fails, which proves nothing."""
-    with np.errstate(invalid="ignore"):
-        priced = weights[:, None] * instance.loads
-    value = np.stack([priced[list(option)].sum(axis=0) for option in instance.options])
-    value = np.where(np.isfinite(value), value, np.inf)
+    value = _values(instance, weights)
     ranked = np.argsort(value, axis=0)
     room = (units + TOLERANCE).tolist()
     shares: list[dict[int, float]] = [{} for _ in range(instance.buckets)]
@@ -185,7 +212,17 @@ def _chunks(counts: Integers) -> Iterator[Integers]:
 def _by_milp(
     instance: Instance, held: Solution | None, bound: float, ends_s: float
 ) -> Solution | None:
-    """HiGHS, below the plan in hand and above the bound."""
+    """HiGHS, below the plan in hand and above the bound; first without whole numbers, which gives a
+    bound that knows of quotas and, rounded up, often a plan."""
+    loose = milp.solve(instance, deadline_s=ends_s - time.monotonic(), relaxed=True)
+    bound = max(bound, loose.bound_usd_per_h)
+    if loose.assignment is not None:
+        shared = _in_slices(loose.assignment, instance.slices)
+        held = min(
+            (plan for plan in (held, _rounded(instance, shared)) if plan),
+            key=lambda plan: plan.usd_per_h,
+            default=None,
+        )
     below = np.inf if held is None else held.usd_per_h - STEP_USD
     answer = milp.solve(
         instance,
@@ -210,19 +247,6 @@ def _by_milp(
 
 def _proved(held: Solution, solver: str) -> Solution:
     return replace(held, bound_usd_per_h=held.usd_per_h, solver=solver)
-
-
-def _cheapest_shares(
-    instance: Instance, weights: Floats, option: int | None
-) -> tuple[dict[int, float], ...] | None:
-    with np.errstate(invalid="ignore"):
-        priced = weights[:, None] * instance.loads
-    value = np.stack([priced[list(each)].sum(axis=0) for each in instance.options])
-    if option is not None:
-        if not np.isfinite(value[option]).all():
-            return None
-        return tuple({option: 1.0} for _ in range(instance.buckets))
-    return tuple({int(at): 1.0} for at in value.argmin(axis=0))
 
 
 def _by_regret(value: Floats) -> list[int]:
