@@ -212,37 +212,52 @@ def _chunks(counts: Integers) -> Iterator[Integers]:
 def _by_milp(
     instance: Instance, held: Solution | None, bound: float, ends_s: float
 ) -> Solution | None:
-    """HiGHS, below the plan in hand and above the bound; first without whole numbers, which gives a
-    bound that knows of quotas and, rounded up, often a plan."""
+    """HiGHS, below the plan in hand and above the bound. Before that without whole numbers, which
+    gives a bound that knows of quotas; its machines rounded up are often a plan, and the program
+    over the groups that it uses is small."""
     loose = milp.solve(instance, deadline_s=ends_s - time.monotonic(), relaxed=True)
     bound = max(bound, loose.bound_usd_per_h)
     if loose.assignment is not None:
         shared = _in_slices(loose.assignment, instance.slices)
-        held = min(
-            (plan for plan in (held, _rounded(instance, shared)) if plan),
-            key=lambda plan: plan.usd_per_h,
-            default=None,
-        )
+        small = _over_used(instance, loose.assignment, (ends_s - time.monotonic()) / 2)
+        plans = [plan for plan in (held, _rounded(instance, shared), small) if plan]
+        held = min(plans, key=lambda plan: plan.usd_per_h, default=None)
+    if held is not None and held.usd_per_h <= bound + STEP_USD:
+        return _proved(held, "HiGHS")
     below = np.inf if held is None else held.usd_per_h - STEP_USD
-    answer = milp.solve(
-        instance,
-        deadline_s=ends_s - time.monotonic(),
-        at_least=bound - STEP_USD,
-        below=below,
-    )
+    left_s = ends_s - time.monotonic()
+    answer = milp.solve(instance, deadline_s=left_s, at_least=bound - STEP_USD, below=below)
     bound = max(bound, answer.bound_usd_per_h)
-    if answer.units is None or answer.assignment is None:
-        if answer.proved:
-            return None if held is None else _proved(held, "HiGHS")
-        if held is None:
-            raise TimeoutError(
-                "deadline_s is over and neither a plan nor a proof that there is none was found; "
-                "accepted is a longer deadline_s"
-            )
-        return replace(held, bound_usd_per_h=min(bound, held.usd_per_h), solver="HiGHS, deadline")
+    if answer.assignment is not None and answer.units is not None:
+        usd = instance.price_of(answer.bought)
+        low = usd if answer.proved else min(bound, usd)
+        return Solution(answer.units, answer.bought, answer.assignment, usd, low, "HiGHS")
+    if answer.proved:
+        return None if held is None else _proved(held, "HiGHS")
+    if held is None:
+        raise TimeoutError(
+            "deadline_s is over and neither a plan nor a proof that there is none was found; "
+            "accepted is a longer deadline_s"
+        )
+    return replace(held, bound_usd_per_h=min(bound, held.usd_per_h), solver="HiGHS, deadline")
+
+
+def _over_used(instance: Instance, loose: Assignment, deadline_s: float) -> Solution | None:
+    """The best plan over the groups that a relaxed one uses, where those are far fewer."""
+    used = np.nonzero(loose.usage(instance) > TOLERANCE)[0].tolist()
+    if 2 * len(used) > len(instance.groups):
+        return None
+    small = replace(instance, groups=tuple(instance.groups[at] for at in used))
+    answer = milp.solve(small, deadline_s=deadline_s)
+    if answer.assignment is None or answer.units is None:
+        return None
+    place = {option: at for at, option in enumerate(instance.options)}
+    back = [place[tuple(used[g] for g in option)] for option in small.options]
+    shares = tuple({back[at]: s for at, s in each.items()} for each in answer.assignment.shares)
+    units = np.zeros(len(instance.groups), dtype=np.int64)
+    units[used] = answer.units
     usd = instance.price_of(answer.bought)
-    low = usd if answer.proved else min(bound, usd)
-    return Solution(answer.units, answer.bought, answer.assignment, usd, low, "HiGHS")
+    return Solution(units, answer.bought, Assignment(shares), usd, 0.0, "HiGHS")
 
 
 def _proved(held: Solution, solver: str) -> Solution:
