@@ -20,9 +20,9 @@ from autoscale.placement.planner import InfeasibleError, Problem
 
 @dataclass(frozen=True)
 class AggregatePlanner:
-    """slices: equal parts that a bucket's requests are cut into, each served by one purchase (by
-    one of each role where those are apart); None: shares of any size, as a weighted router keeps
-    them. most_counts: counts of machines listed before HiGHS takes over; 0: HiGHS alone."""
+    """slices: equal parts that a bucket's requests are cut into, each served by machines of one
+    kind (by one of each role where those are apart); None: shares of any size, as a weighted router
+    keeps them. most_counts: counts of machines listed before HiGHS takes over; 0: HiGHS alone."""
 
     slices: int | None = None
     most_counts: int = MOST_COUNTS

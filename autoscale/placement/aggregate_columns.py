@@ -12,12 +12,19 @@ from typing import NamedTuple
 import numpy as np
 
 from autoscale.catalog.offer import Offer
-from autoscale.placement.aggregate_model import Floats, Group, GroupRole, Instance, Pool, Tier
+from autoscale.placement.aggregate_model import (
+    UNLIMITED,
+    Floats,
+    Group,
+    GroupRole,
+    Instance,
+    Pool,
+    Tier,
+)
 from autoscale.placement.demand import Bucket
 from autoscale.placement.plan import ReplicaShape
 from autoscale.placement.planner import InfeasibleError, Problem
 
-UNLIMITED = 10**6  # units of an offer without a quota
 ROLES: dict[str, GroupRole] = {"mixed": "mixed", "prefill": "prefill", "decode": "decode"}
 Price = Callable[[Offer, ReplicaShape], float]
 
@@ -144,11 +151,12 @@ def _loads(problem: Problem, of: Sequence[Column]) -> list[Floats]:
 
 
 def _grouped(loads: Sequence[Floats], of: Sequence[Column]) -> list[Group]:
-    """Columns of equal loads and role are one group, which needs no tier above an unlimited one."""
-    together: dict[tuple[object, ...], list[int]] = {}
+    """Columns that hold as many replicas of the same shape are one group, which needs no tier above
+    an unlimited one."""
+    together: dict[tuple[ReplicaShape, int], list[int]] = {}
     for at, column in enumerate(of):
         if column.most > 0 and np.isfinite(loads[at]).any():
-            together.setdefault((column.shape.role, loads[at].tobytes()), []).append(at)
+            together.setdefault((column.shape, column.replicas), []).append(at)
     groups = []
     for members in together.values():
         tiers: list[Tier] = []
@@ -179,16 +187,18 @@ def _pools(groups: Sequence[Group], of: Sequence[Column]) -> list[Pool]:
 
 
 def _undominated(groups: Sequence[Group]) -> list[Group]:
-    """Groups that no other one without a limit beats in price and in every load."""
+    """Groups that no other one without a limit beats in price and in every load; of equal ones the
+    first."""
 
-    def beats(a: Group, b: Group) -> bool:
+    def beats(one: int, other: int) -> bool:
+        a, b = groups[one], groups[other]
         dearest = a.tiers[-1]
-        return (
-            a is not b
-            and a.role == b.role
-            and dearest.most == UNLIMITED
-            and dearest.usd_per_h <= b.tiers[0].usd_per_h
-            and bool((a.loads <= b.loads).all())
-        )
+        if one == other or a.role != b.role or not a.unlimited:
+            return False
+        if dearest.usd_per_h > b.tiers[0].usd_per_h or (a.loads > b.loads).any():
+            return False
+        equal = dearest.usd_per_h == b.tiers[0].usd_per_h and bool((a.loads == b.loads).all())
+        return one < other or not equal
 
-    return [b for b in groups if not any(beats(a, b) for a in groups)]
+    every = range(len(groups))
+    return [groups[b] for b in every if not any(beats(a, b) for a in every)]

@@ -59,9 +59,11 @@ def solve(
     at_least: float = 0.0,
     below: float = np.inf,
     units: Integers | None = None,
+    relaxed: bool = False,
 ) -> Found:
     """The cheapest plan that costs `at_least` and no more than `below`; with `units` given, only
-    whether those carry the demand."""
+    whether those carry the demand; relaxed: with parts of slices and of machines, so that only its
+    bound and assignment mean anything."""
     index = _Index(instance)
     rows = Rows()
     _buckets(instance, index, rows)
@@ -76,7 +78,7 @@ def solve(
     objective = np.zeros(index.columns)
     for column, usd in costs:
         objective[column] = usd
-    whole = np.ones(index.columns, dtype=np.int64)
+    whole = np.full(index.columns, 0 if relaxed else 1, dtype=np.int64)
     if instance.slices is None:
         whole[: index.parts] = 0
     answer = milp(
@@ -89,9 +91,11 @@ def solve(
     bound = answer.get("mip_dual_bound")
     proved = answer.status in (0, 2)
     bound_usd = -np.inf if bound is None else float(bound)
+    if relaxed and answer.status == 0:
+        bound_usd = float(answer.fun)
     if answer.x is None:
         return Found(None, {}, None, bound_usd, proved)
-    return Found(*index.read(answer.x), bound_usd, proved)
+    return Found(*index.read(answer.x, whole_slices=not relaxed), bound_usd, proved)
 
 
 class _Index:
@@ -115,7 +119,7 @@ class _Index:
     def all_bought(self, group: int) -> list[int]:
         return [self.bought(g, t) for g, t, _ in self.tiers if g == group]
 
-    def read(self, x: Floats) -> tuple[Integers, dict[int, int], Assignment]:
+    def read(self, x: Floats, *, whole_slices: bool) -> tuple[Integers, dict[int, int], Assignment]:
         slices = self.instance.slices
         bought = {tier.column: round(x[self.bought(g, t)]) for g, t, tier in self.tiers}
         units = np.array(
@@ -123,7 +127,8 @@ class _Index:
             dtype=np.int64,
         )
         parts = x[: self.parts].reshape(-1, self.groups)
-        parts = np.rint(parts) / slices if slices else np.maximum(parts, 0)
+        parts = np.rint(parts) if slices and whole_slices else np.maximum(parts, 0)
+        parts = parts / (slices or 1)
         return units, {c: n for c, n in bought.items() if n}, paired(self.instance, parts)
 
 

@@ -1,9 +1,9 @@
 """The program behind the aggregate planners, as arrays: which counts of machines carry which loads.
 
-Groups are machines that serve alike (one kind, shape and role); where they can be bought at several
-prices, the cheap ones are taken first, so that equal machines are never told apart. A bucket's
-requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024, section 5), or
-shared out freely. A part goes to one mixed group, or to one prefill and one decode group.
+Groups are units that serve alike (as many replicas of one shape); where they can be bought at
+several prices, the cheap ones are taken first, so that equal machines are never told apart. A
+bucket's requests are cut into `slices` equal parts, as Melange does (Griggs et al., 2024, section
+5), or shared out freely. A part goes to one mixed group, or to one prefill and one decode group.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ Integers = NDArray[np.int64]
 GroupRole = Literal["mixed", "prefill", "decode"]
 TOLERANCE = 1e-6  # of a machine: what a solver of floating point can hold
 STEP_USD = 1e-7
+UNLIMITED = 10**6  # units of an offer without a quota
 
 
 @dataclass(frozen=True, order=True)
@@ -44,6 +45,10 @@ class Group:
         """Never more than carry everything that this group can serve."""
         carried = float(self.loads[np.isfinite(self.loads)].sum())
         return min(sum(tier.most for tier in self.tiers), int(np.ceil(carried - TOLERANCE)))
+
+    @property
+    def unlimited(self) -> bool:
+        return self.tiers[-1].most >= UNLIMITED
 
     @cached_property
     def costs(self) -> Floats:

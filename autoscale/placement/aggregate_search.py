@@ -31,6 +31,7 @@ from autoscale.placement.aggregate_model import (
 
 MOST_COUNTS = 60_000
 MOST_UNDECIDED = 24
+MOST_OPTIONS = 8
 TRIES, NEAR = 8, 0.08
 
 
@@ -83,32 +84,58 @@ def counts_below(
 
 
 def first_plan(instance: Instance) -> Solution | None:
-    """Every bucket where it is cheapest, counts rounded up; else any one option for all. None where
-    quotas allow neither."""
-    weights = instance.cheapest
-    best: Solution | None = None
-    for option in (None, *range(len(instance.options))):
-        shares = _cheapest_shares(instance, weights, option)
-        if shares is None:
-            continue
-        assignment = Assignment(shares)
-        units = np.ceil(assignment.usage(instance) - TOLERANCE).astype(np.int64)
-        bought = instance.buy(units)
-        if bought is None:
-            continue
-        usd = instance.price_of(bought)
-        if best is None or usd < best.usd_per_h:
-            best = Solution(units, bought, assignment, usd, 0.0, "rounding")
-    return best
+    """Every bucket where it is cheapest, counts rounded up; the same over machines without a quota
+    alone; any one option for all. The best of them, None where quotas allow none."""
+    value = _values(instance, instance.cheapest)
+    dearest = np.array([group.tiers[-1].usd_per_h for group in instance.groups])
+    free = np.array([group.unlimited for group in instance.groups])
+    unbound = _values(instance, np.where(free, dearest, np.inf))
+    tried = [value.argmin(axis=0)]
+    if np.isfinite(unbound.min(axis=0)).all():
+        tried.append(unbound.argmin(axis=0))
+    whole = np.argsort(value.sum(axis=1))[:MOST_OPTIONS]
+    tried += [
+        np.full(instance.buckets, option) for option in whole if np.isfinite(value[option]).all()
+    ]
+    plans = [
+        _rounded(instance, Assignment(tuple({int(at): 1.0} for at in options))) for options in tried
+    ]
+    return min((plan for plan in plans if plan), key=lambda plan: plan.usd_per_h, default=None)
+
+
+def _rounded(instance: Instance, assignment: Assignment) -> Solution | None:
+    """With as many machines as this assignment needs; None where quotas do not allow them."""
+    units = np.ceil(assignment.usage(instance) - TOLERANCE).astype(np.int64)
+    bought = instance.buy(units)
+    if bought is None:
+        return None
+    return Solution(units, bought, assignment, instance.price_of(bought), 0.0, "rounding")
+
+
+def _in_slices(assignment: Assignment, slices: int | None) -> Assignment:
+    """Shares as whole slices: the largest remainders are rounded up."""
+    if slices is None:
+        return assignment
+    every = []
+    for shares in assignment.shares:
+        floors = {at: int(share * slices + 1e-9) for at, share in shares.items()}
+        over = sorted(shares, key=lambda at: floors[at] - shares[at] * slices)
+        for at in over[: slices - sum(floors.values())]:
+            floors[at] += 1
+        every.append({at: n / slices for at, n in floors.items() if n})
+    return Assignment(tuple(every))
+
+
+def _values(instance: Instance, weights: Floats) -> Floats:
+    """[option, bucket]: weighted load; inf where the option cannot serve it."""
+    priced = weights[:, None] * instance.loads
+    return np.stack([priced[list(option)].sum(axis=0) for option in instance.options])
 
 
 def fill(instance: Instance, units: Integers, weights: Floats) -> Assignment | None:
     """Share the demand out over these counts: buckets with most to lose first, each where its
     weighted load is least and room is left. None when that fails, which proves nothing."""
-    with np.errstate(invalid="ignore"):
-        priced = weights[:, None] * instance.loads
-    value = np.stack([priced[list(option)].sum(axis=0) for option in instance.options])
-    value = np.where(np.isfinite(value), value, np.inf)
+    value = _values(instance, weights)
     ranked = np.argsort(value, axis=0)
     room = (units + TOLERANCE).tolist()
     shares: list[dict[int, float]] = [{} for _ in range(instance.buckets)]
@@ -185,44 +212,56 @@ def _chunks(counts: Integers) -> Iterator[Integers]:
 def _by_milp(
     instance: Instance, held: Solution | None, bound: float, ends_s: float
 ) -> Solution | None:
-    """HiGHS, below the plan in hand and above the bound."""
+    """HiGHS, below the plan in hand and above the bound. Before that without whole numbers, which
+    gives a bound that knows of quotas; its machines rounded up are often a plan, and the program
+    over the groups that it uses is small."""
+    loose = milp.solve(instance, deadline_s=ends_s - time.monotonic(), relaxed=True)
+    bound = max(bound, loose.bound_usd_per_h)
+    if loose.assignment is not None:
+        shared = _in_slices(loose.assignment, instance.slices)
+        small = _over_used(instance, loose.assignment, (ends_s - time.monotonic()) / 2)
+        plans = [plan for plan in (held, _rounded(instance, shared), small) if plan]
+        held = min(plans, key=lambda plan: plan.usd_per_h, default=None)
+    if held is not None and held.usd_per_h <= bound + STEP_USD:
+        return _proved(held, "HiGHS")
     below = np.inf if held is None else held.usd_per_h - STEP_USD
-    answer = milp.solve(
-        instance,
-        deadline_s=ends_s - time.monotonic(),
-        at_least=bound - STEP_USD,
-        below=below,
-    )
+    left_s = ends_s - time.monotonic()
+    answer = milp.solve(instance, deadline_s=left_s, at_least=bound - STEP_USD, below=below)
     bound = max(bound, answer.bound_usd_per_h)
-    if answer.units is None or answer.assignment is None:
-        if answer.proved:
-            return None if held is None else _proved(held, "HiGHS")
-        if held is None:
-            raise TimeoutError(
-                "deadline_s is over and neither a plan nor a proof that there is none was found; "
-                "accepted is a longer deadline_s"
-            )
-        return replace(held, bound_usd_per_h=min(bound, held.usd_per_h), solver="HiGHS, deadline")
+    if answer.assignment is not None and answer.units is not None:
+        usd = instance.price_of(answer.bought)
+        low = usd if answer.proved else min(bound, usd)
+        return Solution(answer.units, answer.bought, answer.assignment, usd, low, "HiGHS")
+    if answer.proved:
+        return None if held is None else _proved(held, "HiGHS")
+    if held is None:
+        raise TimeoutError(
+            "deadline_s is over and neither a plan nor a proof that there is none was found; "
+            "accepted is a longer deadline_s"
+        )
+    return replace(held, bound_usd_per_h=min(bound, held.usd_per_h), solver="HiGHS, deadline")
+
+
+def _over_used(instance: Instance, loose: Assignment, deadline_s: float) -> Solution | None:
+    """The best plan over the groups that a relaxed one uses, where those are far fewer."""
+    used = np.nonzero(loose.usage(instance) > TOLERANCE)[0].tolist()
+    if 2 * len(used) > len(instance.groups):
+        return None
+    small = replace(instance, groups=tuple(instance.groups[at] for at in used))
+    answer = milp.solve(small, deadline_s=deadline_s)
+    if answer.assignment is None or answer.units is None:
+        return None
+    place = {option: at for at, option in enumerate(instance.options)}
+    back = [place[tuple(used[g] for g in option)] for option in small.options]
+    shares = tuple({back[at]: s for at, s in each.items()} for each in answer.assignment.shares)
+    units = np.zeros(len(instance.groups), dtype=np.int64)
+    units[used] = answer.units
     usd = instance.price_of(answer.bought)
-    low = usd if answer.proved else min(bound, usd)
-    return Solution(answer.units, answer.bought, answer.assignment, usd, low, "HiGHS")
+    return Solution(units, answer.bought, Assignment(shares), usd, 0.0, "HiGHS")
 
 
 def _proved(held: Solution, solver: str) -> Solution:
     return replace(held, bound_usd_per_h=held.usd_per_h, solver=solver)
-
-
-def _cheapest_shares(
-    instance: Instance, weights: Floats, option: int | None
-) -> tuple[dict[int, float], ...] | None:
-    with np.errstate(invalid="ignore"):
-        priced = weights[:, None] * instance.loads
-    value = np.stack([priced[list(each)].sum(axis=0) for each in instance.options])
-    if option is not None:
-        if not np.isfinite(value[option]).all():
-            return None
-        return tuple({option: 1.0} for _ in range(instance.buckets))
-    return tuple({int(at): 1.0} for at in value.argmin(axis=0))
 
 
 def _by_regret(value: Floats) -> list[int]:

@@ -58,8 +58,10 @@ class ExhaustivePlanner:
         counts: Sequence[int],
         buckets: Sequence[Bucket],
     ) -> list[dict[Way, int]] | None:
-        """Slices of each bucket by way, depth first; None where no way carries all."""
-        ways = _ways(choices, counts)
+        """Slices of each bucket by way, depth first; None where no way carries all. Choices that
+        serve alike carry them together."""
+        alike = _alike(choices)
+        ways = _ways(choices, alike, counts)
 
         def deeper(at: int, room: tuple[float, ...]) -> list[dict[Way, int]] | None:
             if at == len(buckets):
@@ -77,7 +79,16 @@ class ExhaustivePlanner:
                         return [dict(zip(usable, split, strict=True)), *rest]
             return None
 
-        return deeper(0, tuple(float(n) for n in counts))
+        room = [0.0] * len(choices)
+        for at, n in enumerate(counts):
+            room[alike[at]] += n
+        return deeper(0, tuple(room))
+
+
+def _alike(choices: Sequence[Choice]) -> list[int]:
+    """Of each choice, the first with as many replicas of the same shape."""
+    kinds = [(choice.shape, choice.replicas) for choice in choices]
+    return [kinds.index(kind) for kind in kinds]
 
 
 def _choices(problem: Problem, buckets: Sequence[Bucket]) -> list[Choice]:
@@ -136,9 +147,9 @@ def _within_quota(choices: Sequence[Choice], counts: Sequence[int]) -> bool:
     )
 
 
-def _ways(choices: Sequence[Choice], counts: Sequence[int]) -> list[Way]:
+def _ways(choices: Sequence[Choice], alike: Sequence[int], counts: Sequence[int]) -> list[Way]:
     """A request is served by one mixed choice, or by one prefill and one decode choice."""
-    there = [at for at, n in enumerate(counts) if n]
+    there = sorted({alike[at] for at, n in enumerate(counts) if n})
     ways: list[Way] = [(at,) for at in there if choices[at].shape.role == "mixed"]
     for first, then in itertools.product(there, there):
         if (choices[first].shape.role, choices[then].shape.role) == ("prefill", "decode"):
@@ -175,11 +186,16 @@ def _plan(
         each = machines * choice.offer.usd_per_h
         replicas = counts[at] * choice.replicas
         purchases.append(Purchase(choice.offer.name, machines, choice.shape, replicas, each))
+    alike = _alike(choices)
+    of_first: dict[int, int] = {}
+    for at in bought:
+        of_first[alike[at]] = of_first.get(alike[at], 0) + counts[at]
     routing: dict[Bucket, dict[int, float]] = {bucket: {} for bucket in buckets}
     for bucket, parts in zip(buckets, ways, strict=True):
-        for way, n in parts.items():
-            for at in way if n else ():
+        for (way, n), at in itertools.product(parts.items(), bought):
+            if n and alike[at] in way:
                 shares = routing[bucket]
-                shares[place[at]] = shares.get(place[at], 0.0) + n / slices
+                part = n / slices * counts[at] / of_first[alike[at]]
+                shares[place[at]] = shares.get(place[at], 0.0) + part
     source = (problem.profile.source,)
     return Plan(tuple(purchases), usd, usd, "exhaustive", routing=routing, sources=source)
