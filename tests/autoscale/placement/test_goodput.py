@@ -153,8 +153,8 @@ def test_advice_for_and_against():
 
 
 # (arrival, prompt, answer tokens) and what the simulator published with the paper says of them:
-# seconds to the first token and to the end, phases apart and together. OPT-13B on one A100-80G each;
-# their 2 ms and 0.0001 ms a token of each pass and 1 ms of each prompt are part of the coefficients.
+# seconds to the first token and to the end, phases apart and together. OPT-13B on one A100-80G
+# each; their 2 ms and 0.0001 ms a token of each pass and 1 ms of each prompt are counted in.
 SCHEDULE = [
     (0.02, 1379, 88), (0.08, 367, 136), (0.32, 385, 197), (0.68, 275, 163), (0.74, 434, 86),
     (0.78, 763, 49), (0.86, 1258, 63), (0.87, 882, 129), (1.04, 667, 164), (1.05, 552, 13),
