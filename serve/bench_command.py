@@ -1,4 +1,4 @@
-"""The commands `bench serve` and `bench engine`: measure the running service, or the engine alone.
+"""The commands under `bench`: measure the running service, the engine alone, or this machine.
 
 Imported by the CLI when one of them is called.
 """
@@ -24,7 +24,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.group()
 def bench() -> None:
-    """Measure a load: `serve` over HTTP, `engine` in this process; `kernels`: this machine."""
+    """Measure a load: `serve` over HTTP, `engine` in this process; `kernels`: this machine;
+    `profile`: the engine's steps, for `sanderling plan`."""
 
 
 @bench.command("serve")
@@ -133,6 +134,27 @@ def bench_kernels(
         from serve.plot import draw_kernels
 
         draw_kernels(report, matrices, plot)
+
+
+@bench.command("profile")
+@click.option("--rounds", type=COUNT, default=3, show_default=True, help="Of all cases in turns.")
+@click.option("--kind", default="cpu", show_default=True, help="The kind's name in the catalogue.")
+@click.option("--out", type=FILE, help="Write the table to this file instead of printing it.")
+@with_settings("model")
+def bench_profile(resolved: Resolved, rounds: int, kind: str, out: Path | None) -> None:
+    """Measure steps of the engine on this machine, as a table that `sanderling plan` reads."""
+    import datetime
+
+    from serve.bench_profile import measure, to_toml
+
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    table = to_toml(measure(resolved.settings, rounds), kind, datetime.date.today())
+    if out is None:
+        click.echo(table, nl=False)
+    else:
+        out.write_text(table, encoding="utf-8")
+        click.echo(f"written to {out}")
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

@@ -48,8 +48,7 @@ class DistServeFits:
         context_tokens: float,
     ) -> float:
         """As `StepTimes`; a pipeline divides the time by its stages, as their simulator has it."""
-        if shape.kind != DISTSERVE_KIND:
-            raise ValueError(f"{self.source}: only {DISTSERVE_KIND} was measured, no {shape.kind}")
+        self._refuse_unknown(shape.kind)
         fit = self.fits.get(shape.tensor)
         if fit is None:
             return math.inf
@@ -64,7 +63,13 @@ class DistServeFits:
             total_ms += step_ms / shape.pipeline
         return total_ms * MS
 
+    def _refuse_unknown(self, kind: str) -> None:
+        if kind != DISTSERVE_KIND:
+            known = f"only {DISTSERVE_KIND} was measured"
+            raise ValueError(f"{self.source}: {known}, no kind {kind!r}")
+
     def kv_tokens(self, shape: ReplicaShape) -> int:
+        self._refuse_unknown(shape.kind)
         return self.kv.get((shape.tensor, shape.pipeline), 0)
 
     def requests_per_s(self, shape: ReplicaShape, bucket: Bucket, slo: Slo) -> float:
@@ -142,6 +147,10 @@ class LayerTable:
         return total_s
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
+        """0 where the tensor degree was not measured; ValueError where the kind was not."""
+        if node_name(shape.kind, shape.tensor) not in self.decode:
+            self.layer_s(node_name(shape.kind, 1), "decode", 1)
+            return 0
         return self.room.kv_tokens(shape)
 
     def requests_per_s(self, shape: ReplicaShape, bucket: Bucket, slo: Slo) -> float:

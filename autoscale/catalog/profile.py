@@ -92,7 +92,7 @@ def interpolate(points: Sequence[Point], x: float) -> float:
 @dataclass(frozen=True)
 class Remembered:
     """A profile that keeps what it was asked, since plans are made many times over one profile.
-    Not for several threads at once."""
+    Made by `remembered`. Not for several threads at once."""
 
     profile: ThroughputProfile
     rates: dict[tuple[ReplicaShape, Bucket, Slo], float] = field(default_factory=dict)
@@ -109,3 +109,32 @@ class Remembered:
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
         return self.profile.kv_tokens(shape)
+
+
+class _Steps(Remembered):
+    """Of a profile that knows its steps."""
+
+    def step_s(
+        self,
+        shape: ReplicaShape,
+        prefill_tokens: float,
+        decode_sequences: float,
+        context_tokens: float,
+    ) -> float:
+        assert isinstance(self.profile, StepTimes)
+        return self.profile.step_s(shape, prefill_tokens, decode_sequences, context_tokens)
+
+
+class _Layers(_Steps):
+    """Of a profile that knows its layers too."""
+
+    def layer_s(self, kind: str, phase: Phase, tokens: float) -> float:
+        assert isinstance(self.profile, LayerTimes)
+        return self.profile.layer_s(kind, phase, tokens)
+
+
+def remembered(profile: ThroughputProfile) -> Remembered:
+    """The profile with a memory, knowing steps and layers where it does."""
+    if isinstance(profile, LayerTimes) and isinstance(profile, StepTimes):
+        return _Layers(profile)
+    return _Steps(profile) if isinstance(profile, StepTimes) else Remembered(profile)

@@ -1,8 +1,8 @@
 """From times of steps to requests per second within an SLO, by queueing formulas.
 
-Sequences in decode are a Poisson number around its mean (M/G/infinity), prompts queue as M/D/1 with
-an exponential tail; both at the share of requests that the SLO wants kept. A mixed replica
-stretches its decode steps by the share of time that prompts take. The discrete-event simulation in
+Prompts queue as M/D/1 with an exponential tail. Sequences in decode share the replica's time, and
+their number has the variance of a processor-sharing queue: mean / ((1 - busy) (1 - elasticity)). A
+mixed replica stretches its decode steps by the share of time that prompts take. The simulation in
 `placement/simulation.py` knows none of this and is what these formulas are checked against.
 """
 
@@ -13,10 +13,14 @@ from functools import partial
 from statistics import NormalDist
 from typing import Protocol
 
+from autoscale.catalog.memory import STEP_TOKENS
 from autoscale.placement.demand import Bucket, Slo
 from autoscale.placement.plan import ReplicaShape, Role
 
-MOST_BUSY = 0.95  # of the time; nearer to 1, queues grow without bound
+MOST_BUSY = 0.9  # of the time; nearer to 1, queues grow without bound
+CAUSES = 3  # no room, a slow step, a queue of prompts: each may cost its share of the misses
+LEAST_MISSED = 1e-4
+LONE = 0.85  # of what the formulas say: a lone replica has no other to send a crowd to
 HALVINGS = 30
 
 StepS = Callable[[float, float, float], float]  # prompt tokens, sequences, context -> seconds
@@ -57,10 +61,11 @@ def replica_rate(replica: Replica, bucket: Bucket, slo: Slo) -> float:
         return 0.0
     if replica.role == "prefill":
         prompt_s = replica.step_s(bucket.input_tokens, 0, 0)
-        return _largest(lambda r: _first_in_time(r, prompt_s, prompt_s, slo), MOST_BUSY / prompt_s)
+        most = MOST_BUSY / prompt_s
+        return LONE * _largest(lambda rate: _first_in_time(rate, prompt_s, prompt_s, slo), most)
     most = replica.kv_tokens / sum(bucket)
     decoding = _largest(lambda n: _kept(_Load(replica, bucket, n), slo, most), most)
-    return _Load(replica, bucket, decoding).rate if decoding > 0 else 0.0
+    return LONE * _Load(replica, bucket, decoding).rate if decoding > 0 else 0.0
 
 
 def _largest(kept: Callable[[float], bool], most: float) -> float:
@@ -84,18 +89,34 @@ class _Load:
 
     def alone_s(self, sequences: float) -> float:
         """A step of decodes half-way through their answers, no prompt among them."""
-        context = self.bucket.input_tokens + self.bucket.output_tokens / 2
-        return self.replica.step_s(0, max(1.0, sequences), context)
+        return self.replica.step_s(0, max(1.0, sequences), self._context)
+
+    @property
+    def _context(self) -> float:
+        return self.bucket.input_tokens + self.bucket.output_tokens / 2
 
     @property
     def prompt_s(self) -> float:
-        """What a prompt adds to the steps that compute it."""
+        """What a prompt adds to the steps that compute it. The first in a step may hide behind the
+        weights that are read anyway; under load a step is full of them, and they do not."""
         if self.replica.role == "decode":
             return 0.0
-        context = self.bucket.input_tokens + self.bucket.output_tokens / 2
-        running = max(1.0, self.decoding)
-        step_s = self.replica.step_s(self.bucket.input_tokens, running, context)
-        return step_s - self.alone_s(self.decoding)
+        prompt, context = self.bucket.input_tokens, self._context
+        running, alone_s = max(1.0, self.decoding), self.alone_s(self.decoding)
+        together = max(1, STEP_TOKENS // prompt)
+        full_s = self.replica.step_s(together * prompt, running, context)
+        return max(
+            self.replica.step_s(prompt, running, context) - alone_s,
+            (full_s - alone_s) / together,
+        )
+
+    @property
+    def elasticity(self) -> float:
+        """By how many per cent a step grows when there is one per cent more in decode."""
+        if self.decoding < 1:
+            return 0.0
+        alone_s = self.alone_s(self.decoding)
+        return min(1.0, (self.alone_s(1.1 * self.decoding) - alone_s) / (0.1 * alone_s))
 
     @property
     def rate(self) -> float:
@@ -106,19 +127,23 @@ class _Load:
 
 def _kept(load: _Load, slo: Slo, most: float) -> bool:
     """Whether `slo.attained` of the requests keep the SLO. most: sequences that have room."""
-    rate, prompt_s = load.rate, load.prompt_s
-    busy = rate * prompt_s
-    tail = max(0.0, NormalDist().inv_cdf(slo.attained)) if 0 < slo.attained < 1 else 3.0
-    crowd = max(1.0, load.decoding + tail * math.sqrt(load.decoding))
-    if busy >= MOST_BUSY or crowd > max(1.0, most):
+    missed = (1 - slo.attained) / CAUSES
+    rate, prompt_s, busy = load.rate, load.prompt_s, load.rate * load.prompt_s
+    slack = (1 - busy) * (1 - load.elasticity)
+    if busy >= MOST_BUSY or slack < 1 - MOST_BUSY:
+        return False
+    tail = NormalDist().inv_cdf(1 - max(missed, LEAST_MISSED))
+    crowd = max(1.0, load.decoding + tail * math.sqrt(load.decoding / slack))
+    if crowd > max(1.0, most):
         return False
     token_s = load.alone_s(crowd) / (1 - busy)
     if slo.tpot_s is not None and token_s > slo.tpot_s:
         return False
     if load.replica.role == "decode":
         return True
-    # A prompt waits for the step that runs, and its own step carries the decodes along.
-    return _first_in_time(rate, prompt_s, prompt_s + 1.5 * load.alone_s(crowd), slo)
+    # A prompt waits for the step that runs, and its own steps carry the decodes along.
+    steps = 1 + math.ceil(load.bucket.input_tokens / STEP_TOKENS)
+    return _first_in_time(rate, prompt_s, prompt_s + steps * load.alone_s(crowd), slo)
 
 
 def _first_in_time(rate: float, prompt_s: float, own_s: float, slo: Slo) -> bool:
@@ -126,7 +151,7 @@ def _first_in_time(rate: float, prompt_s: float, own_s: float, slo: Slo) -> bool
     busy = rate * prompt_s
     if slo.ttft_s is None:
         return True
-    missed = 1 - slo.attained
+    missed = max((1 - slo.attained) / CAUSES, LEAST_MISSED)
     scale_s = prompt_s / (2 * (1 - busy))
-    waiting_s = scale_s * math.log(busy / missed) if busy > missed > 0 else 0.0
+    waiting_s = scale_s * math.log(busy / missed) if busy > missed else 0.0
     return own_s + waiting_s <= slo.ttft_s

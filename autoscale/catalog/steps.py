@@ -66,12 +66,8 @@ class StepTable:
         context_tokens: float,
     ) -> float:
         """As `StepTimes`. ValueError for a kind that was not measured at all."""
+        self._refuse_unknown(shape.kind)
         key = ReplicaKey(shape.kind, shape.tensor)
-        if not any(known.kind == shape.kind for known in self.curves):
-            kinds = ", ".join(sorted({known.kind for known in self.curves}))
-            raise ValueError(
-                f"{self.source}: no kind {shape.kind!r} was measured; there are {kinds}"
-            )
         if key not in self.curves or shape.pipeline != 1:
             return float("inf")
         curves = self.curves[key]
@@ -80,7 +76,14 @@ class StepTable:
             return prefill_s
         return prefill_s + curves.decode_s(decode_sequences, context_tokens)
 
+    def _refuse_unknown(self, kind: str) -> None:
+        if all(known.kind != kind for known in self.curves):
+            kinds = ", ".join(sorted({known.kind for known in self.curves}))
+            raise ValueError(f"{self.source}: no kind {kind!r} was measured; there are {kinds}")
+
     def kv_tokens(self, shape: ReplicaShape) -> int:
+        """Of the table, or counted. ValueError for a kind that was not measured at all."""
+        self._refuse_unknown(shape.kind)
         curves = self.curves.get(ReplicaKey(shape.kind, shape.tensor))
         if curves is None or shape.pipeline != 1:
             return 0

@@ -27,7 +27,8 @@ class ThroughputProfile(Protocol):
     """How fast replicas are. source: "measured on …", "table of …" or "roofline", printed with each
     plan that rests on it."""
 
-    source: str
+    @property
+    def source(self) -> str: ...
 
     def requests_per_s(self, shape: ReplicaShape, bucket: Bucket, slo: Slo) -> float:
         """Most requests of the bucket that one replica serves within the SLO; 0 if it cannot."""
@@ -57,6 +58,7 @@ class Planner(Protocol):
     """Anytime: gives its best plan and bound when deadline_s is over. InfeasibleError when it has
     proved that there is none."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan: ...
