@@ -30,6 +30,7 @@ from autoscale.placement.shares import batch_shares, step_s
 from autoscale.placement.shares_pipeline import fastest_pipeline, fastest_workers
 from tests.autoscale.placement import pools_oracle, shares_oracle
 from tests.prove import splitwise_designs
+from tests.prove.placement_checks import plans
 from tests.prove.row import Row
 
 INSTANCES = 200
@@ -53,6 +54,7 @@ def rows() -> Iterator[Row]:
     yield shares_row(seed)
     yield pipeline_row(seed)
     yield workers_row(seed)
+    yield from plans(PoolsPlanner(), seed % 10**6)
     yield from queue_rows()
     if DATA.exists():
         yield from goodput_rows()
