@@ -80,9 +80,16 @@ def _per_s(problem: Problem, shape: ReplicaShape, bucket: Bucket, saturated: boo
 
 
 class PoolsPlanner:
-    """The cheapest pools. Give shapes of the roles "prefill", "decode" and "mixed"."""
+    """The cheapest pools. Give shapes of the roles "prefill", "decode" and "mixed".
+
+    beyond_profile: let replicas serve more than the profile says of one alone, as far as the
+    simulated pool keeps the SLO; without, the simulation only takes capacities back.
+    """
 
     name = "pools"
+
+    def __init__(self, *, beyond_profile: bool = False) -> None:
+        self._beyond = beyond_profile
 
     def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan:
         """InfeasibleError with the bucket that nothing serves, or the quota that binds."""
@@ -93,7 +100,8 @@ class PoolsPlanner:
             sized = size(offered, problem, deadline=deadline)
             return _as_plan(sized, offered, problem, began, simulated_=None)
         sized, held = self._refined(offered, problem, deadline)
-        limit = size(units(problem, saturated=True), problem, deadline=deadline + 1.0)
+        most = units(problem, saturated=True) if self._beyond else offered
+        limit = size(most, problem, deadline=deadline + 1.0)
         bounded = Sized(
             sized.counts, sized.shares, sized.usd_per_h, min(limit.bound_usd_per_h, sized.usd_per_h)
         )
@@ -119,7 +127,8 @@ class PoolsPlanner:
                     best = sized, held
             else:
                 bad = capacity
-            if bad <= NEAR * good or time.monotonic() > deadline:
+            enough = good >= 1.0 and not self._beyond
+            if enough or bad <= NEAR * good or time.monotonic() > deadline:
                 break
             capacity = good * STEP if bad == inf else sqrt(good * bad) if good else bad / STEP
         if best is None:

@@ -5,21 +5,25 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from math import inf
+from random import Random
 
 import networkx  # type: ignore[import-untyped]
 import numpy as np
 
+from autoscale.placement.feasible import check
 from autoscale.placement.flow import layout_flow
 from autoscale.placement.flow_place import Placement, buy, place
 from autoscale.placement.flow_rates import LayerLoad, LayerPace, span_rates
 from autoscale.placement.flow_routing import FlowRouter
 from autoscale.placement.planner import InfeasibleError
+from autoscale.placement.spans import SpansPlanner
 from autoscale.placement.spans_layout import Layout, Pool, SpanProblem, Stage
 from tests.autoscale.placement import flow_oracle
+from tests.autoscale.placement.small import random_problem
 from tests.prove import helix_data
 from tests.prove.row import Row
 
-INSTANCES = 200
+INSTANCES, CHECKED = 200, 40
 TARGETS = {"a100": 1.0, "l4": 0.99, "t4": 0.99}
 SIZES = (8, 16, 32, 64, 128)
 LAYERS_70B = 80
@@ -36,6 +40,7 @@ def rows() -> Iterator[Row]:
     yield exhaustive_row(seed)
     yield cheapest_row(seed)
     yield routing_row(seed)
+    yield checked_row(seed)
     if not helix_data.SINGLE.exists():
         yield Row(
             "Helix's programs, layouts and layer times", "measured", "skipped, data absent", True
@@ -100,6 +105,22 @@ def helix_row(kind: str) -> Row:
     ok = ok and broken < 1e-6 * placed.tokens_per_s and placed.solved_s <= 120
     name = f"Helix 30B, {kind}: flow in 120 s"
     return Row(name, f">= {TARGETS[kind]:.0%} of {program.published:.3f}", measured, ok)
+
+
+def checked_row(seed: int) -> Row:
+    """Plans of the planner of spans, by the checker that knows nothing of it."""
+    random, faults, done = Random(seed), list[str](), 0
+    while done < CHECKED:
+        problem = random_problem(random)
+        try:
+            plan = SpansPlanner().plan(problem)
+        except InfeasibleError:
+            continue
+        done += 1
+        faults += [fault.what for fault in check(plan, problem, seed=seed).faults]
+    name = f"plans of layer spans checked: {CHECKED} random problems (seed {seed})"
+    first = f": {faults[0]}" if faults else ""
+    return Row(name, "no fault", f"{len(faults)} faults{first}", not faults)
 
 
 def by_networkx(problem: SpanProblem, layout: Layout) -> float:

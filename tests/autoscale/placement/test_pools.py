@@ -65,7 +65,7 @@ def test_what_the_table_claims_is_put_right_by_the_simulation(claimed: float):
     """A prompt takes 60 ms: a table of 40 requests per second promises too much, one of 3
     wastes."""
     problem = stepwise(claimed)
-    plan = PoolsPlanner().plan(problem)
+    plan = PoolsPlanner(beyond_profile=claimed == 3.0).plan(problem)
     assert simulated(plan, problem) >= 0.9
     by_table = PoolsPlanner().plan(replace(problem, profile=without_steps(problem)))
     if claimed == 3.0:
@@ -73,6 +73,13 @@ def test_what_the_table_claims_is_put_right_by_the_simulation(claimed: float):
     if claimed == 40.0:
         assert simulated(by_table, problem) < 0.9 and plan.usd_per_h > by_table.usd_per_h
     assert plan.bound_usd_per_h <= plan.usd_per_h
+
+
+def test_a_profile_is_not_exceeded_unasked():
+    within, beyond = PoolsPlanner().plan(stepwise(3.0)), PoolsPlanner(beyond_profile=True)
+    assert within.usd_per_h == 2 * 2 * 7  # seven of each serve 20 requests/s at 3 each
+    assert beyond.plan(stepwise(3.0)).usd_per_h < within.usd_per_h
+    assert within.gap == 0.0
 
 
 def without_steps(problem: Problem) -> pools_oracle.Table:

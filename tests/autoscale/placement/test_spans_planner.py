@@ -23,13 +23,17 @@ class Shelf:
     """Two kinds: one with room for six layers, one with room for two, slower and cheaper."""
 
     quota: int = 9
+    network_gb_per_s: float = 1.25
 
     def kind(self, name: str) -> GpuKind:
         memory = {"big": 8 * LAYER_BYTES, "little": 3 * LAYER_BYTES}[name]
         return GpuKind(name, int(memory), 100.0, 1000.0, 10.0)
 
     def offers(self, *, at_s: float | None = None) -> Sequence[Offer]:
-        common = {"count": 1, "region": "r", "zone": "z", "market": "on_demand"}
+        common = {
+            "count": 1, "region": "r", "zone": "z", "market": "on_demand",
+            "network_gb_per_s": self.network_gb_per_s,
+        }  # fmt: skip
         return [
             Offer("b", "big", usd_per_h=3.0, quota=self.quota, **common),  # type: ignore[arg-type]
             Offer("l", "little", usd_per_h=1.0, quota=self.quota, **common),  # type: ignore[arg-type]
@@ -74,6 +78,15 @@ def test_the_flow_is_the_demand_and_passes_every_layer():
     }
     assert plan.gap == pytest.approx(0.0, abs=1e-6)
     assert plan.sources == ("made up",)
+
+
+def test_a_slow_network_needs_more_pipelines():
+    """1000 output tokens/s with twice as many of prompts, 2048 bytes each: 6.1 MB/s."""
+    asked = problem(20.0)
+    slow = replace(asked, catalog=Shelf(network_gb_per_s=0.004))
+    free, bound = SpansPlanner().plan(asked), SpansPlanner().plan(slow)
+    assert bound.usd_per_h > free.usd_per_h
+    assert max(bound.flow_tokens_per_s.values()) * 3 * 2048 <= 0.004e9 * (1 + 1e-9)
 
 
 def test_more_demand_costs_more():

@@ -72,6 +72,13 @@ def test_a_full_prompt_pool_borrows_a_token_machine_and_gives_it_back():
     assert max(o.ttft_s for o in few) == pytest.approx(4 * 2.0, abs=0.01)
 
 
+def test_a_borrowed_machine_is_filled_before_another_is_borrowed():
+    """Five prompts of 2 s fill the queue; the next two go to one token machine, not to both."""
+    arrivals = [Arrival(0.001 * n, 2000, 1) for n in range(6)]
+    outcomes = run(split(1, 2), *arrivals)
+    assert [o.ttft_s for o in outcomes[4:]] == pytest.approx([2.0, 4.0], abs=0.01)
+
+
 def test_memory_holds_answers_back():
     """Two answers of 12 tokens each where 20 fit: one after the other on the token machine; the
     prompt machine is borrowed for the second."""
