@@ -8,7 +8,7 @@ budget of attempts, the same for every policy. A machine is paid for from its la
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from autoscale.simulate.market import Market
 from autoscale.spot.events import SpotEvent
@@ -49,6 +49,16 @@ class Report:
     def cost(self) -> float:
         """As a share of buying the need on demand."""
         return (self.spot_usd + self.on_demand_usd) / self.all_on_demand_usd
+
+
+class Load(Protocol):
+    """Requests beside a replay: what they need, and what becomes of them."""
+
+    def need(self, period_s: float) -> int: ...
+
+    def lost(self, now_s: float, nodes: Sequence[Node]) -> None: ...
+
+    def advance(self, from_s: float, until_s: float, nodes: Sequence[Node]) -> None: ...
 
 
 class Cloud:
@@ -108,7 +118,7 @@ def replay(
     market: Market,
     policy: SpotPolicy[Any],
     memory: Memory,
-    need: int | Sequence[int],
+    need: int | Load,
     *,
     scored_from: int = 0,
     attempts: int | None = None,
@@ -116,39 +126,48 @@ def replay(
 ) -> Report:
     """Run all steps of the market; the report counts those from scored_from on.
 
-    need: replicas, constant or for each step. attempts: spot launches in one step, 2 x pools by
+    need: replicas, constant or as a load says. attempts: spot launches in one step, 2 x pools by
     default, as a control loop of some 20 s makes in a step of some minutes.
     """
-    needs = itertools.repeat(need) if isinstance(need, int) else iter(need)
     cloud, report = Cloud(market, memory), Report(policy.name)
     budget = 2 * len(market.spot) if attempts is None else attempts
-    on_demand_usd_per_h = min(o.usd_per_h for o in market.offers if o.market == "on_demand")
-    hours = market.period_s / 3600
-    for step, wanted in zip(range(market.steps), needs, strict=False):
+    for step in range(market.steps):
         now_s = step * market.period_s
-        scored = step >= scored_from
         lost = cloud.reclaim(step, now_s)
+        load = None if isinstance(need, int) else need
+        if load:
+            load.lost(now_s, lost)
+        wanted = need if isinstance(need, int) else need.need(market.period_s)
         ready = cloud.fleet().ready(now_s)
-        made, refused = 0, 0
-        for acted in _rounds(cloud, policy, wanted, step, now_s, budget):
-            made, refused = made + acted.launched, refused + acted.refused
-            if log:
-                report.log += acted.lines
-        if not scored:
-            continue
-        report.steps += 1
-        report.served += ready >= wanted
-        report.launches, report.refused = report.launches + made, report.refused + refused
-        report.preempted += len(lost)
-        spot = [node for node in cloud.nodes.values() if node.offer.market == "spot"]
-        spot_usd = sum(node.offer.usd_per_h for node in spot) * hours
-        all_usd = sum(node.offer.usd_per_h for node in cloud.nodes.values()) * hours
-        report.spot_usd += spot_usd
-        report.on_demand_usd += all_usd - spot_usd
-        report.all_on_demand_usd += wanted * on_demand_usd_per_h * hours
+        rounds = list(_rounds(cloud, policy, wanted, step, now_s, budget))
+        if load:
+            load.advance(now_s, now_s + market.period_s, cloud.fleet().nodes)
         if log:
-            report.course.append((now_s, wanted, ready, len(spot)))
+            report.log += [line for acted in rounds for line in acted.lines]
+        if step >= scored_from:
+            _account(report, cloud, rounds, wanted, ready, len(lost))
+            if log:
+                report.course.append((now_s, wanted, ready, len(cloud.fleet().market("spot"))))
     return report
+
+
+def _account(
+    report: Report, cloud: Cloud, rounds: "list[Acted]", wanted: int, ready: int, lost: int
+) -> None:
+    """One scored step."""
+    market = cloud.market
+    hours = market.period_s / 3600
+    floor = min(offer.usd_per_h for offer in market.offers if offer.market == "on_demand")
+    spot_usd_per_h = sum(node.offer.usd_per_h for node in cloud.fleet().market("spot"))
+    usd_per_h = sum(node.offer.usd_per_h for node in cloud.nodes.values())
+    report.steps += 1
+    report.served += ready >= wanted
+    report.launches += sum(acted.launched for acted in rounds)
+    report.refused += sum(acted.refused for acted in rounds)
+    report.preempted += lost
+    report.spot_usd += spot_usd_per_h * hours
+    report.on_demand_usd += (usd_per_h - spot_usd_per_h) * hours
+    report.all_on_demand_usd += wanted * floor * hours
 
 
 class Acted(NamedTuple):

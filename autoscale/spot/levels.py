@@ -84,6 +84,13 @@ def _stay(out: Floats, state: int, chance: float, phase: int) -> None:
     out[state, state + 1] += chance * onwards
 
 
+def levels_for(need: int, most: int) -> tuple[int, ...]:
+    """Up to four even levels, the last the most that one pool would be asked for: the need, or what
+    pools have at most if that is less."""
+    top = max(1, min(need, most))
+    return tuple(sorted({-(-top * part // 4) for part in range(1, 5)}))
+
+
 def fit(
     capacity: Ints,
     pools: tuple[str, ...],
