@@ -26,16 +26,28 @@ CURVE = (3.0, 12.0, 25.0, 50.0, 100.0, 200.0)
 
 
 @click.command("simulate")
-@click.option("--trace", type=FOLDER, help="Folder of zones in spot-traces' format. [default: made up]")
+@click.option(
+    "--trace", type=FOLDER, help="Folder of zones in spot-traces' format. [default: made up]"
+)
 @click.option("--policy", default="mixed", show_default=True, help="Whose log and course to show.")
 @click.option("--need", type=COUNT, default=4, show_default=True, help="Replicas that must answer.")
-@click.option("--target", type=SHARE, default=0.99, show_default=True, help="Share of time they do.")
-@click.option("--over", type=click.IntRange(min=0), default=2, show_default=True, help="SpotHedge's.")
-@click.option("--fit", "fit_share", type=SHARE, default=0.4, show_default=True, help="Share to learn from.")
-@click.option("--spot-usd", type=PRICE, default=0.918, show_default=True, help="Per machine and hour.")
+@click.option(
+    "--target", type=SHARE, default=0.99, show_default=True, help="Share of time they do."
+)
+@click.option(
+    "--over", type=click.IntRange(min=0), default=2, show_default=True, help="SpotHedge's."
+)
+@click.option(
+    "--fit", "fit_share", type=SHARE, default=0.4, show_default=True, help="Share to learn from."
+)
+@click.option(
+    "--spot-usd", type=PRICE, default=0.918, show_default=True, help="Per machine and hour."
+)
 @click.option("--on-demand-usd", type=PRICE, default=3.06, show_default=True, help="Likewise.")
 @click.option("--startup-s", type=PRICE, default=180.0, show_default=True, help="Until it answers.")
-@click.option("--depth", type=COUNT, default=64, show_default=True, help="Of zones recorded as 0 or 1.")
+@click.option(
+    "--depth", type=COUNT, default=64, show_default=True, help="Of zones recorded as 0 or 1."
+)
 @click.option("--days", type=COUNT, default=7, show_default=True, help="Of a made-up market.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of a made-up market.")
 @click.option("--log", type=FILE, help="Write each action with its reason to this CSV.")

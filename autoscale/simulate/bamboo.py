@@ -284,7 +284,9 @@ class Books:
         self._job = job
         self._count: int | None = None
         self._since_ms = self._last_step_ms = 0
-        self._held_ms = self._step_held_ms = 0.0  # machine-milliseconds in all, and at the last step
+        self._held_ms = self._step_held_ms = (
+            0.0  # machine-milliseconds in all, and at the last step
+        )
         self._value_ms = 0.0
         self._start_ms: int | None = None
         self._end_held_ms = 0.0
@@ -336,7 +338,9 @@ def read_trace(lines: Iterable[str]) -> list[Event]:
     for number, line in enumerate(lines, 1):
         cells = line.strip().split(",")
         if len(cells) != 3 or cells[1] not in ("add", "remove") or not cells[0].isdigit():
-            raise ValueError(f"row {number} is {line.strip()!r}; wanted milliseconds,add|remove,name")
+            raise ValueError(
+                f"row {number} is {line.strip()!r}; wanted milliseconds,add|remove,name"
+            )
         kind = Kind.ADD if cells[1] == "add" else Kind.REMOVE
         events.append(Event(int(cells[0]), kind, cells[2]))
     return events

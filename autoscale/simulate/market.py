@@ -57,9 +57,9 @@ def read_market(
     return Market(
         capacity,
         float(gaps.pop()),
-        tuple(
-            [_offer(zone, kind, spot_usd_per_h, startup_s) for zone in zones]
-            + [Offer("on-demand", kind, 1, "any", "any", "on_demand", on_demand_usd_per_h, None, startup_s)]
+        (
+            *(_offer(zone, kind, spot_usd_per_h, startup_s) for zone in zones),
+            _fallback(kind, on_demand_usd_per_h, startup_s),
         ),
     )
 
@@ -68,21 +68,51 @@ def _offer(zone: str, kind: str, usd_per_h: float, startup_s: float) -> Offer:
     return Offer(zone, kind, 1, zone.rstrip("abcdefghij"), zone, "spot", usd_per_h, None, startup_s)
 
 
+@dataclass(frozen=True)
+class Spells:
+    """How long a zone stays full or empty, in steps: short or long ones, each geometric."""
+
+    full_short: float = 6.0
+    full_long: float = 250.0
+    empty_short: float = 4.0
+    empty_long: float = 40.0
+    short_share: float = 0.5
+
+
 def made_market(
-    steps: int, zones: Sequence[str], *, depth: int, seed: int, period_s: float = 300.0,
-    spot_usd_per_h: float = 0.9, on_demand_usd_per_h: float = 3.0, startup_s: float = 180.0,
-    stay: float = 0.98, back: float = 0.1,
+    steps: int,
+    zones: Sequence[str],
+    *,
+    depth: int,
+    seed: int,
+    period_s: float = 300.0,
+    spot_usd_per_h: float = 0.918,
+    on_demand_usd_per_h: float = 3.06,
+    startup_s: float = 180.0,
+    spells: Spells | None = None,
 ) -> Market:
-    """A market of our own: each zone full or empty, staying full with `stay` and coming back with
-    `back` in each step, every other zone half as steady."""
-    draws = np.random.default_rng(seed).random((steps, len(zones)))
+    """A market of our own: each zone full (depth machines) or empty, for spells of unlike length, so
+    that, as in recorded ones, what has lasted goes on lasting."""
+    spells = spells or Spells()
+    draws = np.random.default_rng(seed)
     full = np.zeros((steps, len(zones)), dtype=np.int64)
     for zone in range(len(zones)):
-        kept = stay if zone % 2 == 0 else 1 - 2 * (1 - stay)
-        up = True
-        for step in range(steps):
-            up = draws[step, zone] < (kept if up else back)
-            full[step, zone] = up
+        step, up = 0, True
+        while step < steps:
+            short = draws.random() < spells.short_share
+            mean = (
+                (spells.full_short if short else spells.full_long)
+                if up
+                else (spells.empty_short if short else spells.empty_long)
+            )
+            length = int(draws.geometric(1 / mean))
+            full[step : step + length, zone] = up
+            step, up = step + length, not up
     offers = [_offer(zone, "made", spot_usd_per_h, startup_s) for zone in zones]
-    offers.append(Offer("on-demand", "made", 1, "any", "any", "on_demand", on_demand_usd_per_h, None, startup_s))
-    return Market(full * depth, period_s, tuple(offers))
+    return Market(
+        full * depth, period_s, (*offers, _fallback("made", on_demand_usd_per_h, startup_s))
+    )
+
+
+def _fallback(kind: str, usd_per_h: float, startup_s: float) -> Offer:
+    return Offer("on-demand", kind, 1, "any", "any", "on_demand", usd_per_h, None, startup_s)

@@ -176,7 +176,9 @@ class RequestLoad:
                 self._running[node.id] = []
                 self._slots += [(node.ready_s, node.id)] * self.speed.slots
         for gone in self._running.keys() - held:
-            for one in self._running.pop(gone):  # given back: drained, its last requests end in peace
+            for one in self._running.pop(
+                gone
+            ):  # given back: drained, its last requests end in peace
                 self._ended(one, math.inf)
         heapq.heapify(self._slots)
 
@@ -196,8 +198,14 @@ class RequestLoad:
 
 
 def daily_arrivals(
-    requests: int, span_s: float, *, seed: int, swing: float = 0.5, period_s: float = 300.0,
-    input_tokens: float = 1000.0, output_tokens: float = 200.0,
+    requests: int,
+    span_s: float,
+    *,
+    seed: int,
+    swing: float = 0.5,
+    period_s: float = 300.0,
+    input_tokens: float = 1000.0,
+    output_tokens: float = 200.0,
 ) -> Iterator[Request]:
     """About so many requests over span_s, as a Poisson process whose rate swings by `swing` over each
     day, with log-normal lengths of these means (sigma 0.5 and 0.7). Drawn step by step."""

@@ -4,6 +4,7 @@ short has a price. By enumeration over a few pools at the levels of the risk mod
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,6 +22,9 @@ class Choice:
     short: float
 
 
+Table = tuple[tuple[tuple[float, ...], ...], ...]
+
+
 @dataclass(frozen=True)
 class Question:
     """levels: machines of each level, from 0. kept (pools x asked x kept): chances of what is left
@@ -30,25 +34,28 @@ class Question:
 
     need: int
     levels: tuple[int, ...]
-    kept: Floats
+    kept: Table
     usd_per_h: tuple[float, ...]
     regions: tuple[str, ...]
-    extra_usd_per_h: Floats
+    extra_usd_per_h: tuple[tuple[float, ...], ...]
     together: float
     on_demand_usd_per_h: float
     short_usd_per_h: float
 
 
+@lru_cache(maxsize=4096)
 def choose(question: Question) -> Choice:
-    """The cheapest of all combinations; of equals the one with fewest machines."""
+    """The cheapest of all combinations; of equals the one with fewest machines. Equal questions, of
+    which a quiet market asks many, are answered once."""
     q, pools, many = question, len(question.usd_per_h), len(question.levels)
+    kept, extras = np.array(q.kept), np.array(q.extra_usd_per_h)
     asked = np.indices((many,) * pools).reshape(pools, -1).T  # combinations x pools
     levels = np.array(q.levels)
     machines = levels[asked]
     cost = machines @ np.array(q.usd_per_h)
     for pool in range(pools):
-        cost = cost + q.extra_usd_per_h[pool, asked[:, pool]]
-    left = left_distribution(asked, q.kept, levels, q.regions, q.together)
+        cost = cost + extras[pool, asked[:, pool]]
+    left = left_distribution(asked, kept, levels, q.regions, q.together)
     below = np.concatenate([np.zeros((len(asked), 1)), np.cumsum(left, axis=1)], axis=1)
     on_demand = np.arange(q.need + 1)
     short = below[:, np.clip(q.need - on_demand, 0, below.shape[1] - 1)]
@@ -56,7 +63,10 @@ def choose(question: Question) -> Choice:
     row, extra = np.unravel_index(int(np.argmin(np.round(total, 9))), total.shape)
     paid = machines[row] @ np.array(q.usd_per_h) + extra * q.on_demand_usd_per_h
     return Choice(
-        tuple(int(count) for count in machines[row]), int(extra), float(paid), float(short[row, extra])
+        tuple(int(count) for count in machines[row]),
+        int(extra),
+        float(paid),
+        float(short[row, extra]),
     )
 
 

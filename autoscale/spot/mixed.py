@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoscale.catalog.offer import Offer
-from autoscale.spot.allocation import Choice, Question, choose
+from autoscale.spot.allocation import Choice, Question, Table, choose
 from autoscale.spot.belief import SpotRisk
 from autoscale.spot.fleet import (
     Action,
@@ -87,10 +87,10 @@ class MixedPolicy:
         question = Question(
             need=need,
             levels=levels,
-            kept=kept[[risk.chain.pools.index(offer.name) for offer in weighed]],
+            kept=_rounded(kept[[risk.chain.pools.index(offer.name) for offer in weighed]]),
             usd_per_h=tuple(prices),
             regions=tuple(offer.region for offer in weighed),
-            extra_usd_per_h=extra * prices[:, None],
+            extra_usd_per_h=_rounded((extra * prices[:, None])[None])[0],
             together=risk.chain.together,
             on_demand_usd_per_h=fallback.usd_per_h,
             short_usd_per_h=self.short_price * need * fallback.usd_per_h,
@@ -118,16 +118,33 @@ class MixedPolicy:
         why = f"P(short) {choice.short:.1e} at ${choice.usd_per_h:.2f}/h"
         actions: list[Action] = []
         surplus = []
-        for offer, count in [*((o, wanted.get(o.name, 0)) for o in spot), (fallback, choice.on_demand)]:
+        for offer, count in [
+            *((o, wanted.get(o.name, 0)) for o in spot),
+            (fallback, choice.on_demand),
+        ]:
             nodes = fleet.of(offer.name)
             if len(nodes) < count:
                 actions.append(Launch(offer, count - len(nodes), why))
             surplus += nodes[count:]
         spare = fleet.ready(now_s) - need
-        for node in sorted(surplus, key=lambda node: (node.ready_s <= now_s, -node.offer.usd_per_h)):
+        for node in sorted(
+            surplus, key=lambda node: (node.ready_s <= now_s, -node.offer.usd_per_h)
+        ):
             if node.ready_s <= now_s:
                 if spare <= 0:
                     continue
                 spare -= 1
             actions.append(Terminate(node.id, why))
         return actions
+
+
+def _rounded(values: Floats) -> Table:
+    """To three digits: a decision does not hang on noise, and alike moments ask the same question."""
+    with np.errstate(divide="ignore"):
+        digits = 2 - np.floor(np.log10(np.where(values > 0, values, 1.0)))
+    scale = 10.0**digits
+    return tuple(map(_rows, (np.rint(values * scale) / scale).tolist()))
+
+
+def _rows(table: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, table))
