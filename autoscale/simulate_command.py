@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autoscale.simulate.plot import draw, refuse_without_library
+from autoscale.simulate.replay import Logged
 
 if TYPE_CHECKING:
     from autoscale.simulate.replay import Report
@@ -66,13 +67,25 @@ def simulate(
         raise ValueError(f"--policy {policy!r} is not known; known are {', '.join(POLICIES)}")
     if plot:
         refuse_without_library()
-    prices = {"spot_usd_per_h": spot_usd, "on_demand_usd_per_h": on_demand_usd}
     if trace:
-        market = read_market(trace, startup_s=startup_s, depth=depth, **prices)
+        market = read_market(
+            trace,
+            spot_usd_per_h=spot_usd,
+            on_demand_usd_per_h=on_demand_usd,
+            startup_s=startup_s,
+            depth=depth,
+        )
     else:
         zones = ("east-1a", "east-1b", "east-2a", "west-1a")
-        steps = days * 288
-        market = made_market(steps, zones, depth=depth, seed=seed, startup_s=startup_s, **prices)
+        market = made_market(
+            days * 288,
+            zones,
+            depth=depth,
+            seed=seed,
+            startup_s=startup_s,
+            spot_usd_per_h=spot_usd,
+            on_demand_usd_per_h=on_demand_usd,
+        )
     study = Study(market, need, int(fit_share * market.steps))
     reports = run_all(study, target, over)
     least = bound(market.part(study.fitted, market.steps), need)
@@ -142,5 +155,5 @@ def write_log(report: "Report", path: Path) -> None:
     """Every action with its time and reason."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("t_s", "act", "offer", "count", "reason"))
+        writer.writerow(Logged._fields)
         writer.writerows(report.log)

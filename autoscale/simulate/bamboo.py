@@ -1,10 +1,11 @@
 """Training on spot machines with redundant pipelines, as Bamboo does it, in virtual time.
 
-Thorpe et al., "Bamboo: Making Preemptible Instances Resilient for Affordable Training of Large DNNs",
-NSDI 23. Each machine of a pipeline also holds its successor's stage. A machine that goes is stood in
-for by its predecessor, slower, until a reconfiguration; two neighbours at once are fatal and all meet
-again. Rules, times and the order of random draws are those of the paper's published simulator, so that
-its rows can be reproduced; machines come and go by chance or by a recorded trace.
+Thorpe et al., "Bamboo: Making Preemptible Instances Resilient for Affordable Training of Large
+DNNs", NSDI 23. Each machine of a pipeline also holds its successor's stage. A machine that goes is
+stood in for by its predecessor, slower, until a reconfiguration; two neighbours at once are fatal
+and all meet again. Rules, times and the order of random draws are those of the paper's published
+simulator, so that its rows can be reproduced; machines come and go by chance or by a recorded
+trace.
 """
 
 import heapq
@@ -44,8 +45,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: steps to do, samples in each, stages, and milliseconds of a step by the number
-    of pipelines. capacity: machines asked for."""
+    """What is trained: steps to do, samples in each, stages, and milliseconds of a step by the
+    number of pipelines. capacity: machines asked for."""
 
     steps: int
     samples: int
@@ -60,7 +61,8 @@ BERT = Job(22_194, 264, 12, {1: 4310, 2: 2390, 3: 1805, 4: 1450}, 48, 0.91)
 
 @dataclass
 class Machine:
-    """since_ms: when it came. places: (pipeline, stage) that it computes; two while it stands in."""
+    """since_ms: when it came. places: (pipeline, stage) that it computes; two while it stands
+    in."""
 
     since_ms: int
     ready: bool = False
@@ -70,8 +72,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Result:
-    """Means over the run: machines, samples per second, dollars per hour, and samples per dollar and
-    3,600 (as the paper divides them)."""
+    """Means over the run: machines, samples per second, dollars per hour, and samples per dollar
+    and 3,600 (as the paper divides them)."""
 
     preemptions: int
     fatal: int
@@ -84,8 +86,8 @@ class Result:
 
 
 class Draws:
-    """When machines come and go by chance: each hour, each machine goes with `removal`, each missing
-    one comes with the hour's chance."""
+    """When machines come and go by chance: each hour, each machine goes with `removal`, each
+    missing one comes with the hour's chance."""
 
     def __init__(self, removal: float, seed: int, capacity: int) -> None:
         self._random = random.Random(seed)

@@ -1,10 +1,12 @@
-"""What a schedule that knows the whole trace would pay for the need, always met: the floor under every
-policy. With cold starts (a machine answers one step after it is bought), and without.
+"""What a schedule that knows the whole trace would pay for the need, always met: the floor under
+every policy. With cold starts (a machine answers one step after it is bought), and without.
 
-Where each pool has either nothing or enough for the whole need, all replicas move as one and a dynamic
-programme over (step, pool) is exact. Otherwise a linear programme over machines held and answering
-gives a bound that no schedule undercuts.
+Where each pool has either nothing or enough for the whole need, all replicas move as one and a
+dynamic programme over (step, pool) is exact. Otherwise a linear programme over machines held and
+answering gives a bound that no schedule undercuts.
 """
+
+from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import linprog
@@ -44,8 +46,8 @@ def _cheapest(market: Market, need: int) -> Floats:
 
 
 def _together(market: Market, need: int) -> float:
-    """The programme: least cost of answering from each pool at each step. Moving pays the new pool for
-    the step before as well, and needs it to be there then. The last column is on demand."""
+    """The programme: least cost of answering from each pool at each step. Moving pays the new pool
+    for the step before as well, and needs it to be there then. The last column is on demand."""
     there = np.concatenate([market.capacity > 0, np.ones((market.steps, 1), bool)], axis=1)
     price = np.array([*(offer.usd_per_h for offer in market.spot), _on_demand(market)]) * need
     best = np.where(there[0], price, np.inf)  # the first step answers for free: nobody is ready
@@ -83,7 +85,7 @@ def _linear(market: Market, need: int) -> float:
     )
     most = np.concatenate([market.capacity, np.full((steps, 1), need)], axis=1).astype(float)
     upper = np.concatenate([np.minimum(most, 2 * need).ravel(), np.full(size, float(need))])
-    found = linprog(
+    found = cast(Any, linprog)(  # its types know dense matrices alone
         np.concatenate([np.tile(price, steps), np.zeros(size)]),
         A_ub=matrix,
         b_ub=np.concatenate(limits),

@@ -1,5 +1,5 @@
-"""A training job with a deadline over a recorded series of one pool: who decides, what it costs, and
-whether it is late."""
+"""A training job with a deadline over a recorded series of one pool: who decides, what it costs,
+and whether it is late."""
 
 from typing import NamedTuple, Protocol
 
@@ -25,8 +25,9 @@ class Ended(NamedTuple):
 
 
 def run_job(job: Job, policy: DeadlinePolicy, available: Ints) -> Ended:
-    """Run the job over `available` (one 0 or 1 for each step, at least deadline_steps of them). A spot
-    machine that is taken has done its last step before; asking for spot that is not there is a bug."""
+    """Run the job over `available` (one 0 or 1 for each step, at least deadline_steps of them). A
+    spot machine that is taken has done its last step before; asking for spot that is not there is a
+    bug."""
     mode: Mode = "idle"
     left, usd, changes, age = job.work_steps, 0.0, 0, 0
     for step in range(job.deadline_steps):

@@ -14,7 +14,8 @@ from autoscale.spot.levels import Ints
 @dataclass(frozen=True)
 class Market:
     """capacity (steps x pools): machines to be had in each step of period_s. offers: one spot offer
-    for each pool, in the order of the columns, and at least one on demand, which is always to be had."""
+    for each pool, in the order of the columns, and at least one on demand, which is always to be
+    had."""
 
     capacity: Ints
     period_s: float
@@ -36,7 +37,8 @@ class Market:
 def read_market(
     folder: Path, *, spot_usd_per_h: float, on_demand_usd_per_h: float, startup_s: float, depth: int
 ) -> Market:
-    """Series in the format of skypilot-org/spot-traces, one file for each zone, cut to the shortest.
+    """Series in the format of skypilot-org/spot-traces, one file for each zone, cut to the
+    shortest.
 
     depth: machines to be had where a series of 0 and 1 says 1 (it was recorded with one machine).
     ValueError for a folder without series, or series of unlike steps.
@@ -91,8 +93,8 @@ def made_market(
     startup_s: float = 180.0,
     spells: Spells | None = None,
 ) -> Market:
-    """A market of our own: each zone full (depth machines) or empty, for spells of unlike length, so
-    that, as in recorded ones, what has lasted goes on lasting."""
+    """A market of our own: each zone full (depth machines) or empty, for spells of unlike length,
+    so that, as in recorded ones, what has lasted goes on lasting."""
     spells = spells or Spells()
     draws = np.random.default_rng(seed)
     full = np.zeros((steps, len(zones)), dtype=np.int64)

@@ -1,7 +1,8 @@
 """Which parallel configuration a number of accelerators is best used in, from measured layer times.
 
-Miao et al., "SpotServe: Serving Generative LLMs on Preemptible Instances", ASPLOS 24, section 4: of the
-configurations that keep up with the arrivals the one of least latency, else the one of most throughput.
+Miao et al., "SpotServe: Serving Generative LLMs on Preemptible Instances", ASPLOS 24, section 4: of
+the configurations that keep up with the arrivals the one of least latency, else the one of most
+throughput.
 """
 
 import json
@@ -29,8 +30,8 @@ class Config(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Measured milliseconds of one layer, by accelerators that share it and batch. fewest: accelerators
-    that hold the weights. weight_bytes: of the whole model."""
+    """Measured milliseconds of one layer, by accelerators that share it and batch. fewest:
+    accelerators that hold the weights. weight_bytes: of the whole model."""
 
     layers: int
     padded_layers: int

@@ -1,4 +1,5 @@
-"""Pictures of replays: the course of one, and policies beside each other as cost against availability.
+"""Pictures of replays: the course of one, and policies beside each other as cost against
+availability.
 
 matplotlib is optional (`pip install sanderling[plot]`). Called by `sanderling simulate --plot`.
 """
@@ -17,8 +18,8 @@ def refuse_without_library() -> None:
 
 
 def draw(curves: Mapping[str, Sequence[Report]], course: Report, bound: float, path: Path) -> None:
-    """Write the PNG: above, share of steps short of replicas (y) against cost (x), one line for each
-    policy and the bound; below, machines over time of `course`."""
+    """Write the PNG: above, share of steps short of replicas (y) against cost (x), one line for
+    each policy and the bound; below, machines over time of `course`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")

@@ -1,8 +1,9 @@
 """A policy against a market, step by step in virtual time.
 
-In each step the market takes machines back (the youngest first), it is noted whether enough replicas
-answer, and the policy decides; refused launches are told to its memory and it decides again, up to a
-budget of attempts, the same for every policy. A machine is paid for from its launch, by the step.
+In each step the market takes machines back (the youngest first), it is noted whether enough
+replicas answer, and the policy decides; refused launches are told to its memory and it decides
+again, up to a budget of attempts, the same for every policy. A machine is paid for from its launch,
+by the step.
 """
 
 import itertools
@@ -21,7 +22,7 @@ class Logged(NamedTuple):
     t_s: float
     act: str
     offer: str
-    count: int
+    machines: int
     reason: str
 
 
@@ -73,7 +74,8 @@ class Cloud:
         self.count = {offer.name: 0 for offer in market.offers}
 
     def reclaim(self, step: int, now_s: float) -> list[Node]:
-        """Take back what the market no longer has; the memory hears of losses, then of what is held."""
+        """Take back what the market no longer has; the memory hears of losses, then of what is
+        held."""
         lost: list[Node] = []
         for pool, column in self._column.items():
             over = self.count[pool] - int(self.market.capacity[step, column])

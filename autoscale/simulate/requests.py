@@ -1,8 +1,9 @@
-"""Requests over a changing set of replicas, one by one, with memory that does not grow with their number.
+"""Requests over a changing set of replicas, one by one, with memory that does not grow with their
+number.
 
-A replica serves `slots` requests at once, each for as long as its tokens take. Waiting is first come,
-first served. What a lost machine was serving begins again, or goes on where it was if the notice was
-enough to move it. Latencies are kept as counts over logarithmic cells of 2 %.
+A replica serves `slots` requests at once, each for as long as its tokens take. Waiting is first
+come, first served. What a lost machine was serving begins again, or goes on where it was if the
+notice was enough to move it. Latencies are kept as counts over logarithmic cells of 2 %.
 """
 
 import heapq
@@ -80,8 +81,8 @@ class _Running(NamedTuple):
 class RequestLoad:
     """A load for `replay`: says how many replicas it needs, and serves on those that there are.
 
-    need: what the busy seconds of the last steps would fill to `filled` of the slots, the most of the
-    last `memory_steps`, between least and most.
+    need: what the busy seconds of the last steps would fill to `filled` of the slots, the most of
+    the last `memory_steps`, between least and most.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class RequestLoad:
         self._slots: list[tuple[float, int]] = []  # free from, machine
         self._running: dict[int, list[_Running]] = {}
         self._least, self._most, self._filled = least, most, filled
-        self._busy_s = 0.0
+        self._from_s = self._busy_s = 0.0
         self._recent: deque[float] = deque([0.0] * memory_steps, maxlen=memory_steps)
 
     @property
@@ -118,7 +119,7 @@ class RequestLoad:
     def advance(self, from_s: float, until_s: float, nodes: Sequence[Node]) -> None:
         """Serve from from_s until until_s on the machines held, each from its ready_s on."""
         self._join(nodes)
-        self._busy_s = 0.0
+        self._from_s, self._busy_s = from_s, 0.0
         while (self._queue or self._take(until_s)) and self._start(self._queue[0], until_s):
             self._queue.popleft()
         while self._take(until_s):
@@ -187,7 +188,7 @@ class RequestLoad:
         if not self._slots:
             return False
         free_s, node = self._slots[0]
-        start_s = max(free_s, request.arrival_s)
+        start_s = max(free_s, request.arrival_s, self._from_s)
         if start_s >= until_s:
             return False
         end_s = start_s + self.speed.takes_s(request)
@@ -207,8 +208,8 @@ def daily_arrivals(
     input_tokens: float = 1000.0,
     output_tokens: float = 200.0,
 ) -> Iterator[Request]:
-    """About so many requests over span_s, as a Poisson process whose rate swings by `swing` over each
-    day, with log-normal lengths of these means (sigma 0.5 and 0.7). Drawn step by step."""
+    """About so many requests over span_s, as a Poisson process whose rate swings by `swing` over
+    each day, with log-normal lengths of these means (sigma 0.5 and 0.7). Drawn step by step."""
     draws = np.random.default_rng(seed)
     rate = requests / span_s
     for step in range(math.ceil(span_s / period_s)):

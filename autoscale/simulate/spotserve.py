@@ -1,10 +1,11 @@
 """Serving one big model on spot machines: two ways to go on when machines come and go.
 
 *Rerouting* keeps the shape of its pipelines and changes only their number: a pipeline that loses a
-machine is gone, its requests begin again elsewhere, and a new one reads its weights from storage first.
-*Migrating* (SpotServe, ASPLOS 24, as ours do it) uses the notice: it moves to the best configuration for
-the machines that will be there, with weights and caches from the machines that have them, and its
-requests go on at the token where they were. Virtual time; batches start together and end together.
+machine is gone, its requests begin again elsewhere, and a new one reads its weights from storage
+first. *Migrating* (SpotServe, ASPLOS 24, as ours do it) uses the notice: it moves to the best
+configuration for the machines that will be there, with weights and caches from the machines that
+have them, and its requests go on at the token where they were. Virtual time; batches start together
+and end together.
 """
 
 import heapq
@@ -79,7 +80,8 @@ class Serving:
         self._shape: Config | None = None
 
     def run(self, arrivals_s: Sequence[float], changes: Iterable[Change], end_s: float) -> None:
-        """Requests that arrive before end_s; machines stay as they are after it, until all ended."""
+        """Requests that arrive before end_s; machines stay as they are after it, until all
+        ended."""
         waiting = deque(Work(at, n, self.tokens) for n, at in enumerate(arrivals_s) if at < end_s)
         events = _events(changes, self.site.notice_s if self.way == "migrating" else 0.0)
         paid_until_s = 0.0
@@ -228,8 +230,8 @@ class Serving:
     def _placed(
         self, staying: list[str], kept: list[Pipeline], config: Config, free_s: float
     ) -> list[Pipeline]:
-        """Further pipelines on the machines that no kept one uses. A pipeline of less than a machine
-        shares it; none spans parts of machines."""
+        """Further pipelines on the machines that no kept one uses. A pipeline of less than a
+        machine shares it; none spans parts of machines."""
         used = {name for pipeline in kept for name in pipeline.machines}
         idle = [name for name in staying if name not in used]
         size = config.accelerators

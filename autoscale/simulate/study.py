@@ -1,5 +1,5 @@
-"""Policies over one market, fitted on its first part and scored on its last: what `sanderling simulate`
-prints and the proofs hold."""
+"""Policies over one market, fitted on its first part and scored on its last: what `sanderling
+simulate` prints and the proofs hold."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,5 +1,6 @@
-"""The choice itself: how many machines of which pools, and how many on demand, cost least when being
-short has a price. By enumeration over a few pools at the levels of the risk model, all at once.
+"""The choice itself: how many machines of which pools, and how many on demand, cost least when
+being short has a price. By enumeration over a few pools at the levels of the risk model, all at
+once.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ Table = tuple[tuple[tuple[float, ...], ...], ...]
 @dataclass(frozen=True)
 class Question:
     """levels: machines of each level, from 0. kept (pools x asked x kept): chances of what is left
-    of each holding. usd_per_h, region: of each pool. extra_usd_per_h (pools x asked): what asking so
-    many costs beyond the price. together: chance that a pool goes with another of its region.
+    of each holding. usd_per_h, region: of each pool. extra_usd_per_h (pools x asked): what asking
+    so many costs beyond the price. together: chance that a pool goes with another of its region.
     short_usd_per_h: what being short is worth avoiding."""
 
     need: int

@@ -69,8 +69,8 @@ class SinglePoolPolicy:
 
 @dataclass(frozen=True)
 class EvenSpreadPolicy:
-    """`need` spot machines, the next always in the pool with the fewest that has not refused in this
-    moment."""
+    """`need` spot machines, the next always in the pool with the fewest that has not refused in
+    this moment."""
 
     name: str = "even_spread"
 

@@ -2,12 +2,13 @@
 
 A hidden Markov filter over the states of `levels.Chain`: time moves the belief along the chain, an
 observation cuts away what it excludes. So a pool that has not been asked for long tends to its
-long-run mix, one that refused is known to be empty and comes back as fast as such pools did, and one
-that holds on becomes trusted. A pool's factor goes on being learnt from its own losses, with a
+long-run mix, one that refused is known to be empty and comes back as fast as such pools did, and
+one that holds on becomes trusted. A pool's factor goes on being learnt from its own losses, with a
 half-life; chance and time are the caller's.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoscale.spot.events import SpotEvent
 from autoscale.spot.levels import PRIOR_EVENTS, Chain, Floats
@@ -100,7 +101,7 @@ class SpotRisk:
             self._factors[place] = factor
             self._matrices[place] = self.chain.matrix(float(factor))
 
-    def _condition(self, place: int, possible: Floats) -> None:
+    def _condition(self, place: int, possible: NDArray[np.bool_]) -> None:
         """Keep what the observation allows. What was thought impossible and happened all the same
         starts again from the allowed states, evenly."""
         belief = self.beliefs[place] * possible

@@ -1,5 +1,5 @@
-"""From a target availability to the price of being short: the multiplier of the constraint, found by
-replaying the history that the risk model was learnt from. Nothing later is looked at.
+"""From a target availability to the price of being short: the multiplier of the constraint, found
+by replaying the history that the risk model was learnt from. Nothing later is looked at.
 """
 
 from collections.abc import Callable

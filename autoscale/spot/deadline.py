@@ -1,19 +1,21 @@
-"""Training jobs that must end by a deadline, on a spot pool that comes and goes, with on-demand machines
-as the way out.
+"""Training jobs that must end by a deadline, on a spot pool that comes and goes, with on-demand
+machines as the way out.
 
-Baseline: uniform progress (Wu et al., "Can't Be Late: Optimizing Spot Instance Savings under Deadlines",
-NSDI 24, section 4.3) with its rules: stay on spot until it is taken, fall back on demand when behind the
-straight line to the deadline, leave it when ahead by two changeovers, and a safety net at the end.
-Ours: a dynamic programme over time left, work left, the pool's state and the machine in use, with the
-chances of `levels.Chain`; the deadline is a hard constraint, so it holds whatever the market does.
+Baseline: uniform progress (Wu et al., "Can't Be Late: Optimizing Spot Instance Savings under
+Deadlines", NSDI 24, section 4.3) with its rules: stay on spot until it is taken, fall back on
+demand when behind the straight line to the deadline, leave it when ahead by two changeovers, and a
+safety net at the end. Ours: a dynamic programme over time left, work left, the pool's state and the
+machine in use, with the chances of `levels.Chain`; the deadline is a hard constraint, so it holds
+whatever the market does.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from autoscale.spot.levels import Chain, Floats
+from autoscale.spot.levels import PHASE_STARTS, PRIOR_EVENTS, Chain, Floats
 
 Mode = Literal["idle", "spot", "on_demand"]
 MODES: tuple[Mode, ...] = ("idle", "spot", "on_demand")
@@ -21,8 +23,8 @@ MODES: tuple[Mode, ...] = ("idle", "spot", "on_demand")
 
 @dataclass(frozen=True)
 class Job:
-    """work_steps of computing within deadline_steps. A changeover takes one step: it is paid and does
-    no work. Prices are per step. ValueError when even on-demand machines would be late."""
+    """work_steps of computing within deadline_steps. A changeover takes one step: it is paid and
+    does no work. Prices are per step. ValueError when even on-demand machines would be late."""
 
     work_steps: int
     deadline_steps: int
@@ -39,8 +41,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Now:
-    """Where a job stands: steps gone, work left, what it runs on, whether spot is to be had, and for
-    how many steps that has been so."""
+    """Where a job stands: steps gone, work left, what it runs on, whether spot is to be had, and
+    for how many steps that has been so."""
 
     step: int
     work_left: int
@@ -88,11 +90,11 @@ class LeastCost:
             raise ValueError(f"chain: has {chain.top} levels; a job on one machine needs exactly 1")
         self.job = job
         place = chain.pools.index(pool)
-        factor = (chain.drops[place] + 5.0) / (chain.expected[place] + 5.0)
+        factor = (chain.drops[place] + PRIOR_EVENTS) / (chain.expected[place] + PRIOR_EVENTS)
         self._matrix = chain.matrix(float(factor))
         self._states = chain.state_levels
-        self._starts = _phase_starts(chain)
-        self._best = self._solve()
+        self._starts = np.array(PHASE_STARTS)
+        self._best, self._start = self._solve()
 
     def decide(self, now: Now) -> Mode:
         phase = int(np.searchsorted(self._starts, now.age_steps, side="right")) - 1
@@ -100,8 +102,13 @@ class LeastCost:
         row = self._best[now.step, now.work_left, state]
         return MODES[int(row[MODES.index(now.mode)])]
 
-    def _solve(self) -> Floats:
-        """best[step, work left, state, mode]: the place in MODES of the least expected cost."""
+    def expected_usd(self, available: bool) -> float:
+        """Of a job that begins as the pool has just come (or gone)."""
+        return float(self._start[self.job.work_steps, len(self._starts) * available, 0])
+
+    def _solve(self) -> tuple[NDArray[np.int8], Floats]:
+        """best[step, work left, state, mode]: the place in MODES of the least expected cost; and
+        the cost at step 0."""
         job, states = self.job, len(self._states)
         cost = np.full((job.work_steps + 1, states, 3), np.inf)
         cost[0] = 0
@@ -121,8 +128,7 @@ class LeastCost:
             options[0, 0] = 0
             best[step] = np.argmin(options, axis=0)
             cost = np.min(options, axis=0)
-        self.expected_usd = float(cost[job.work_steps, :, 0].min())
-        return best
+        return best, cost
 
     def _after(self, cost: Floats) -> Floats:
         """Over the next state of the pool: running on spot goes on only where it is still there."""
@@ -132,9 +138,3 @@ class LeastCost:
         flat = np.nan_to_num(nexts, posinf=1e18)
         out = np.einsum("st,wtm->wsm", self._matrix, flat)
         return np.where(out > 1e15, np.inf, out)
-
-
-def _phase_starts(chain: Chain) -> Floats:
-    from autoscale.spot.levels import PHASE_STARTS
-
-    return np.array(PHASE_STARTS, dtype=float)

@@ -1,5 +1,5 @@
-"""What a spot market lets one see: launches, notices, losses, prices. Fed to a policy's memory in the
-order of their times, by the simulator as by whoever watches a real cloud."""
+"""What a spot market lets one see: launches, notices, losses, prices. Fed to a policy's memory in
+the order of their times, by the simulator as by whoever watches a real cloud."""
 
 from dataclasses import dataclass
 from typing import Literal

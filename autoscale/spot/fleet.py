@@ -12,8 +12,8 @@ Memory_contra = TypeVar("Memory_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine that was bought. It holds one replica, which answers from ready_s on. doomed_s: when
-    the market will take it, if it has said so."""
+    """A machine that was bought. It holds one replica, which answers from ready_s on. doomed_s:
+    when the market will take it, if it has said so."""
 
     id: int
     offer: Offer
@@ -83,7 +83,8 @@ class SpotPolicy(Protocol[Memory_contra]):
     moment after launches were refused, with the refusals in `risk`, until it asks for nothing more.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def decide(
         self,

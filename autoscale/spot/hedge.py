@@ -1,10 +1,11 @@
 """SpotHedge, the policy of SkyServe, as the baseline that ours is held against.
 
 Mao et al., "SkyServe: Serving AI Models across Regions and Clouds with Spot Instances", EuroSys 25;
-rules as SkyPilot's spot placer `dynamic_fallback` and its fallback autoscaler have them. A pool that
-takes a machine back or refuses one is set aside; when fewer than two are left, all are taken back.
-The next machine goes to the cheapest pool not in use, else the cheapest. On-demand machines fill up
-what spot machines do not answer yet, over-provisioning included, but never more than is needed.
+rules as SkyPilot's spot placer `dynamic_fallback` and its fallback autoscaler have them. A pool
+that takes a machine back or refuses one is set aside; when fewer than two are left, all are taken
+back. The next machine goes to the cheapest pool not in use, else the cheapest. On-demand machines
+fill up what spot machines do not answer yet, over-provisioning included, but never more than is
+needed.
 """
 
 from collections.abc import Sequence

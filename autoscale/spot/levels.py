@@ -1,10 +1,10 @@
 """How a spot pool's capacity moves, learnt from its history: a semi-Markov chain over levels.
 
 States are: nothing to be had (in phases of how long already), scarce (each level of its own), and
-plenty (in phases of how long already). Phases double in length, so lifetimes may have any hazard that
-falls with age, as those of spot machines do; censored ones count for as long as they were seen.
-Drops out of plenty and returns from nothing are pooled over pools, made monotone in age, and scaled
-by a factor for each pool that is shrunk towards 1 by `PRIOR_EVENTS`.
+plenty (in phases of how long already). Phases double in length, so lifetimes may have any hazard
+that falls with age, as those of spot machines do; censored ones count for as long as they were
+seen. Drops out of plenty and returns from nothing are pooled over pools, made monotone in age, and
+scaled by a factor for each pool that is shrunk towards 1 by `PRIOR_EVENTS`.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,8 @@ class Chain:
 
 
 def _stay(out: Floats, state: int, chance: float, phase: int) -> None:
-    """Share `chance` between this phase and the next, so that a phase takes its length on average."""
+    """Share `chance` between this phase and the next, so that a phase takes its length on
+    average."""
     if phase + 1 == len(PHASE_STARTS):
         out[state, state] += chance
         return
@@ -98,7 +99,8 @@ def fit(
     levels: tuple[int, ...],
     period_s: float,
 ) -> Chain:
-    """Learn from capacity (steps x pools: machines to be had). ValueError for less than two steps."""
+    """Learn from capacity (steps x pools: machines to be had). ValueError for less than two
+    steps."""
     if len(capacity) < 2 or capacity.shape[1] != len(pools):
         raise ValueError(
             f"capacity is {capacity.shape}; a history has at least 2 steps and {len(pools)} pools"

@@ -1,9 +1,9 @@
-"""Our policy: least expected cost while enough replicas answer, with how much to hold beyond the need,
-where, and how much of it on demand as outputs.
+"""Our policy: least expected cost while enough replicas answer, with how much to hold beyond the
+need, where, and how much of it on demand as outputs.
 
-Each decision weighs dollars against the chance of being short before a replacement could answer. The
-price of being short is the multiplier of the constraint P(ready >= need) >= target; `calibrate` finds
-it by replaying the history that the risk model was learnt from, and no later one.
+Each decision weighs dollars against the chance of being short before a replacement could answer.
+The price of being short is the multiplier of the constraint P(ready >= need) >= target; `calibrate`
+finds it by replaying the history that the risk model was learnt from, and no later one.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class MixedPolicy:
 
         def rank(offer: Offer) -> float:
             place = risk.chain.pools.index(offer.name)
-            loss = 1 - kept[place, top, top]
+            loss = 1 - float(kept[place, top, top])
             chance = max(risk.chance(offer.name, held[offer.name] + 1), 1e-6)
             refusal = 0.0 if held[offer.name] else self.refusal_price * (1 - chance) / chance
             return offer.usd_per_h * (1 + refusal + self.short_price * loss)
@@ -139,7 +139,8 @@ class MixedPolicy:
 
 
 def _rounded(values: Floats) -> Table:
-    """To three digits: a decision does not hang on noise, and alike moments ask the same question."""
+    """To three digits: a decision does not hang on noise, and alike moments ask the same
+    question."""
     with np.errstate(divide="ignore"):
         digits = 2 - np.floor(np.log10(np.where(values > 0, values, 1.0)))
     scale = 10.0**digits

@@ -13,7 +13,8 @@ from tests.autoscale.spot_markets import market, recorded
 
 
 def cheapest_schedule(capacity: list[list[int]], need: int, spot: float) -> float:
-    """Every holding in every step, by a shortest path over holdings: exhaustive for tiny markets."""
+    """Every holding in every step, by a shortest path over holdings: exhaustive for tiny
+    markets."""
     columns = len(capacity[0]) + 1
     price = [spot] * (columns - 1) + [1.0]
 

@@ -1,10 +1,11 @@
-"""Proof rows of the spot market: recorded traces (learnt on the first 40 %, scored on the rest), serving
-on SpotServe's traces, Bamboo's rows, and a week of a hundred machines."""
+"""Proof rows of the spot market: recorded traces (learnt on the first 40 %, scored on the rest),
+serving on SpotServe's traces, Bamboo's rows, and a week of a hundred machines."""
 
 import json
 import resource
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +28,13 @@ from tests.prove.suites import Suite, run
 
 NEED = 4
 PRICES = {
-    "aws1": (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0, 200.0),
-    "aws3": (3.0, 80.0, 160.0, 200.0, 300.0),
+    "aws1": (3.0, 6.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0),
+    "aws3": (3.0, 80.0, 170.0, 300.0),
 }
 NAMES = {"aws1": "3 zones of up to 4 machines", "aws3": "9 zones"}
 SUITES = (
     Suite(
-        "baselines of their own: SpotHedge written twice, even spread and single pool do not insist",
+        "baselines: SpotHedge written twice, even spread and single pool do not insist",
         ("tests/autoscale/test_spot_baselines.py",),
     ),
     Suite(
@@ -64,13 +65,13 @@ def rows() -> Iterator[Row]:
         return
     curves = {name: measured(name) for name in TRACES}
     for name, made in curves.items():
-        yield from attempt(name, lambda name=name, made=made: against(name, made))  # type: ignore[misc]
+        yield from attempt(name, partial(against, name, made))
     yield from attempt("both traces", lambda: together(curves))
     yield from attempt("SpotServe", serving)
     yield from attempt("Bamboo", bamboo)
     yield from attempt("a week", week)
     for suite in SUITES:
-        yield from attempt(suite.shows, lambda suite=suite: run(suite))  # type: ignore[misc]
+        yield from attempt(suite.shows, partial(run, suite))
 
 
 def measured(name: str) -> Curves:
@@ -182,7 +183,7 @@ def _pair(name: str, model: Model, times: LayerTimes, arrivals_s: list[float], f
     changes, end_s = _changes(file)
     p99, spot_usd = {}, 0.0
     for way in ("rerouting", "migrating"):
-        made = Serving(way, times, Site(), model.requests_per_s, 128)  # type: ignore[arg-type]
+        made = Serving(way, times, Site(), model.requests_per_s, 128)
         made.run(arrivals_s, changes, end_s)
         p99[way] = float(np.percentile(made.latencies_s, 99))
         spot_usd = made.machine_s / 3600 * SPOT_USD
@@ -191,8 +192,8 @@ def _pair(name: str, model: Model, times: LayerTimes, arrivals_s: list[float], f
     return Row(
         f"{name}: P99 of rerouting / ours",
         ">= 2.4",
-        f"{p99['rerouting']:.1f} / {p99['migrating']:.1f} s = {ratio:.2f}; ${spot_usd:.2f}, on demand "
-        f"${on_demand_usd:.2f} ({fewest} machines for the same P99)",
+        f"{p99['rerouting']:.1f} / {p99['migrating']:.1f} s = {ratio:.2f}; ${spot_usd:.2f}, "
+        f"on demand ${on_demand_usd:.2f} ({fewest} machines for the same P99)",
         ratio >= 2.4,
     )
 
