@@ -74,17 +74,14 @@ def prefill_attention_kernel(
     # Scores of a factor above zero have their largest where products have theirs.
     block = (block.to(tl.float32) * tl.where(factor < 0, -1.0, 1.0)).to(block.dtype)
     factor = tl.maximum(tl.abs(factor), 1e-30)
-    if key_starts is None:
-        key_start = start
-        keys_seen = tokens
-    else:
+    key_start, keys_seen = start, tokens
+    if key_starts is not None:
         key_start = tl.load(key_starts + sequence)
         keys_seen = tl.load(key_starts + sequence + 1) - key_start
     k += head // G * k_stride_h + key_start.to(tl.int64) * k_stride_t
     v += head // G * v_stride_h + key_start.to(tl.int64) * v_stride_t
-    before = keys_seen - tokens  # keys of earlier positions than the first query's
-    position = (before + query)[:, None]
-    row += before
+    row += keys_seen - tokens  # behind the keys of earlier positions than the first query's
+    position = (keys_seen - tokens + query)[:, None]
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
