@@ -67,7 +67,7 @@ def gelu(x, point):
     """x times (1 + erf(x / sqrt 2)) / 2, number by number."""
 
     def one(value: int) -> int:
-        size = abs(int(model.saturated(model.rounded(np.int64(value), point - 14), 32)))
+        size = abs(int(model.saturated(model.rounded(np.array(value), point - 14), 32)))
         scaled = (size * round(2**14 / 2**0.5) + 2**13) >> 14
         erf = ERF_ONE - (min(scaled, ERF_B) - ERF_B) ** 2
         # Of a number that rounds to zero at point 14, the function is one half.
@@ -90,15 +90,16 @@ def rms_norm(x, weight, epsilon, shift):
 
 
 def rotate(x, cos, sin, shift):
-    return plain(model.rotated(model.array(x), *(model.array(t[:, 0]) for t in (cos, sin)), shift))
+    turns = model.array(cos[:, 0]), model.array(sin[:, 0])
+    return plain(model.rotated(model.array(x), *turns, shift))
 
 
 def attention(q, k, v, multiplier, shift):
     """The queries of the last tokens; those before them are asked nothing."""
     before = len(k) - len(q)
     every = torch.cat((torch.zeros(before, *q.shape[1:], dtype=q.dtype), q))
-    made = model.attention(*(model.array(each) for each in (every, k, v)), multiplier, shift)
-    return plain(made[before:])
+    arrays = model.array(every), model.array(k), model.array(v)
+    return plain(model.attention(*arrays, multiplier, shift)[before:])
 
 
 def linear_case(s: Source, rows: int) -> tuple[Any, ...]:
