@@ -1,7 +1,7 @@
 """The runner of a GPU: padded steps as captured where they fit, else launch by launch.
 
-Logits stay on the device; the sampler takes the most likely token there, and copies only rows that
-it has to draw from. Used by `serve.build` in place of ModelRunner.
+Logits stay on the device, where the sampler draws from them. Used by `serve.build` in place of
+ModelRunner.
 """
 
 import logging

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from serve.engine.adjust import adjusted
+from serve.engine.drawn import drawn
 from serve.engine.draws import uniform
 from serve.engine.sequence import Sampling
 
@@ -34,20 +35,18 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token id per row of `logits` [R, vocab] float32; `draws` has R entries. Of logits on a
-    GPU only the rows that are drawn from are copied to the host."""
+    """One token id per row of `logits` [R, vocab] float32; `draws` has R entries."""
     assert logits.shape[0] == len(draws), (logits.shape, len(draws))
     logits = adjusted(restricted(logits, draws), draws)
     tokens: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [row for row, draw in enumerate(draws) if draw.sampling.temperature != 0]
-    if drawn:
-        for row, copied in zip(drawn, _on_host(logits, drawn), strict=True):
-            tokens[row] = sample_row(copied, draws[row])
+    rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature != 0]
+    if rows and not logits.is_cpu:
+        made = drawn(logits[rows], [draws[row] for row in rows])
+    else:
+        made = [sample_row(logits[row], draws[row]) for row in rows]
+    for row, token in zip(rows, made, strict=True):
+        tokens[row] = token
     return tokens
-
-
-def _on_host(logits: Tensor, rows: list[int]) -> Tensor:
-    return logits if len(rows) == len(logits) and logits.is_cpu else logits[rows].cpu()
 
 
 def restricted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

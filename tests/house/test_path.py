@@ -25,6 +25,7 @@ BACKGROUND |= {
 # What an engine without work does, and the watchers' view of it.
 IDLE = {"_take_calls", "_patience_s", "_rest", "has_work", "check", "stats", "update", "_sweep"}
 IDLE |= {"ping", "_forget_silent", "directory", "find", "_keep_alive", "sweep", "clear", "_step"}
+IDLE |= {"_end_all"}  # of leases, which a sweep does
 
 
 class Tracer:

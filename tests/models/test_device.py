@@ -204,14 +204,15 @@ def test_a_wrong_place_is_seen(wrong: str):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU, and it runs there anyhow")
-@pytest.mark.parametrize("kv_format", ["float32", "int8"])
-def test_launchers_in_the_interpreter(kv_format: str):
-    """Triton's own kernels, as a GPU would launch them, in one step of each sort."""
+@pytest.mark.parametrize("kv_format", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_launchers_in_the_interpreter(kv_format: str, monkeypatch: pytest.MonkeyPatch):
+    """Triton's own kernels, as a GPU would launch them: prompts, and a token beside a chunk."""
     pytest.importorskip("triton")
     from kernels.triton.verify.repair import repaired
     from tests.kernels.triton.conformance import watched
 
-    config = replace(CONFIG, layers=1)
+    monkeypatch.setattr(f"{__name__}.WORK", [[(0, ids(5))], [(0, ids(1)), (1, ids(3, 1))]])
+    config = replace(CONFIG, layers=1, heads=2, kv_heads=1, hidden=32, ff=32)
     source = RandomSource(config, "Q4_1", {"v_proj": "Q8_0"})
     launched = on_device(source, config, ops=ops_of("kernels.triton"))
     with repaired(), watched("sm_90"):

@@ -46,6 +46,7 @@ STREAM_PROMPT, STREAM_TOKENS = 32, 96
 PREFILL_TOKENS, PREFILL_ROUNDS = 512, 9
 LONG_PROMPTS = (512, 4096)
 PAGE_TOKENS, KV_TOKENS = 16, 65_536
+GREEDY, DRAWN = Sampling(temperature=0.0), Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=1)
 
 
 class _Silent:
@@ -80,13 +81,11 @@ class Ours:
         self.engine = Engine(self.scheduler, self.runner, eos_token_ids=(), detokenizer=silent)
         self.number = 0
 
-    def add(self, prompt: list[int], most: int) -> str:
+    def add(self, prompt: list[int], most: int, sampling: Sampling = GREEDY) -> None:
         self.number += 1
         name = str(self.number)
-        limits = Limits(most, ignore_eos=True)
-        greedy, key = Sampling(temperature=0.0), CacheKey(name, "", "")
-        self.engine.add(Sequence(Request(name, tuple(prompt), greedy, limits, key)))
-        return name
+        limits, key = Limits(most, ignore_eos=True), CacheKey(name, "", "")
+        self.engine.add(Sequence(Request(name, tuple(prompt), sampling, limits, key)))
 
     def answer(self, prompt: list[int], most: int) -> list[int]:
         self.add(prompt, most)
@@ -97,10 +96,12 @@ class Ours:
         self.engine.check()
         return made
 
-    def decode_tokens_per_s(self, streams: int, vocab: int) -> dict[str, float]:
+    def decode_tokens_per_s(
+        self, streams: int, vocab: int, sampling: Sampling = GREEDY
+    ) -> dict[str, float]:
         """Of steps in which every stream makes a token."""
         for stream in range(streams):
-            self.add(some_ids(STREAM_PROMPT, vocab, stream), STREAM_TOKENS)
+            self.add(some_ids(STREAM_PROMPT, vocab, stream), STREAM_TOKENS, sampling)
         while any(not s.output for s in self.engine.sequences.values()):
             self.engine.step()
         taken, inside = [], []
@@ -255,6 +256,7 @@ def main() -> int:
         report.part("agreement", lambda: agreement(ours, theirs, prompt))
         for streams in asked.streams or STREAMS:
             report.part(f"decode, {streams} streams", lambda s=streams: decoding(ours, theirs, s))  # type: ignore[misc]
+        report.part("64 streams, drawn", lambda: ours.decode_tokens_per_s(64, config.vocab, DRAWN))
         for tokens in LONG_PROMPTS:
             report.part(f"prefill of {tokens}", lambda n=tokens: prefilling(ours, theirs, n))  # type: ignore[misc]
         if asked.device != "cpu":
