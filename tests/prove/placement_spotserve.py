@@ -118,8 +118,8 @@ def chosen(
 
 
 def wider(oracle: Sequence[Mapping[str, Any]], profiles: Mapping[str, LayerProfile]) -> Row:
-    """Every depth instead of those that divide the padded layers: each configuration is held against
-    the published one, and what beats it has to be what the rule finds."""
+    """Every depth instead of those that divide the padded layers: each configuration is held
+    against the published one, and what beats it has to be what the rule finds."""
     beaten, found, priced = [], [], 0
     for row in oracle:
         model, best = MODELS[row["model"]], chosen(row, profiles)
