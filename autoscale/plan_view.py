@@ -145,7 +145,8 @@ def _check(report: "Report") -> str:
     if not verdict.feasible:
         faults = [f"  {fault.subject}: {fault.what}" for fault in verdict.faults]
         return "\n".join(["The check finds fault with this plan", *faults])
-    said = ["Checked: offers, quotas, machines, cost, memory, routing, capacity"]
+    rest = "layers, flow through nodes and links" if report.plan.spans else "routing, capacity"
+    said = [f"Checked: offers, quotas, machines, cost, memory, {rest}"]
     if verdict.outcome:
         slo, outcome = report.workload.problem.demand.slo, verdict.outcome
         said.append(

@@ -23,6 +23,7 @@ def span_faults(plan: Plan, problem: Problem, offers: Mapping[str, Offer]) -> It
     wrong = list(_spans(plan, problem, offers))
     yield from wrong
     if not wrong:
+        yield from _asked(plan, problem)
         yield from _edges(plan, problem, offers)
         yield from _nodes(plan, problem, offers)
 
@@ -63,6 +64,16 @@ def _held(span: LayerSpan, offer: Offer, problem: Problem, plan: Plan) -> Iterat
     if weights > memory:
         what = f"{span.node}: layers of {weights / 1e9:.2f} GB do not fit into {memory / 1e9:.2f}"
         yield what
+
+
+def _asked(plan: Plan, problem: Problem) -> Iterator[str]:
+    """Every token of an answer passes all layers once."""
+    rates = problem.demand.requests_per_s
+    asked = sum(rate * bucket.output_tokens for bucket, rate in rates.items())
+    flows = plan.flow_tokens_per_s.items()
+    entering = sum(tokens for (start, _), tokens in flows if start == SOURCE)
+    if entering < asked * (1 - TOLERANCE):
+        yield f"{entering:.1f} tokens/s flow, the demand makes {asked:.1f}"
 
 
 def _edges(plan: Plan, problem: Problem, offers: Mapping[str, Offer]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from autoscale.catalog.kinds import read_kinds
 from autoscale.catalog.model import ModelSize
 from autoscale.catalog.offer import Offer
 from autoscale.catalog.roofline import Roofline
-from autoscale.placement.demand import Demand
+from autoscale.placement.demand import Bucket, Demand
 from autoscale.placement.feasible import check
 from autoscale.placement.plan import LayerSpan, Plan, Purchase, ReplicaShape
 from autoscale.placement.planner import Problem
@@ -90,6 +90,14 @@ def test_a_link_and_a_node_carry_what_they_can():
     flood = {edge: 1e4 * flow for edge, flow in plan().flow_tokens_per_s.items()}
     faults = check(replace(plan(), flow_tokens_per_s=flood), PROBLEM).faults
     assert any("was measured to do" in fault.what for fault in faults)
+
+
+def test_a_flow_below_the_demand_is_seen():
+    """1,200 tokens a second are twelve answers of a hundred tokens, not thirteen."""
+    bucket = Bucket(10, 100)
+    assert check(plan(), replace(PROBLEM, demand=Demand({bucket: 12.0}))).faults == ()
+    faults = check(plan(), replace(PROBLEM, demand=Demand({bucket: 13.0}))).faults
+    assert [fault.what for fault in faults] == ["1200.0 tokens/s flow, the demand makes 1300.0"]
 
 
 def test_layers_that_do_not_fit_are_seen():
