@@ -109,12 +109,9 @@ def _blocks(problem: SpanProblem, table: _Table, grid: int) -> list[Block]:
 class BlockPool:
     """All blocks found for one problem and flow, and what is made of them."""
 
-    def __init__(
-        self, problem: SpanProblem, flow: float, *, seed: int = 0, grid: int = GRID
-    ) -> None:
+    def __init__(self, problem: SpanProblem, flow: float, *, grid: int = GRID) -> None:
         self._problem, self._flow, self._grid = problem, flow, grid
         self._most = min(problem.layers, max(s.most_layers for s in problem.stages))
-        self._random = np.random.default_rng(seed)
         self._blocks: dict[tuple[int, tuple[int, ...]], Block] = {}
 
     def cover(self, deadline: float) -> list[Placed] | None:
@@ -122,20 +119,13 @@ class BlockPool:
         before `deadline` (time.monotonic)."""
         have = room(self._problem)
         prices, covered = np.ones(len(have)), 0.0
-        for number in range(ROUNDS):
-            self._price(prices, have, noisy=number % 2 == 1)
-            blocks = list(self._blocks.values())
-            if blocks:
-                uses, lengths = _matrices(blocks)
-                solved = linprog(-lengths, uses, have, method="highs")
-                prices = np.maximum(-solved.ineqlin.marginals, 0.0)
-                now = -float(solved.fun or 0.0)
-                stuck = number > 3 and number % 2 == 0 and now - covered < 1e-4
-                covered = now
-                if stuck and covered < self._problem.layers:
-                    return None
-            if time.monotonic() > deadline:
+        for _ in range(ROUNDS):
+            if not self._price(prices, have) or time.monotonic() > deadline:
                 break
+            uses, lengths = _matrices(list(self._blocks.values()))
+            solved = linprog(-lengths, uses, have, method="highs")
+            prices = np.maximum(-solved.ineqlin.marginals, 0.0)
+            covered = -float(solved.fun or 0.0)
         if covered < self._problem.layers * (1 - 1e-9):
             return None
         return self._pick(prices, have, deadline)
@@ -145,24 +135,24 @@ class BlockPool:
         problem = self._problem
         usd = np.array([pool.usd_per_h for pool in problem.pools])
         each = np.array([float(pool.accelerators) for pool in problem.pools])
-        have = room(problem)
-        prices = usd / each + 1e-9
-        for number in range(ROUNDS):
-            self._price(prices, have, noisy=number % 2 == 1)
-            if time.monotonic() > deadline:
+        have, prices = room(problem), usd / each + 1e-9
+        for _ in range(ROUNDS):
+            if not self._price(prices, have) or time.monotonic() > deadline:
                 break
             solved = self._relaxed(usd, each)
-            if solved is not None:
-                prices = solved
+            if solved is None:
+                break
+            prices = solved
         return self._pick_machines(usd, each, deadline)
 
-    def _price(self, prices: Floats, have: Floats, *, noisy: bool) -> None:
-        noise = self._random.normal(0.0, 0.1, len(prices)) if noisy else np.zeros(len(prices))
-        asked = prices * np.exp(noise) + 1e-6
-        table = _table(self._problem, self._flow, asked, self._most, self._grid)
+    def _price(self, prices: Floats, have: Floats) -> bool:
+        """Adds the cheapest blocks at these prices; whether there was a new one."""
+        known = len(self._blocks)
+        table = _table(self._problem, self._flow, prices + 1e-6, self._most, self._grid)
         for block in _blocks(self._problem, table, self._grid):
             if all(used <= most for used, most in zip(block.use, have, strict=True)):
                 self._blocks.setdefault((block.layers, block.use), block)
+        return len(self._blocks) > known
 
     def _pick(self, prices: Floats, have: Floats, deadline: float) -> list[Placed] | None:
         blocks = list(self._blocks.values())

@@ -54,7 +54,7 @@ def place(
     bound = max(flow_bound(problem, at_least=flow), flow)
     for fineness in range(1, FINENESS + 1):
         if flow < bound * (1 - tolerance) and time.monotonic() < began + 0.3 * deadline_s:
-            aim = _Aim(flow, bound, began + 0.6 * deadline_s, tolerance, seed + fineness, fineness)
+            aim = _Aim(flow, bound, began + 0.6 * deadline_s, tolerance, fineness)
             found = _by_blocks(problem, aim)
             if found is not None and found[1] > flow:
                 (best, flow), solver = found, "blocks"
@@ -122,7 +122,6 @@ class _Aim:
     bound: float
     deadline: float
     tolerance: float
-    seed: int
     fineness: int
 
 
@@ -133,7 +132,7 @@ def _by_blocks(problem: SpanProblem, aim: _Aim) -> tuple[Layout, float] | None:
     low, high = aim.flow, aim.bound * (1 + 1e-9)
     target = high
     while time.monotonic() < aim.deadline:
-        pool = BlockPool(free, target, seed=aim.seed, grid=aim.fineness * GRID)
+        pool = BlockPool(free, target, grid=aim.fineness * GRID)
         placed = pool.cover(aim.deadline)
         if placed is None:
             high = target
@@ -170,9 +169,7 @@ class Bought:
     bound_usd_per_h: float
 
 
-def buy(
-    problem: SpanProblem, tokens_per_s: float, *, deadline_s: float = 30.0, seed: int = 0
-) -> Bought:
+def buy(problem: SpanProblem, tokens_per_s: float, *, deadline_s: float = 30.0) -> Bought:
     """The cheapest machines, at most those of the pools, and a layout that carries tokens_per_s.
     InfeasibleError with the most that they can carry; ValueError where links would bind."""
     began = time.monotonic()
@@ -186,7 +183,7 @@ def buy(
         raise InfeasibleError(
             f"quota: all machines together carry {most:.6g} tokens/s at most, not {tokens_per_s:g}"
         )
-    found = BlockPool(problem, tokens_per_s, seed=seed).buy(began + 0.6 * deadline_s)
+    found = BlockPool(problem, tokens_per_s).buy(began + 0.6 * deadline_s)
     placed = None if found is None else (on_machines(problem, found[0]), tuple(found[1]))
     cost = float("inf") if placed is None else _cost(problem, placed[1])
     if cost > bound * (1 + 1e-6) and counted_size(problem) <= COUNTED_LIMIT:
