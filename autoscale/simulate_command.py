@@ -133,21 +133,32 @@ def table(reports: "dict[str, Report]", least: float, target: float) -> Table:
     """One row for each policy, and the bound."""
     made = Table(title=f"scored part; ours calibrated for {target:.3%} on the fitted part")
     made.add_column("policy")
-    for name in ("answering", "cost", "of it spot", "launches", "refused", "preempted"):
+    for name in (
+        "enough answer",
+        "missing",
+        "cost",
+        "of it spot",
+        "launches",
+        "refused",
+        "preempted",
+    ):
         made.add_column(name, justify="right")
     for name, report in reports.items():
         spot = report.spot_usd / (report.spot_usd + report.on_demand_usd)
         made.add_row(
             name,
             f"{report.availability:.3%}",
+            f"{report.missing_share:.3%}",
             f"{report.cost:.3f}",
             f"{spot:.0%}",
             str(report.launches),
             str(report.refused),
             str(report.preempted),
         )
-    made.add_row("all-knowing", "100.000%", f"{least:.3f}", "", "", "", "")
-    made.caption = "cost as a share of buying the need on demand"
+    made.add_row("all-knowing", "100.000%", "0.000%", f"{least:.3f}", "", "", "", "")
+    made.caption = (
+        "enough answer: share of steps; missing: share of replicas; cost: of all on demand"
+    )
     return made
 
 

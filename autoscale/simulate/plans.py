@@ -90,12 +90,20 @@ def read_layer_times(path: Path, fewest: int, weight_bytes: float) -> LayerTimes
 
 
 def best_config(
-    times: LayerTimes, accelerators: int, requests_per_s: float, tokens: int, most_batch: int = 4
+    times: LayerTimes,
+    accelerators: int,
+    requests_per_s: float,
+    tokens: int,
+    most_batch: int = 4,
+    shape: tuple[int, int] | None = None,
 ) -> Config | None:
-    """The configuration, None when the weights do not fit."""
+    """The configuration, None when the weights do not fit. shape: consider only pipelines of that
+    many accelerators to a layer and stages."""
     fast: tuple[float, Config] | None = None
     strong: tuple[float, Config] | None = None
     for config in _configs(times, accelerators, most_batch):
+        if shape and config[1:3] != shape:
+            continue
         latency_s = times.latency_s(config, config.batch, tokens)
         rate = config.copies * config.batch / latency_s
         if rate >= requests_per_s and (fast is None or latency_s < fast[0]):

@@ -35,9 +35,11 @@ def draw(curves: Mapping[str, Sequence[Report]], course: Report, bound: float, p
     above.grid(alpha=0.3, which="both")
     above.legend()
     hours = [at / 3600 for at, *_ in course.course]
-    below.step(hours, [need for _, need, _, _ in course.course], color="black", label="needed")
-    below.step(hours, [ready for _, _, ready, _ in course.course], label="answering", alpha=0.8)
-    below.step(hours, [spot for *_, spot in course.course], label="spot held", alpha=0.8)
+    spot = [held for *_, held in course.course]
+    below.fill_between(hours, spot, step="pre", alpha=0.25, color="tab:orange", label="spot held")
+    below.step(hours, [ready for _, _, ready, _ in course.course], label="answering")
+    needed = [need for _, need, _, _ in course.course]
+    below.step(hours, needed, color="black", linestyle=":", label="needed")
     below.set(xlabel="hours", ylabel="machines", title=course.policy)
     below.set_ylim(bottom=0)
     below.grid(alpha=0.3)

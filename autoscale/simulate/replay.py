@@ -33,6 +33,8 @@ class Report:
     policy: str
     steps: int = 0
     served: int = 0  # steps in which enough replicas answered
+    needed: int = 0  # replicas needed, summed over steps
+    missing: int = 0  # of them, those that did not answer
     spot_usd: float = 0.0
     on_demand_usd: float = 0.0
     all_on_demand_usd: float = 0.0  # what the need alone costs on demand
@@ -45,6 +47,12 @@ class Report:
     @property
     def availability(self) -> float:
         return self.served / self.steps
+
+    @property
+    def missing_share(self) -> float:
+        """Of the replicas needed, how many did not answer: a step short of all counts for more than
+        one short of one."""
+        return self.missing / self.needed
 
     @property
     def cost(self) -> float:
@@ -164,6 +172,8 @@ def _account(
     usd_per_h = sum(node.offer.usd_per_h for node in cloud.nodes.values())
     report.steps += 1
     report.served += ready >= wanted
+    report.needed += wanted
+    report.missing += max(0, wanted - ready)
     report.launches += sum(acted.launched for acted in rounds)
     report.refused += sum(acted.refused for acted in rounds)
     report.preempted += lost

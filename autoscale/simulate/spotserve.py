@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from autoscale.simulate.plans import Config, LayerTimes, best_config
 
+STAY = 1.1  # a shape of pipelines is kept while its latency is at most so many times the best
 Way = Literal["rerouting", "migrating"]
 
 
@@ -176,9 +177,7 @@ class Serving:
 
     def _migrate(self, now_s: float, staying: list[str], going: Sequence[str], fresh: bool) -> None:
         count = len(staying) * self.site.accelerators
-        config = best_config(self.times, count, self.requests_per_s, self.tokens)
-        if config is None:
-            raise ValueError(f"{count} accelerators do not hold the weights")
+        config = self._reshaped(count)
         same = self._shape is not None and self._shape[1:3] == config[1:3]
         self._shape = config
         kept = [p for p in self.pipelines if same and set(p.machines) <= set(staying)]
@@ -203,6 +202,23 @@ class Serving:
             else:
                 for work in batch:
                     heapq.heappush(self.queue, work)
+
+    def _reshaped(self, count: int) -> Config:
+        """The best configuration; but the present shape of pipelines stays where that keeps up with
+        the arrivals and is not much slower, for a new one stops everybody."""
+        best = best_config(self.times, count, self.requests_per_s, self.tokens)
+        if best is None:
+            raise ValueError(f"{count} accelerators do not hold the weights")
+        if self._shape is None:
+            return best
+        now = best_config(
+            self.times, count, self.requests_per_s, self.tokens, shape=self._shape[1:3]
+        )
+        if now is None:
+            return best
+        best_s, now_s = (self.times.latency_s(c, c.batch, self.tokens) for c in (best, now))
+        keeps_up = now.copies * now.batch / now_s >= self.requests_per_s
+        return now if keeps_up and now_s <= STAY * best_s else best
 
     def _made(self, pipeline: Pipeline, at_s: float) -> float:
         """Tokens of each request of its batch that it has made by at_s."""

@@ -139,10 +139,10 @@ class MixedPolicy:
 
 
 def _rounded(values: Floats) -> Table:
-    """To three digits: a decision does not hang on noise, and alike moments ask the same
+    """To two digits: a decision does not hang on noise, and alike moments ask the same
     question."""
     with np.errstate(divide="ignore"):
-        digits = 2 - np.floor(np.log10(np.where(values > 0, values, 1.0)))
+        digits = 1 - np.floor(np.log10(np.where(values > 0, values, 1.0)))
     scale = 10.0**digits
     return tuple(map(_rows, (np.rint(values * scale) / scale).tolist()))
 

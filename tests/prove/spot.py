@@ -28,8 +28,8 @@ from tests.prove.suites import Suite, run
 
 NEED = 4
 PRICES = {
-    "aws1": (3.0, 6.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0),
-    "aws3": (3.0, 80.0, 170.0, 300.0),
+    "aws1": (6.0, 12.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0),
+    "aws3": (3.0, 170.0, 300.0),
 }
 NAMES = {"aws1": "3 zones of up to 4 machines", "aws3": "9 zones"}
 SUITES = (
