@@ -90,32 +90,40 @@ def prefill_attention_kernel(
     sinks, first, stop = _key_blocks(row, keys_seen, window, sink_tokens, CAUSAL, WINDOW, BM, BN)
     clear, cut = _clear_blocks(row, keys_seen, window, first, stop, CAUSAL, WINDOW, BM, BN)
     if WINDOW:
-        for step in range(sinks + clear - first):
-            key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-            seen = _seen(
-                position[:, None], key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW
-            )
-            top, total, acc = _tile(
-                block, k, v, key, keys_seen, seen, factor, top, total, acc,
-                k_stride_t, v_stride_t, D, DP, MATRIX,
-            )  # fmt: skip
+        top, total, acc = _asked(
+            block, k, v, position, sinks, first, clear, keys_seen, window, sink_tokens, factor,
+            top, total, acc, k_stride_t, v_stride_t, D, DP, CAUSAL, WINDOW, BN, MATRIX,
+        )  # fmt: skip
     for step in range(clear, cut):
         top, total, acc = _tile(
             block, k, v, step * BN + tl.arange(0, BN), keys_seen, None, factor, top, total, acc,
             k_stride_t, v_stride_t, D, DP, MATRIX,
         )  # fmt: skip
-    for step in range(cut, stop):
-        key = step * BN + tl.arange(0, BN)
-        seen = _seen(
-            position[:, None], key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW
-        )
-        top, total, acc = _tile(
-            block, k, v, key, keys_seen, seen, factor, top, total, acc,
-            k_stride_t, v_stride_t, D, DP, MATRIX,
-        )  # fmt: skip
+    top, total, acc = _asked(
+        block, k, v, position, 0, cut, stop, keys_seen, window, sink_tokens, factor,
+        top, total, acc, k_stride_t, v_stride_t, D, DP, CAUSAL, WINDOW, BN, MATRIX,
+    )  # fmt: skip
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     where = (at * tl.num_programs(1) + head) * D + column
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=ours)
+
+
+@triton.jit
+def _asked(
+    block, k, v, position, sinks, first, stop, tokens, window, sink_tokens, factor,
+    top, total, acc, k_stride_t, v_stride_t, D: tl.constexpr, DP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
+    """(top, total, acc) after blocks 0..sinks and first..stop of keys, of which each is asked who
+    sees it."""
+    for step in range(sinks + stop - first):
+        key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
+        seen = _seen(position[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL, WINDOW)
+        top, total, acc = _tile(
+            block, k, v, key, tokens, seen, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
+    return top, total, acc
 
 
 @triton.jit
