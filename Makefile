@@ -20,7 +20,7 @@ PACKAGES := pyproject.toml constraints.txt
 KERNELS := kernels/cpu/native.so
 KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
-.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -51,6 +51,12 @@ prove-service: install-test
 
 prove-kernels: install-test
 	@$(BIN)/python -m tests.prove.kernels
+
+prove-placement: install-test
+	@$(BIN)/python -m tests.prove.placement
+
+prove-autoscale: install-test
+	@$(BIN)/python -m tests.prove.autoscale
 
 install: $(VENV)/.installed $(KERNELS)
 install-test: $(VENV)/.installed-test $(KERNELS)

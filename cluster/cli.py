@@ -30,7 +30,11 @@ COMMANDS: Mapping[str, Entry] = {
     "bench": Entry("serve.bench_command:bench", "Measure the running service, or the engine."),
     "eval": Entry("serve.eval_command:evaluate", "Measure what a model or a setting is worth."),
     "scale": Entry("serve.scale_command:scale", "Change how many replicas run."),
+    "simulate": Entry(
+        "autoscale.simulate_command:simulate", "Run spot policies over a recorded or made market."
+    ),
     "key": Entry("serve.key_command:key", "Make an API key for a tenant."),
+    "plan": Entry("autoscale.plan_command:plan", "What to buy for a load, and where to put it."),
     "doctor": Entry("cluster.doctor.command:doctor", "Check this machine and say what to do."),
 }
 

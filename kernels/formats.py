@@ -23,8 +23,11 @@ FORMATS: dict[str, BlockFormat] = {
         BlockFormat("BF16", 1, 2),
         BlockFormat("Q4_0", 32, 18),
         BlockFormat("Q4_1", 32, 20),
+        BlockFormat("Q5_0", 32, 22),
+        BlockFormat("Q5_1", 32, 24),
         BlockFormat("Q8_0", 32, 34),
         BlockFormat("Q4_K", 256, 144),
+        BlockFormat("Q5_K", 256, 176),
         BlockFormat("Q6_K", 256, 210),
     )
 }

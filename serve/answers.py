@@ -112,6 +112,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "sanderling"
     max_model_len: int  # as vLLM names the context length
+    quality_cost: str = ""  # of the settings that it is served with; empty: none
 
 
 class ModelList(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.clock import WallClock
 from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from serve.access import Traces, configure
 from serve.actors import RayDecodeClient, watch
 from serve.backlog import Backlog
@@ -75,6 +76,7 @@ class IngressDeployment:
             context_tokens=context_tokens(self.settings),
             max_body_bytes=self.settings.http.max_body_bytes,
             keys=self.keys,
+            quality_cost=quality_cost(self.settings),
         )
         return build_app(self.ingress, self.text, edge, traces=traces(self.settings))
 

@@ -1,4 +1,4 @@
-"""The commands `bench serve` and `bench engine`: measure the running service, or the engine alone.
+"""The commands under `bench`: measure the running service, the engine alone, or this machine.
 
 Imported by the CLI when one of them is called.
 """
@@ -12,6 +12,8 @@ import httpx
 from rich.console import Console
 
 from cluster.options import Resolved, with_settings
+from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from serve.bench import Load, Slo, run, run_arrivals
 from serve.commands import KEY, service_url, unwell
 from serve.runfiles import RunFiles
@@ -24,7 +26,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.group()
 def bench() -> None:
-    """Measure a load: `serve` over HTTP, `engine` in this process; `kernels`: this machine."""
+    """Measure a load: `serve` over HTTP, `engine` in this process; `kernels`: this machine;
+    `profile`: the engine's steps, for `sanderling plan`."""
 
 
 @bench.command("serve")
@@ -51,6 +54,8 @@ def bench_serve(
         from serve.plot import refuse_without_library
 
         refuse_without_library()
+    if files.settings.exists():
+        _tell_cost(files.read_settings())
     try:
         report = send(service_url(files), key, given)
     except (httpx.HTTPError, RuntimeError) as error:
@@ -94,6 +99,7 @@ def bench_engine(
     from serve.bench_engine import run_engine
 
     load = Load(streams, streams, prompt_tokens, max_tokens)
+    _tell_cost(resolved.settings)
     _show(run_engine(resolved.settings, load), as_json)
 
 
@@ -101,14 +107,28 @@ def bench_engine(
 @click.option(
     "--rounds", type=COUNT, default=5, show_default=True, help="Of all measures in turns."
 )
+@click.option(
+    "--device", default="cpu", show_default=True, help="cpu, or cuda: the Triton kernels on a GPU."
+)
+@click.option("--only", multiple=True, help="On a GPU: one group of kernels; may be repeated.")
 @click.option("--isa", default="auto", show_default=True, help="Instruction set; auto: the best.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--plot", type=FILE, help="Also draw them under both limits to this PNG.")
 @with_settings("model")
 def bench_kernels(
-    resolved: Resolved, rounds: int, isa: str, as_json: bool, plot: Path | None
+    resolved: Resolved,
+    rounds: int,
+    device: str,
+    only: tuple[str, ...],
+    isa: str,
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
-    """Measure the CPU kernels on a model's matrices, against memory and arithmetic limits."""
+    """Measure the CPU kernels on a model's matrices, against memory and arithmetic limits; or those
+    of a GPU on matrices of Llama-3-8B, against torch and cuBLAS."""
+    if device != "cpu":
+        _bench_gpu(device, only, rounds)
+        return
     import torch
 
     from kernels.cpu.bench import run as run_kernels
@@ -133,6 +153,47 @@ def bench_kernels(
         from serve.plot import draw_kernels
 
         draw_kernels(report, matrices, plot)
+
+
+@bench.command("profile")
+@click.option("--rounds", type=COUNT, default=3, show_default=True, help="Of all cases in turns.")
+@click.option("--kind", default="cpu", show_default=True, help="The kind's name in the catalogue.")
+@click.option("--out", type=FILE, help="Write the table to this file instead of printing it.")
+@with_settings("model")
+def bench_profile(resolved: Resolved, rounds: int, kind: str, out: Path | None) -> None:
+    """Measure steps of the engine on this machine, as a table that `sanderling plan` reads."""
+    import datetime
+
+    from serve.bench_profile import measure, to_toml
+
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    table = to_toml(measure(resolved.settings, rounds), kind, datetime.date.today())
+    if out is None:
+        click.echo(table, nl=False)
+    else:
+        out.write_text(table, encoding="utf-8")
+        click.echo(f"written to {out}")
+
+
+def _tell_cost(settings: Settings) -> None:
+    """What the speed that follows has cost; beside the report, which may be read by programs."""
+    if cost := quality_cost(settings):
+        click.echo(cost, err=True)
+
+
+def _bench_gpu(device: str, only: tuple[str, ...], rounds: int) -> None:
+    """As `python -m kernels.triton.bench`. A ClickException where there is no such GPU."""
+    from models.device.place import open_device
+
+    try:
+        open_device(device)
+    except ValueError as refusal:
+        raise click.ClickException(str(refusal)) from None
+    from kernels.triton.bench.__main__ import main
+
+    groups = [word for group in only for word in ("--only", group)]
+    raise SystemExit(main(["--device", device, "--rounds", str(rounds), *groups]))
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:

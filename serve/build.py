@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.clock import Clock
 from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from models.detokenize import Detokenizer
 from serve.clients import ConnectPrefill
+from serve.computing import Computing, computing, on_cpu
 from serve.engine.cost import StepCost
 from serve.engine.engine import Engine
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Scheduler
 from serve.grammar.compiler import Compiler
+from serve.kv.device import DeviceStorage, Storage
 from serve.kv.pool import PagePool
 from serve.kv.prefix import PrefixTree
 from serve.kv.storage import KVShape, KVStorage
@@ -28,9 +31,11 @@ from serve.transport import open_transport
 if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
+    from models.device.decoder import DeviceDecoder
     from models.load import TextModel
     from models.packed import PackedDecoder
     from serve.decode import DecodeReplica
+    from serve.engine.device_runner import DeviceRunner
     from serve.prefill import PrefillReplica
 
 log = logging.getLogger(__name__)
@@ -42,35 +47,53 @@ ATTENTION_RATE = 0.5
 class Model(NamedTuple):
     """Weights and text parts; replicas of one process may share both."""
 
-    decoder: "Decoder | PackedDecoder"
+    decoder: "Decoder | PackedDecoder | DeviceDecoder"
     text: "TextModel"
 
 
 def load(settings: Settings) -> Model:
     """Read the model that the settings name. ValueError with a sentence when it cannot be."""
+    from models.load import NotForDeviceError, load_for_device, load_text
+
+    chosen = computing(settings)
+    if chosen.kernels == "triton":
+        try:
+            device = load_for_device(settings.model, chosen.device, chosen.dtype)
+            return Model(device, load_text(settings.model))
+        except NotForDeviceError as refusal:
+            if settings.engine.kernels != "auto" or settings.engine.device != "auto":
+                raise
+            log.info("engine.kernels = 'auto' does not take triton: %s", refusal)
+            chosen = on_cpu(settings)
+    return _load_for_cpu(settings, chosen)
+
+
+def _load_for_cpu(settings: Settings, chosen: Computing) -> Model:
     from models.load import NotForCpuError, load_for_cpu, load_text
 
-    options = settings.engine
-    if options.kernels == "reference" or options.dtype != "float32":
-        return _load_reference(settings)
+    options, cost = settings.engine, quality_cost(settings)
+    if cost:
+        log.warning("%s", cost)
+    if chosen.kernels == "reference":
+        return _load_reference(settings, chosen.dtype)
     try:
         decoder = load_for_cpu(
             settings.model, options.activations, cache_dir=_weights_folder(settings)
         )
     except NotForCpuError as refusal:
         asked_for_more = (options.activations, options.kv_dtype) != ("accurate", "auto")
-        if options.kernels == "cpu" or asked_for_more:
+        if chosen.kernels == "cpu" or asked_for_more:
             raise
         log.info("engine.kernels = 'auto' takes the reference kernels: %s", refusal)
-        return _load_reference(settings)
+        return _load_reference(settings, chosen.dtype)
     return Model(decoder, load_text(settings.model))
 
 
-def _load_reference(settings: Settings) -> Model:
+def _load_reference(settings: Settings, dtype: str) -> Model:
     from kernels.reference.stable import rows_agree
     from models.load import load_model, load_text
 
-    if settings.engine.dtype == "float32" and not rows_agree():
+    if dtype == "float32" and not rows_agree():
         log.warning(
             "this machine's matrix library gives a request other last bits in other company, so a "
             "close decision may fall differently when it is busy (MKL_CBWR=%s; AUTO,STRICT is what "
@@ -79,8 +102,7 @@ def _load_reference(settings: Settings) -> Model:
         )
     cache = _weights_folder(settings)
     return Model(
-        load_model(settings.model, dtype=settings.engine.dtype, cache_dir=cache),
-        load_text(settings.model),
+        load_model(settings.model, dtype=dtype, cache_dir=cache), load_text(settings.model)
     )
 
 
@@ -89,9 +111,12 @@ def _weights_folder(settings: Settings) -> Path:
 
 
 def kernels(model: Model) -> str:
-    """What computes: "cpu" or "reference"."""
+    """What computes: "triton", "cpu" or "reference"."""
+    from models.device.decoder import DeviceDecoder
     from models.packed import PackedDecoder
 
+    if isinstance(model.decoder, DeviceDecoder):
+        return "triton"
     return "cpu" if isinstance(model.decoder, PackedDecoder) else "reference"
 
 
@@ -104,14 +129,17 @@ def step_cost(config: "ModelConfig") -> StepCost:
 
 def kv_format(settings: Settings, model: Model) -> str:
     """How keys and values are stored, a name in kernels.kv_formats: as the settings say; by default
-    in float16 with the CPU kernels, and as the reference computes with those."""
-    if kernels(model) == "reference":
-        return str(model.decoder.dtype).removeprefix("torch.")
-    chosen = settings.engine.kv_dtype
-    return "float16" if chosen == "auto" else chosen
+    in float16 with the CPU kernels, and as the others compute with those."""
+    computed = str(model.decoder.dtype).removeprefix("torch.")
+    chosen, by = settings.engine.kv_dtype, kernels(model)
+    if by == "reference":
+        return computed
+    if chosen != "auto":
+        return chosen
+    return computed if by == "triton" else "float16"
 
 
-def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engine, KVStorage]:
+def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engine, Storage]:
     """An engine over fresh KV storage, which `segment` names in shared memory (None: private)."""
     config, options = model.decoder.config, settings.engine
     shape = KVShape(
@@ -121,7 +149,7 @@ def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engin
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
     )
-    storage = KVStorage(shape, kv_format(settings, model), segment)
+    runner, storage = _runner(settings, model, shape, segment)
     pool = PagePool(shape.pages, shape.page_tokens, storage)
     scheduler = Scheduler(
         pool,
@@ -131,7 +159,6 @@ def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engin
         cost=step_cost(config),
         prefix_cache=options.prefix_cache,
     )
-    runner = ModelRunner(model.decoder, storage)
     runner.warm_up()
     made = Engine(
         scheduler,
@@ -141,6 +168,25 @@ def engine(settings: Settings, model: Model, segment: str | None) -> tuple[Engin
         grammars=Compiler(model.text.tokenizer),
     )
     return made, storage
+
+
+def _runner(
+    settings: Settings, model: Model, shape: KVShape, segment: str | None
+) -> "tuple[ModelRunner | DeviceRunner, Storage]":
+    """What computes steps, and the pages it writes to."""
+    from models.device.decoder import DeviceDecoder
+
+    decoder, form, options = model.decoder, kv_format(settings, model), settings.engine
+    if not isinstance(decoder, DeviceDecoder):
+        storage = KVStorage(shape, form, segment)
+        return ModelRunner(decoder, storage), storage
+    from serve.engine.device_runner import DeviceRunner
+
+    pages = DeviceStorage(shape, form, decoder.device, segment)
+    runner = DeviceRunner(
+        decoder, pages, budget_tokens=options.budget_tokens, max_running=options.max_running
+    )
+    return runner, pages
 
 
 def prefill_replica(

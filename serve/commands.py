@@ -20,6 +20,7 @@ from rich.console import Console
 from cluster.options import Resolved, with_settings
 from cluster.raylocal.front import is_loopback, refuse_taken_port
 from cluster.settings import Settings
+from cluster.settings.losses import quality_cost
 from serve.keys import load_keys
 from serve.runfiles import RunFiles, own_python_path, tail
 from serve.view import status_tables
@@ -60,6 +61,8 @@ def up(resolved: Resolved, ask: str | None, key: str | None) -> None:
         _stop(files)
         raise
     console.print(f"Serving {settings.model} at {url}/v1 after {_since(started_s)}", style="bold")
+    if cost := quality_cost(settings):
+        console.print(cost, style="yellow", markup=False, highlight=False)
     if not keys.entries and not is_loopback(settings.http.host):
         text = "Anybody who reaches this address may use it: no API key is set"
         console.print(f"{text} (http.api_key, http.api_keys_file).", style="yellow")

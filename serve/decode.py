@@ -18,7 +18,7 @@ from serve.clients import Draining, ReplicaLost
 from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop
 from serve.engine.sequence import Output, Sequence
-from serve.kv.storage import KVStorage
+from serve.kv.device import Storage
 from serve.peers import PrefillPeers
 from serve.replica import between_steps
 from serve.state import ReplicaState
@@ -54,7 +54,7 @@ class DecodeReplica:
         self,
         replica_id: str,
         engine: Engine,
-        storage: KVStorage,
+        storage: Storage,
         transport: Transport,
         peers: PrefillPeers,
         *,

@@ -52,7 +52,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class EdgeSettings:
     """What the edge is told. model: the name clients send; context_tokens: longest prompt plus
-    answer, None for the model's own; deadlines in seconds; keys: who may ask under /v1."""
+    answer, None for the model's own; deadlines in seconds; keys: who may ask under /v1;
+    quality_cost: what clients are told of lossy settings, see cluster.settings.losses."""
 
     model: str
     context_tokens: int | None = None
@@ -62,6 +63,7 @@ class EdgeSettings:
     close_deadline_s: float = 10.0
     stalled_s: float = STALLED_S
     keys: KeyRing = KeyRing()
+    quality_cost: str = ""
 
 
 def build_app(
@@ -250,7 +252,12 @@ class Edge:
 
     def _model(self) -> Model:
         length = self.admission.context_tokens
-        return Model(id=self.settings.model, created=self._created, max_model_len=length)
+        return Model(
+            id=self.settings.model,
+            created=self._created,
+            max_model_len=length,
+            quality_cost=self.settings.quality_cost,
+        )
 
     async def health(self, http: HttpRequest) -> Response:
         """This process answers; whether tokens can be made is /ready."""

@@ -13,7 +13,7 @@ from serve.engine.engine import Engine
 from serve.engine.loop import EngineLoop
 from serve.engine.sequence import Output, Sequence
 from serve.handoff import LeaseTable
-from serve.kv.storage import KVStorage
+from serve.kv.device import Storage
 from serve.replica import between_steps
 from serve.state import ReplicaState
 from serve.transport import HandoffLost, Offer, PrefillReply, Transport
@@ -26,7 +26,7 @@ class PrefillReplica:
         self,
         replica_id: str,
         engine: Engine,
-        storage: KVStorage,
+        storage: Storage,
         transport: Transport,
         *,
         lease_s: float,

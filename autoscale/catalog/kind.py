@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuKind:
-    """One accelerator. sm: its CUDA capability as 80, None for no CUDA device. int8_tops and
-    fp8_tflops are None where the hardware has no such products."""
+    """One accelerator. sm: its CUDA capability as 80, None for no CUDA device. bf16_tflops: dense
+    products of its 16-bit format (float16 where it has no bfloat16). int8_tops and fp8_tflops are
+    None where the hardware has no such products. source: where the figures are from."""
 
     name: str
     memory_bytes: int
@@ -17,3 +18,4 @@ class GpuKind:
     int8_tops: float | None = None
     fp8_tflops: float | None = None
     power_w: float | None = None
+    source: str = ""

@@ -10,7 +10,7 @@ Market = Literal["on_demand", "spot", "reserved"]
 class Offer:
     """A machine of `count` accelerators of `kind`. usd_per_h: for the whole machine. quota: most
     machines of this offer that may be held at once, None for no limit. startup_s: from the asking
-    until a replica answers."""
+    until a replica answers. source: where the price is from."""
 
     name: str
     kind: str
@@ -22,3 +22,4 @@ class Offer:
     quota: int | None = None
     startup_s: float = 180.0
     network_gb_per_s: float = 1.25
+    source: str = ""

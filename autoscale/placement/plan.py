@@ -54,6 +54,8 @@ class Plan:
     flow_tokens_per_s: over each link (from, to) between spans. bound_usd_per_h: no plan costs less;
     gap: (cost - bound) / cost, 0 where the plan is proved best. limits: what binds it, as
     "memory", "slo", "quota". sources: where each number of the decision comes from.
+    risk_usd_per_h: what losses on spot markets are expected to cost beyond the bills; where a
+    planner counts it, no plan's bills and risk together go below bound_usd_per_h + risk_usd_per_h.
     """
 
     purchases: tuple[Purchase, ...]
@@ -66,6 +68,7 @@ class Plan:
     limits: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     solved_s: float = 0.0
+    risk_usd_per_h: float = 0.0
 
     @property
     def gap(self) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autoscale.catalog.kind import GpuKind
+from autoscale.catalog.model import ModelSize
 from autoscale.catalog.offer import Offer
 from autoscale.placement.demand import Bucket, Demand, Slo
 from autoscale.placement.plan import Plan, ReplicaShape
@@ -26,7 +27,8 @@ class ThroughputProfile(Protocol):
     """How fast replicas are. source: "measured on …", "table of …" or "roofline", printed with each
     plan that rests on it."""
 
-    source: str
+    @property
+    def source(self) -> str: ...
 
     def requests_per_s(self, shape: ReplicaShape, bucket: Bucket, slo: Slo) -> float:
         """Most requests of the bucket that one replica serves within the SLO; 0 if it cannot."""
@@ -40,7 +42,8 @@ class ThroughputProfile(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a planner is given. current: what runs now, so that moving has a price."""
+    """All that a planner is given. current: what runs now, so that moving has a price. model: its
+    size, for who counts memory; None where the profile's kv_tokens is all that is known."""
 
     demand: Demand
     catalog: Catalog
@@ -48,12 +51,14 @@ class Problem:
     shapes: Sequence[ReplicaShape]
     current: Plan | None = None
     at_s: float | None = None
+    model: ModelSize | None = None
 
 
 class Planner(Protocol):
     """Anytime: gives its best plan and bound when deadline_s is over. InfeasibleError when it has
     proved that there is none."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def plan(self, problem: Problem, *, deadline_s: float = 10.0) -> Plan: ...

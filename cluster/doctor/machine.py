@@ -61,7 +61,7 @@ def _flags(cpuinfo: str) -> set[str]:
 
 
 def accelerator() -> Finding:
-    """GPUs that torch sees; none is fine, this slice computes on the CPU."""
+    """GPUs that torch sees; with none the CPU computes."""
     if importlib.util.find_spec("torch") is None:
         return Finding("GPU", "warn", "unknown: torch is not installed", "make up installs it")
     import torch  # here, since it takes seconds
@@ -69,7 +69,10 @@ def accelerator() -> Finding:
     if not torch.cuda.is_available():
         return Finding("GPU", "ok", "none; the CPU computes")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("GPU", "ok", f"{', '.join(names)}; not used yet, the CPU computes")
+    if importlib.util.find_spec("triton") is None:
+        found = f"{', '.join(names)}, but the module triton is not installed: the CPU computes"
+        return Finding("GPU", "warn", found, "pip install the triton that this torch names")
+    return Finding("GPU", "ok", f"{', '.join(names)}; engine.kernels = 'auto' computes there")
 
 
 def port(settings: Settings) -> Finding:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.settings.sections import Settings
+from cluster.settings.sections import DEVICE_PATTERN, Settings
 
 ENVIRONMENT_PREFIX = "SANDERLING_"
 
@@ -63,10 +63,17 @@ def accepts(field: FieldInfo) -> str:
     if kind is bool:
         return "true or false"
     if kind is str:
-        return "a text that is not empty"
+        return _texts(field)
     if get_origin(kind) is dict:
         return 'a table of texts like { zone = "a" }'
     return ("an integer" if kind is int else "a number") + _bounds(field)
+
+
+def _texts(field: FieldInfo) -> str:
+    patterns = {rule.pattern for rule in field.metadata if getattr(rule, "pattern", None)}
+    if DEVICE_PATTERN in patterns:
+        return '"auto", "cpu", "cuda" or "cuda:N"'
+    return "a text that is not empty"
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.settings.catalog import KNOWN, accepts
+from cluster.settings.losses import quality_cost
 from cluster.settings.sections import Settings
 
 
@@ -23,6 +24,8 @@ def to_toml(settings: Settings, origins: Mapping[str, str]) -> str:
         origin = f"  # from {_one_line(origins[name])}" if name in origins else ""
         lines.append(f"# {field.description} Takes {accepts(field)}.")
         lines.append(f"{key} = {_value(_get(settings, name))}{origin}")
+    cost = quality_cost(settings)
+    lines += ["", f"# In quality: {_one_line(cost)}"] if cost else []
     return "\n".join(lines) + "\n"
 
 

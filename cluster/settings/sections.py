@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d{1,3})?)$"
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -86,13 +87,22 @@ class RaySettings(Section):
 class EngineSettings(Section):
     """What each replica's engine computes with; the same for prefill and decode."""
 
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Number format of weights, activations and KV cache."
-    )
-    kernels: Literal["auto", "cpu", "reference"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="What computes: cpu is C++ on the quantised weights of a GGUF file (float32 "
-        "only), reference is torch, auto is cpu where it takes the model and says so where not.",
+        description="Number format of activations, KV cache and weights that are not quantised: "
+        "auto is bfloat16 on a GPU, else float32; float16 is only for GPUs.",
+    )
+    kernels: Literal["auto", "cpu", "triton", "reference"] = Field(
+        "auto",
+        description="What computes: triton on a GPU; cpu in C++ on the quantised weights of a GGUF "
+        "file (float32 only); reference is torch on a CPU. auto is triton where torch finds a GPU, "
+        "else cpu where it takes the model, and says so where not.",
+    )
+    device: str = Field(
+        "auto",
+        pattern=DEVICE_PATTERN,
+        description="Where triton computes: cuda is the first GPU, cuda:1 the second, cpu a slow "
+        "check of the same operations in torch; auto is cuda.",
     )
     activations: Literal["accurate", "fast", "float32"] = Field(
         "accurate",
@@ -101,8 +111,8 @@ class EngineSettings(Section):
     )
     kv_dtype: Literal["auto", "float32", "float16", "int8", "int4"] = Field(
         "auto",
-        description="How the CPU kernels store keys and values: auto is float16; int8 and int4 "
-        "take about half and a third of that and cost a little quality.",
+        description="How cpu and triton store keys and values: auto is float16, with triton "
+        "engine.dtype; int8 and int4 take about half and a third of that, and cost some quality.",
     )
     page_tokens: int = Field(16, ge=1, le=256, description="Tokens in one page of the KV cache.")
     kv_tokens: int = Field(
@@ -125,14 +135,7 @@ class EngineSettings(Section):
                 f"engine.kv_tokens = {self.kv_tokens} is not a whole number of pages; a multiple "
                 f"of engine.page_tokens = {self.page_tokens} is accepted"
             )
-        if self.kernels == "cpu" and self.dtype != "float32":
-            raise ValueError(
-                f"engine.kernels = 'cpu' computes in float32, and engine.dtype is {self.dtype!r}; "
-                "'float32' is accepted with it"
-            )
-        if self.kernels == "reference" or self.dtype != "float32":
-            self._only_for_cpu("activations", "accurate")
-            self._only_for_cpu("kv_dtype", "auto")
+        self._computable()
         if self.budget_tokens < self.max_running:
             raise ValueError(
                 f"engine.budget_tokens = {self.budget_tokens} leaves no token for some of "
@@ -141,12 +144,36 @@ class EngineSettings(Section):
             )
         return self
 
+    def _computable(self) -> None:
+        """ValueError where kernels, device and number formats contradict each other."""
+        on_gpu = self.kernels == "triton" or self.device.startswith("cuda")
+        if self.device.startswith("cuda") and self.kernels in ("cpu", "reference"):
+            raise ValueError(
+                f"engine.kernels = {self.kernels!r} computes on a CPU, and engine.device is "
+                f"{self.device!r}; 'cpu' and 'auto' are accepted with it"
+            )
+        if self.kernels == "cpu" and self.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"engine.kernels = 'cpu' computes in float32, and engine.dtype is {self.dtype!r}; "
+                "'float32' is accepted with it"
+            )
+        if self.dtype == "float16" and (self.kernels == "reference" or self.device == "cpu"):
+            raise ValueError(
+                "engine.dtype = 'float16' is only for GPUs; 'float32' and 'bfloat16' are accepted "
+                f"with engine.kernels = {self.kernels!r} and engine.device = {self.device!r}"
+            )
+        halves = self.dtype not in ("auto", "float32")
+        if self.kernels in ("reference", "triton") or on_gpu or halves:
+            self._only_for_cpu("activations", "accurate")
+        if self.kernels == "reference" or (halves and not on_gpu):
+            self._only_for_cpu("kv_dtype", "auto")
+
     def _only_for_cpu(self, name: str, otherwise: str) -> None:
         if getattr(self, name) != otherwise:
             raise ValueError(
-                f"engine.{name} = {getattr(self, name)!r} is only for the CPU kernels; with "
-                f"engine.kernels = {self.kernels!r} and engine.dtype = {self.dtype!r} "
-                f"{otherwise!r} is accepted"
+                f"engine.{name} = {getattr(self, name)!r} is only for the CPU kernels"
+                f"{' and GPUs' if name == 'kv_dtype' else ''}; with engine.kernels = "
+                f"{self.kernels!r} and engine.dtype = {self.dtype!r} {otherwise!r} is accepted"
             )
 
 
@@ -245,7 +272,7 @@ def _is_http_url(text: str) -> bool:
 
 
 class Settings(Section):
-    """Everything that can be set, with the defaults of one machine without a GPU."""
+    """Everything that can be set, with defaults that fit one machine."""
 
     model: str = Field(
         "smollm2-135m-instruct",

@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 LIBRARY = Path(__file__).parent / "native.so"
-# affine 4-bit, signed 8-bit, and both with scales that are themselves scaled (GGUF's K-quants)
-KINDS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 1, "Q4_K": 2, "Q6_K": 3}
+# affine 4-bit, signed 8-bit, and 4-, 8- and 5-bit (in bytes) with scales that are themselves scaled
+# (GGUF's K-quants)
+KINDS = {"Q4_0": 0, "Q4_1": 0, "Q5_0": 1, "Q8_0": 1, "Q4_K": 2, "Q6_K": 3, "Q5_K": 4}
 TILE_ROWS = 16
-TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384)}  # columns and their bytes
+# Columns and their bytes.
+TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384), 4: (256, 4416)}
 LINE_BYTES = 64  # a tile is a whole number of them
 LAYOUT_VERSION = 3  # of packed data, where it is kept in files
 Activations = Literal["accurate", "fast", "float32"]

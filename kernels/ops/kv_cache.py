@@ -26,13 +26,16 @@ def cached_shape(
         checks.shape(f"{op}: scales of {name}", scales, pages, page_tokens, kv_heads)
         checks.dtype(f"{op}: scales of {name}", scales, (torch.float32,))
         return pages, page_tokens, kv_heads, width
+    checks.dims(f"{op}: scales of {name}", scales, "[pages, page_tokens, KH, D / 32]")
+    groups = scales.shape[3]
     checks.need(
-        width % 16 == 0,
-        f"{op}: heads of a 4-bit {name} should be a multiple of 32 values, not {2 * width}.",
+        groups > 0 and reference.packed_bits(width, groups) is not None,
+        f"{op}: heads of a {name} of uint8 with {groups} scales should have {16 * groups} bytes (4 "
+        f"bits a number) or {20 * groups} (5 bits), not {width}.",
     )
-    checks.shape(f"{op}: scales of {name}", scales, pages, page_tokens, kv_heads, width // 16, 2)
+    checks.shape(f"{op}: scales of {name}", scales, pages, page_tokens, kv_heads, groups)
     checks.dtype(f"{op}: scales of {name}", scales, (torch.float16,))
-    return pages, page_tokens, kv_heads, 2 * width
+    return pages, page_tokens, kv_heads, 32 * groups
 
 
 def _write(

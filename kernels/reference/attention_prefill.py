@@ -18,20 +18,27 @@ def prefill_attention(
     window: int = 0,
     sink_tokens: int = 0,
     scale: float | None = None,
+    key_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [T, H, D], k and v [T, KH, D] -> [T, H, D].
+    """q [T, H, D], k and v [T, KH, D] (or [C, KH, D] with key_starts) -> [T, H, D].
 
     Sequence s is rows starts[s]..starts[s + 1] of starts [S + 1] int32, not decreasing; rows
     outside every sequence give zeros. Query head h reads key head h // (H / KH). Position i sees
     j <= i (any j if not causal) with |i - j| < window unless window is 0, and always, if causality
     lets it, j < sink_tokens. scale: of the scores, D ** -0.5 when None.
+
+    key_starts [S + 1] int32: where the keys of a sequence are, if it has more than queries; those
+    are then its last tokens, as of a prompt that is computed in chunks. A sequence has as many keys
+    as queries, or more.
     """
     out = torch.zeros_like(q)
     bounds = starts.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        seen = visible(stop - start, causal, window, sink_tokens, q.device)
-        rows = slice(start, stop)
-        out[rows] = attend(q[rows], k[rows], v[rows], seen, scale)[0].to(q.dtype)
+    places = bounds if key_starts is None else key_starts.tolist()
+    for start, stop, first, last in zip(bounds, bounds[1:], places, places[1:], strict=False):
+        seen = visible(last - first, causal, window, sink_tokens, q.device)
+        rows, keys = slice(start, stop), slice(first, last)
+        seen = seen[last - first - (stop - start) :]
+        out[rows] = attend(q[rows], k[keys], v[keys], seen, scale)[0].to(q.dtype)
     return out
 
 

@@ -63,6 +63,24 @@ def _q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(_nibbles(blocks[:, 4:]).mul_(scale).add_(low))
 
 
+def _fifths(packed: torch.Tensor) -> torch.Tensor:
+    """[blocks, 4] bytes -> [blocks, 32] float32: 16 for each bit that is set, the lowest first."""
+    places = torch.arange(8)
+    return (((packed[:, :, None] >> places) & 1) << 4).flatten(1).float()
+
+
+def _q5_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    scale = _reinterpret(blocks, 0, 2, torch.float16)
+    levels = _nibbles(blocks[:, 6:]).add_(_fifths(blocks[:, 2:6]))
+    out.copy_(levels.sub_(16).mul_(scale))
+
+
+def _q5_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    scale, low = _reinterpret(blocks, 0, 4, torch.float16).chunk(2, dim=1)
+    levels = _nibbles(blocks[:, 8:]).add_(_fifths(blocks[:, 4:8]))
+    out.copy_(levels.mul_(scale).add_(low))
+
+
 def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
     scale = _reinterpret(blocks, 0, 2, torch.float16)
     out.copy_(_reinterpret(blocks, 2, 34, torch.int8).mul_(scale))
@@ -70,12 +88,25 @@ def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     """Eight groups of 32 with 6-bit scales and minima, themselves scaled by two float16."""
+    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    values = torch.cat((packed & 15, packed >> 4), dim=2).float().view(-1, 8, 32)
+    _nested(blocks, values, out)
+
+
+def _q5_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """As Q4_K; 32 bytes hold the fifth bits, bit g of byte i that of value i of group g."""
+    packed = blocks[:, 48:].reshape(-1, 4, 1, 32)
+    values = torch.cat((packed & 15, packed >> 4), dim=2).view(-1, 8, 32)
+    fifths = (blocks[:, None, 16:48] >> torch.arange(8)[:, None]) & 1
+    _nested(blocks, (values | (fifths << 4)).float(), out)
+
+
+def _nested(blocks: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    """values [blocks, 8, 32] of 4 or 5 bits, with the scales at the blocks' beginning, into out."""
     scale, low_scale = _reinterpret(blocks, 0, 4, torch.float16).chunk(2, dim=1)
     first, second, high = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat((first & 63, (high & 15) | ((first >> 2) & 48)), dim=1).float()
     lows = torch.cat((second & 63, (high >> 4) | ((second >> 2) & 48)), dim=1).float()
-    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
-    values = torch.cat((packed & 15, packed >> 4), dim=2).float().view(-1, 8, 32)
     values.mul_((scale * scales)[:, :, None]).sub_((low_scale * lows)[:, :, None])
     out.copy_(values.view(-1, 256))
 
@@ -98,7 +129,10 @@ _DECODERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     "BF16": _plain(torch.bfloat16),
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }

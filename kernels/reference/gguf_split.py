@@ -26,7 +26,7 @@ class SplitWeight(NamedTuple):
 def from_gguf(stored: torch.Tensor, form: str, rows: int, columns: int) -> SplitWeight:
     """stored (1-D uint8): a matrix of `rows` times `columns` as GGUF stores it in format `form`.
 
-    Q4_0, Q4_1, Q4_K give 4 bits, Q8_0, Q6_K 8 bits; the dequantised weight has the bits of
+    Q4_0, Q4_1, Q4_K give 4 bits, Q5_0, Q8_0, Q6_K 8 bits; the dequantised weight has the bits of
     `dequantize`. Scales are float16 as stored, or float32 products of two scales (Q4_K, Q6_K). G
     is 32, for Q6_K 16. ValueError for another format, or a size that is not that of the blocks.
     """
@@ -85,6 +85,13 @@ def _q4_1(blocks: torch.Tensor) -> _Planes:
     return blocks[:, 4:].contiguous(), _halves(blocks, 0, 2), _halves(blocks, 2, 4)
 
 
+def _q5_0(blocks: torch.Tensor) -> _Planes:
+    """Fifth bits are in four bytes before the nibbles, the lowest first."""
+    fifths = ((blocks[:, 2:6, None] >> torch.arange(8)) & 1).flatten(1)
+    nibbles = torch.cat((blocks[:, 6:] & 15, blocks[:, 6:] >> 4), dim=1)
+    return (nibbles | (fifths << 4)).to(torch.int8) - 16, _halves(blocks, 0, 2), None
+
+
 def _q8_0(blocks: torch.Tensor) -> _Planes:
     return blocks[:, 2:].contiguous().view(torch.int8), _halves(blocks, 0, 2), None
 
@@ -114,7 +121,11 @@ def _q6_k(blocks: torch.Tensor) -> _Planes:
 _SPLITTERS: dict[str, Callable[[torch.Tensor], _Planes]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
     "Q6_K": _q6_k,
 }
+
+SPLIT = tuple(_SPLITTERS)
+"""The formats that `from_gguf` takes."""

@@ -56,6 +56,8 @@ def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.shape[1] == 1:
         # torch 2.13 takes strides of a single column for those of a row.
         return a.int() * b.int()
+    if 0 in (*a.shape, b.shape[1]):
+        return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     return torch._int_mm(a, b)
 
 
@@ -90,6 +92,13 @@ def requantise(
 ) -> torch.Tensor:
     """values * multiplier / 2^shift, int32: the dyadic change of scale. |product| < 2^62."""
     return narrow(round_shift(values.long() * multiplier, shift))
+
+
+def integer_requantise(
+    values: torch.Tensor, multiplier: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """`requantise` by tensors [1] or [columns of values], as an op takes them."""
+    return requantise(values, multiplier, shift)
 
 
 def split(values: torch.Tensor) -> Pair:
@@ -128,7 +137,7 @@ def linear(
     sums = sums + int8_product(low, columns)
     made = round_shift(sums * multiplier, shift - exponent)
     made = narrow(made if bias is None else made + bias)
-    return made.view(*x.shape[:-1], -1)
+    return made.view(*x.shape[:-1], weight.shape[0])
 
 
 def pair_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -251,14 +260,14 @@ def attention(
     tokens, heads, _ = q.shape
     groups = heads // k.shape[1]
     places = torch.arange(k.shape[0], device=q.device)
-    visible = (places <= places[-tokens:, None]).repeat(groups, 1)
+    visible = (places <= places[len(places) - tokens :, None]).repeat(groups, 1)
     made = []
     for queries, keys, values in zip(q.chunk(k.shape[1], 1), k.unbind(1), v.unbind(1), strict=True):
         rows = queries.transpose(0, 1).flatten(0, 1)
         scores = narrow(round_shift(pair_product(rows, keys) * multiplier, shift))
         weights, exponent = quantise(softmax(scores, visible))
         mixed = round_shift(pair_product(weights, values.t()), ONE_POINT - MIXED_POINT - exponent)
-        made.append(narrow(mixed).view(groups, tokens, -1).transpose(0, 1))
+        made.append(narrow(mixed).view(groups, tokens, v.shape[-1]).transpose(0, 1))
     return torch.cat(made, 1)
 
 

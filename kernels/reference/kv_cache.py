@@ -5,8 +5,14 @@ page * page_tokens + offset. Its dtype says how numbers are kept:
 
 - float32, float16, bfloat16: as they are; no scales.
 - int8: symmetric per token and head, scales float32 [pages, page_tokens, KH] = absmax / 127.
-- uint8 [.., D / 2]: 4 bits in groups of 32 along D, nibbles as in `linear_w4`; scales float16
-  [pages, page_tokens, KH, D / 32, 2] hold (scale, min) of a group.
+- uint8: symmetric in groups of 32 along D, scales float16 [pages, page_tokens, KH, D / 32]. Values
+  have 4 bits, [.., D / 2], nibbles as in `linear_w4`; keys have 5, [.., D / 2 + D / 8]: behind the
+  nibbles their fifth bits, value 8 j + k in bit k of byte j. Keys cost most of what such a cache
+  loses, and softmax most of what keys lose. Either side may have 4 or 5 bits: sizes tell.
+
+Heads of a uint8 cache should be turned by Hadamard's matrix (QuaRot, Ashkboos et al., 2024), since
+a few large channels would leave the others few levels: the caller turns queries, keys and values,
+and turns outputs back.
 
 `models` writes with `kv_write`; attention_paged.py reads.
 """
@@ -16,7 +22,7 @@ import torch
 from kernels.reference.linear_int8 import quantize_rowwise_int8
 from kernels.reference.linear_w4 import RUN, pack_nibbles, unpack_nibbles
 
-STEPS = 15  # between the 16 levels of 4 bits
+PACKED_BITS = (4, 5)
 
 
 def kv_write(
@@ -39,40 +45,69 @@ def kv_write(
         (keys, key_cache, key_scales),
         (values, value_cache, value_scales),
     ):
-        numbers, scale = _store(new[kept], cache.dtype)
+        numbers, scale = _store(new[kept], cache, scales)
         cache.view(-1, *cache.shape[2:])[rows] = numbers
         if scale is not None:
             assert scales is not None
             scales.view(-1, *scales.shape[2:])[rows] = scale
 
 
-def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., D], D a multiple of 32 -> (uint8 [..., D / 2], float16 [..., D / 32, 2]).
+def packed_bits(cache_width: int, groups: int) -> int | None:
+    """How many bits a number of a uint8 cache has, by the bytes and the scales of a head; None
+    where that is neither 4 nor 5."""
+    return next((bits for bits in PACKED_BITS if cache_width * 8 == groups * RUN * bits), None)
 
-    min is the least of a group, rounded to half; scale = (largest - min) / 15, rounded to half;
-    q = (x - min) / scale, in float32, rounded half to even, within 0..15, and 0 unless scale > 0:
-    it may fall below 0 when a group's values are as good as equal and min is rounded up.
+
+def quantize_packed(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D], D a multiple of 32 -> (uint8 [..., D * bits / 8], float16 [..., D / 32]).
+
+    scale = the number of a group that is furthest from zero (of two the negative one) over
+    -2 ** (bits - 1), rounded to half: so that number has the level without an opposite.
+    q = x / scale in float32, rounded half to even, within the levels, stored above zero; levels of
+    zero where the scale is zero.
     """
-    groups = torch.unflatten(x.float(), -1, (-1, RUN))
-    low = groups.amin(-1).half()
-    scale = ((groups.amax(-1) - low.float()) / STEPS).half()
-    divisors = torch.where(scale > 0, scale.float(), torch.inf)[..., None]
-    q = ((groups - low.float()[..., None]) / divisors).round().clamp(0, STEPS)
-    return pack_nibbles(q.flatten(-2)), torch.stack((scale, low), dim=-1)
+    groups, zero = torch.unflatten(x.float(), -1, (-1, RUN)), 1 << (bits - 1)
+    most, least = groups.amax(-1), groups.amin(-1)
+    scale = (torch.where(most > -least, most, least) / -zero).half()
+    divisors = torch.where(scale == 0, torch.inf, scale.float())[..., None]
+    q = (groups / divisors).round().clamp(-zero, zero - 1).to(torch.int16) + zero
+    levels = q.to(torch.uint8).flatten(-2)
+    packed = pack_nibbles(levels & 15)
+    if bits == 5:
+        places = torch.arange(8, device=x.device)
+        fifths = (torch.unflatten(levels >> 4, -1, (-1, 8)).int() << places).sum(-1)
+        packed = torch.cat((packed, fifths.to(torch.uint8)), dim=-1)
+    return packed, scale
 
 
-def _store(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, KH, D] -> the numbers that a cache of dtype holds, and their scales."""
+def _levels(cache: torch.Tensor, bits: int) -> torch.Tensor:
+    """What a uint8 cache [..., D * bits / 8] holds: int16 [..., D], zero in the middle."""
+    width = cache.shape[-1] * 8 // bits
+    levels = unpack_nibbles(cache[..., : width // 2]).to(torch.int16)
+    if bits == 5:
+        places = torch.arange(8, device=cache.device)
+        fifths = (cache[..., width // 2 :, None].to(torch.int16) >> places) & 1
+        levels = levels + (fifths.flatten(-2) << 4).to(torch.int16)
+    return levels - (1 << (bits - 1))
+
+
+def _store(
+    x: torch.Tensor, cache: torch.Tensor, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [T, KH, D] -> the numbers that such a cache holds, and their scales."""
+    dtype = cache.dtype
     if dtype.is_floating_point:
         return x.to(dtype), None
     if dtype == torch.int8:
         q, scales = quantize_rowwise_int8(x.reshape(-1, x.shape[-1]))
         return q.view(x.shape), scales.view(x.shape[:2])
-    if dtype == torch.uint8:
-        return quantize_int4(x)
+    if dtype == torch.uint8 and scales is not None:
+        bits = packed_bits(cache.shape[-1], scales.shape[-1])
+        assert bits is not None
+        return quantize_packed(x, bits)
     raise ValueError(
         f"a cache of {dtype} is not known; accepted are float32, float16, bfloat16, int8 and "
-        "uint8 (two 4-bit values in each)."
+        "uint8 (of 4 or 5 bits a number, with scales)."
     )
 
 
@@ -86,6 +121,7 @@ def read_cache(
     assert scales is not None
     if cache.dtype == torch.int8:
         return cache.to(dtype) * scales.to(dtype)[..., None]
-    scale, low = scales.to(dtype).unbind(-1)
-    groups = torch.unflatten(unpack_nibbles(cache).to(dtype), -1, (-1, RUN))
-    return (groups * scale[..., None] + low[..., None]).flatten(-2)
+    bits = packed_bits(cache.shape[-1], scales.shape[-1])
+    assert bits is not None
+    groups = torch.unflatten(_levels(cache, bits).to(dtype), -1, (-1, RUN))
+    return (groups * scales.to(dtype)[..., None]).flatten(-2)

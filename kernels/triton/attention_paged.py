@@ -1,8 +1,8 @@
 """The kernel of `paged_attention`: one new token per sequence over its pages, in parts if asked.
 
 A program holds the query heads that share one key head, for one part of one sequence. The numbers
-of a head keep the order of the cache: for 4 bits that is not theirs, and queries are read and
-results stored accordingly. Semantics: reference/attention_paged.py. Called by
+of a head keep the order of the cache: where it is packed that is not theirs, and queries are read
+and results stored accordingly. Semantics: reference/attention_paged.py. Called by
 kernels/ops/attention_paged.py on a CUDA or ROCm device.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import Config, choose, known
-from kernels.triton.kv_cache import meta_cache
+from kernels.triton.kv_cache import cache_bits, meta_cache
 from kernels.triton.launch import target_of
 from kernels.triton.merge import merge_plan, merge_states
 from kernels.triton.plan import (
@@ -65,34 +65,42 @@ def _columns(PACKED: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def _group_scales(scales, scale_at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
-    """(scale, least) float32 [BN, DP / 2]: those of each byte's group of 32 numbers. scales: both
-    as one int32, which is fetched ahead; a float16 alone would not be."""
+    """float32 [BN, DP / 2]: the scale of each byte's group of 32 numbers."""
     groups: tl.constexpr = DP // 32
-    group = tl.arange(0, groups)[None, :]
-    ok = seen[:, None] if D == DP else seen[:, None] & (group < D // 32)
-    both = tl.load(scales + scale_at[:, None] + group, mask=ok, other=0)
-    scale = (both & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    scale = tl.broadcast_to(scale[:, :, None], (BN, groups, 16))
-    least = tl.broadcast_to(least[:, :, None], (BN, groups, 16))
-    return tl.reshape(scale, (BN, DP // 2)), tl.reshape(least, (BN, DP // 2))
+    place = tl.arange(0, groups)[None, :]
+    ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 32)
+    scale = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0.0).to(tl.float32)
+    return tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, groups, 16)), (BN, DP // 2))
 
 
 @triton.jit
 def _tile(
-    cache, scales, at, scale_at, seen, whole, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr
-):
-    """[BN, DP], the tokens at cache + at: as they are stored, 4 bits as float32."""
+    cache, scales, at, scale_at, seen, whole,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """[BN, DP], the tokens at cache + at: as they are stored, BITS bits as float32."""
     if cache.dtype.element_ty == tl.uint8:
         byte = tl.arange(0, DP // 2)[None, :]
         ok = seen[:, None] if D == DP else seen[:, None] & (byte < D // 2)
         levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0).to(tl.int32)
-        # As linear_w4.py makes floats of levels: the high ones 16 times too large.
-        low = ((levels & 15) | whole).to(tl.float32, bitcast=True) - 8388608.0
-        high = ((levels & 240) | whole).to(tl.float32, bitcast=True) - 8388608.0
-        scale, least = _group_scales(scales, scale_at, seen, D, DP, BN)
-        low, high = low * scale + least, high * (scale * 0.0625) + least
-        found = tl.reshape(tl.join(low, high), (BN, DP))
+        scale = _group_scales(scales, scale_at, seen, D, DP, BN)
+        if BITS == 5:
+            # Two of a group's four bytes for its first 16 numbers, two for the others.
+            fifths = cache + at[:, None] + D // 2 + byte // 16 * 4 + byte % 16 // 8
+            below = (tl.load(fifths, mask=ok, other=0).to(tl.int32) >> byte % 8 & 1) << 4
+            above = (tl.load(fifths + 2, mask=ok, other=0).to(tl.int32) >> byte % 8 & 1) << 4
+            low, high = levels & 15 | below, levels >> 4 | above
+            high_scale = scale
+        else:
+            # The high ones stay 16 times too large.
+            low, high = levels & 15, levels & 240
+            high_scale = scale * 0.0625
+        # As linear_w4.py makes floats of levels.
+        zero: tl.constexpr = 2 ** (BITS - 1)
+        high_zero: tl.constexpr = zero if BITS == 5 else zero * 16
+        low = (low | whole).to(tl.float32, bitcast=True) - (8388608.0 + zero)
+        high = (high | whole).to(tl.float32, bitcast=True) - (8388608.0 + high_zero)
+        found = tl.reshape(tl.join(low * scale, high * high_scale), (BN, DP))
     else:
         column = tl.arange(0, DP)[None, :]
         ok = seen[:, None] if D == DP else seen[:, None] & (column < D)
@@ -139,6 +147,7 @@ def paged_attention_kernel(
     key_scale_stride_t, key_scale_stride_h, value_scale_stride_t, value_scale_stride_h,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Sequence, key head and part are the program ids; factor turns a product into a score in
     powers of two. outs [splits, S, H, D] and lse [splits, S, H] are contiguous; strides are of
@@ -166,15 +175,16 @@ def paged_attention_kernel(
         page = _pages(page_tables, place + BN, stop, PAGE, BN)
         at = slot * key_stride_t + head * key_stride_h
         scale_at = slot * key_scale_stride_t + head * key_scale_stride_h
-        found = _tile(keys, key_scales, at, scale_at, seen, whole, D, DP, BN).to(query.dtype)
-        scores = product(query, tl.trans(found), tl.zeros((GP, BN), tl.float32), MATRIX)
+        found = _tile(keys, key_scales, at, scale_at, seen, whole, D, DP, BN, KEY_BITS)
+        scores = tl.zeros((GP, BN), tl.float32)
+        scores = product(query, tl.trans(found.to(query.dtype)), scores, MATRIX)
         if keys.dtype.element_ty == tl.int8:
             # Taken as whole numbers until here, which every dtype holds exactly.
             scores *= tl.load(key_scales + scale_at, mask=seen, other=0.0)[None, :]
         weights, shrink, top, total = softmax_step(scores * factor, seen[None, :], top, total)
         at = slot * value_stride_t + head * value_stride_h
         scale_at = slot * value_scale_stride_t + head * value_scale_stride_h
-        found = _tile(values, value_scales, at, scale_at, seen, whole, D, DP, BN)
+        found = _tile(values, value_scales, at, scale_at, seen, whole, D, DP, BN, VALUE_BITS)
         weights, found = _weighed(weights, found, value_scales, scale_at, seen, query.dtype)
         acc = product(weights, found, acc * shrink[:, None], MATRIX)
     row = (
@@ -277,6 +287,8 @@ def _plan(
         "D": width,
         "DP": max(power(width), 32),
         "PAGE": keys.shape[1],
+        "KEY_BITS": cache_bits(keys, key_scales),
+        "VALUE_BITS": cache_bits(values, value_scales),
         **config.constants,
     }
     return Plan(paged_attention_kernel, (sequences, kv_heads, outs.shape[0]), args, config)
@@ -297,8 +309,6 @@ def _side(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> dict[s
     steps = (0, 0)
     if scales is not None:
         inner = flat_slots("paged_attention", f"{name}_scales", scales, scales.dim() - 3)
-        if cache.dtype == torch.uint8:
-            inner = inner.view(torch.int32)  # (scale, least), both float16
         args[f"{name}_scales"], steps = inner, (inner.stride(0), inner.stride(1))
     args |= {f"{name}_stride_t": flat.stride(0), f"{name}_stride_h": flat.stride(1)}
     return args | {f"{name}_scale_stride_t": steps[0], f"{name}_scale_stride_h": steps[1]}
@@ -308,11 +318,12 @@ def cases(target: Target) -> list[Case | Refused]:
     """16 sequences of 2048 tokens in pages of 16, 32 heads over 8, 4 parts."""
     made: list[Case | Refused] = []
     for kind, dtype, width in SHIPPED:
-        cache, scales = meta_cache(kind, dtype, 2048, 16, 8, width)
+        keys, key_scales = meta_cache(kind, dtype, 2048, 16, 8, width, bits=5)
+        values, value_scales = meta_cache(kind, dtype, 2048, 16, 8, width)
         q = torch.empty(16, 32, width, dtype=dtype, device="meta")
         tables = torch.empty(16, 128, dtype=torch.int32, device="meta")
         outs, lse = _parts(q, 4, torch.float32)
-        caches = (cache, cache, scales, scales, tables, tables[:, 0].contiguous())
+        caches = (keys, values, key_scales, value_scales, tables, tables[:, 0].contiguous())
         plan = _plan(target, q, *caches, outs, lse, 0, None)
         matrix = operands(plan.config, dtype)
         name = f"paged_attention/{TYPES[dtype]}-{kind}-{width}"

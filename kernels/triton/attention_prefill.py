@@ -57,8 +57,8 @@ def prefill_attention_kernel(
     WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     """Block of queries and head are the program ids; factor turns a product into a score in
-    powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous.
-    WINDOW: there is one, of `window` tokens."""
+    powers of two. key_starts: None where they are `starts`. out [T, H, D] is contiguous. WINDOW:
+    there is one, of `window` tokens."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = _sequence(starts, sequences, program, BM)
     start = tl.load(starts + sequence)
@@ -74,56 +74,42 @@ def prefill_attention_kernel(
     # Scores of a factor above zero have their largest where products have theirs.
     block = (block.to(tl.float32) * tl.where(factor < 0, -1.0, 1.0)).to(block.dtype)
     factor = tl.maximum(tl.abs(factor), 1e-30)
-    if key_starts is None:
-        key_start = start
-        keys_seen = tokens
-    else:
+    key_start, keys_seen = start, tokens
+    if key_starts is not None:
         key_start = tl.load(key_starts + sequence)
         keys_seen = tl.load(key_starts + sequence + 1) - key_start
     k += head // G * k_stride_h + key_start.to(tl.int64) * k_stride_t
     v += head // G * v_stride_h + key_start.to(tl.int64) * v_stride_t
-    position = query + (keys_seen - tokens)  # behind the keys of tokens that are no queries
+    row += keys_seen - tokens  # behind the keys of earlier positions than the first query's
+    position = (keys_seen - tokens + query)[:, None]
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DP), tl.float32)
-    row += keys_seen - tokens
     sinks, first, stop = _key_blocks(row, keys_seen, window, sink_tokens, CAUSAL, WINDOW, BM, BN)
     clear, cut = _clear_blocks(row, keys_seen, window, first, stop, CAUSAL, WINDOW, BM, BN)
     if WINDOW:
-        top, total, acc = _asked(
-            block, k, v, position, sinks, first, clear, keys_seen, window, sink_tokens, factor,
-            top, total, acc, k_stride_t, v_stride_t, D, DP, CAUSAL, WINDOW, BN, MATRIX,
-        )  # fmt: skip
+        for step in range(sinks + clear - first):
+            key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
+            seen = _seen(position, key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW)
+            top, total, acc = _tile(
+                block, k, v, key, keys_seen, seen, factor, top, total, acc,
+                k_stride_t, v_stride_t, D, DP, MATRIX,
+            )  # fmt: skip
     for step in range(clear, cut):
         top, total, acc = _tile(
             block, k, v, step * BN + tl.arange(0, BN), keys_seen, None, factor, top, total, acc,
             k_stride_t, v_stride_t, D, DP, MATRIX,
         )  # fmt: skip
-    top, total, acc = _asked(
-        block, k, v, position, 0, cut, stop, keys_seen, window, sink_tokens, factor,
-        top, total, acc, k_stride_t, v_stride_t, D, DP, CAUSAL, WINDOW, BN, MATRIX,
-    )  # fmt: skip
+    for step in range(cut, stop):
+        key = step * BN + tl.arange(0, BN)
+        seen = _seen(position, key[None, :], keys_seen, window, sink_tokens, CAUSAL, WINDOW)
+        top, total, acc = _tile(
+            block, k, v, key, keys_seen, seen, factor, top, total, acc,
+            k_stride_t, v_stride_t, D, DP, MATRIX,
+        )  # fmt: skip
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     where = (at * tl.num_programs(1) + head) * D + column
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=ours)
-
-
-@triton.jit
-def _asked(
-    block, k, v, position, sinks, first, stop, tokens, window, sink_tokens, factor,
-    top, total, acc, k_stride_t, v_stride_t, D: tl.constexpr, DP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, MATRIX: tl.constexpr,
-):  # fmt: skip
-    """(top, total, acc) after blocks 0..sinks and first..stop of keys, of which each is asked who
-    sees it."""
-    for step in range(sinks + stop - first):
-        key = tl.where(step < sinks, step, step - sinks + first) * BN + tl.arange(0, BN)
-        seen = _seen(position[:, None], key[None, :], tokens, window, sink_tokens, CAUSAL, WINDOW)
-        top, total, acc = _tile(
-            block, k, v, key, tokens, seen, factor, top, total, acc,
-            k_stride_t, v_stride_t, D, DP, MATRIX,
-        )  # fmt: skip
-    return top, total, acc
 
 
 @triton.jit

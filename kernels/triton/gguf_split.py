@@ -62,6 +62,41 @@ def q4_1_kernel(stored, out, blocks, BB: tl.constexpr):
     tl.store(place + 16, ((levels >> 4).to(tl.float32) * scale + least).to(kept), mask=ok)
 
 
+@triton.jit
+def _fives(stored, nibbles, fifths, at, ok):
+    """(first, second) int32 [BB, 16] of a block: values 0 to 15, and 16 to 31."""
+    byte = tl.arange(0, 16)[None, :]
+    levels = tl.load(stored + at + nibbles + byte, mask=ok, other=0).to(tl.int32)
+    early = tl.load(stored + at + fifths + byte // 8, mask=ok, other=0).to(tl.int32)
+    late = tl.load(stored + at + fifths + 2 + byte // 8, mask=ok, other=0).to(tl.int32)
+    first = (levels & 15) | ((early >> (byte % 8) & 1) << 4)
+    return first, (levels >> 4) | ((late >> (byte % 8) & 1) << 4)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def q5_0_kernel(stored, out, blocks, BB: tl.constexpr):
+    """22 bytes: a scale, 4 bytes of fifth bits, then 16 bytes whose halves stand 16 apart."""
+    block, at, ok = _blocks(blocks, 22, BB)
+    scale = _half(stored, at, ok)
+    first, second = _fives(stored, 6, 2, at, ok)
+    place = out + block * 32 + tl.arange(0, 16)[None, :]
+    kept = out.dtype.element_ty
+    tl.store(place, ((first - 16).to(tl.float32) * scale).to(kept), mask=ok)
+    tl.store(place + 16, ((second - 16).to(tl.float32) * scale).to(kept), mask=ok)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def q5_1_kernel(stored, out, blocks, BB: tl.constexpr):
+    """24 bytes: a scale, a minimum, 4 bytes of fifth bits, then 16 bytes."""
+    block, at, ok = _blocks(blocks, 24, BB)
+    scale, least = _half(stored, at, ok), _half(stored, at + 2, ok)
+    first, second = _fives(stored, 8, 4, at, ok)
+    place = out + block * 32 + tl.arange(0, 16)[None, :]
+    kept = out.dtype.element_ty
+    tl.store(place, (first.to(tl.float32) * scale + least).to(kept), mask=ok)
+    tl.store(place + 16, (second.to(tl.float32) * scale + least).to(kept), mask=ok)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def q8_0_kernel(stored, out, blocks, BB: tl.constexpr):
     """34 bytes: a scale, then 32 signed bytes."""
@@ -77,6 +112,19 @@ def q4_k_kernel(stored, out, blocks, BB: tl.constexpr):
     """144 bytes: a scale and a scale of minima, 8 pairs of 6 bits in 12 bytes, and 4 runs of 32
     bytes whose halves stand 32 values apart."""
     block, at, ok = _blocks(blocks, 144, BB)
+    _nested(stored, out, block, at, ok, False)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def q5_k_kernel(stored, out, blocks, BB: tl.constexpr):
+    """176 bytes: as q4_k, with 32 bytes of fifth bits before the runs, bit g those of group g."""
+    block, at, ok = _blocks(blocks, 176, BB)
+    _nested(stored, out, block, at, ok, True)
+
+
+@triton.jit
+def _nested(stored, out, block, at, ok, FIVE: tl.constexpr):
+    """Blocks of q4_k or q5_k."""
     group = tl.arange(0, 8)[None, :]
     near, late = at + 4 + group % 4, group >= 4
     first = tl.load(stored + near, mask=ok, other=0).to(tl.int32)
@@ -89,8 +137,13 @@ def q4_k_kernel(stored, out, blocks, BB: tl.constexpr):
     group = tl.arange(0, 8)[None, :, None]
     value = tl.arange(0, 32)[None, None, :]
     ok = ok[:, :, None]
-    levels = tl.load(stored + at[:, :, None] + 16 + group // 2 * 32 + value, mask=ok, other=0)
-    levels = tl.where(group % 2 == 0, levels & 15, levels >> 4).to(tl.float32)
+    runs = at[:, :, None] + (48 if FIVE else 16)
+    levels = tl.load(stored + runs + group // 2 * 32 + value, mask=ok, other=0)
+    levels = tl.where(group % 2 == 0, levels & 15, levels >> 4).to(tl.int32)
+    if FIVE:
+        fifths = tl.load(stored + at[:, :, None] + 16 + value, mask=ok, other=0).to(tl.int32)
+        levels |= ((fifths >> group) & 1) << 4
+    levels = levels.to(tl.float32)
     place = out + block[:, :, None] * 256 + group * 32 + value
     tl.store(place, (levels * scale - least).to(out.dtype.element_ty), mask=ok)
 
@@ -118,8 +171,11 @@ def _kernel(form: str) -> Any:
     kernels = {
         "Q4_0": q4_0_kernel,
         "Q4_1": q4_1_kernel,
+        "Q5_0": q5_0_kernel,
+        "Q5_1": q5_1_kernel,
         "Q8_0": q8_0_kernel,
         "Q4_K": q4_k_kernel,
+        "Q5_K": q5_k_kernel,
         "Q6_K": q6_k_kernel,
     }
     return kernels[form]
@@ -149,7 +205,7 @@ def plan(target: Target, stored: torch.Tensor, form: str, out: torch.Tensor) -> 
 def cases(target: Target) -> list[Case | Refused]:
     """Every format that has a kernel."""
     made: list[Case | Refused] = []
-    for form in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"):
+    for form in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"):
         count = 1 << 24
         block = FORMATS[form]
         size = count // block.block_values * block.block_bytes

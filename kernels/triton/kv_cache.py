@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.reference.kv_cache import packed_bits
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import choose
 from kernels.triton.launch import target_of
@@ -52,43 +53,65 @@ def _store_int8(new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: t
 
 
 @triton.jit
-def _store_int4(new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr):
+def _store_packed(
+    new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr
+):
     """Groups of 32 are read as two runs of 16, whose numbers share bytes."""
     group = tl.arange(0, DP // 32)[None, :, None]
     column = tl.arange(0, 16)[None, None, :]
     seen = ok[:, None, None] & (group < D // 32)
-    low_at = at[:, None, None] + group * 32 + column
-    first = tl.load(new + low_at, mask=seen, other=0.0).to(tl.float32)
-    second = tl.load(new + low_at + 16, mask=seen, other=0.0).to(tl.float32)
-    least = tl.min(tl.minimum(first, second), axis=2).to(tl.float16)
-    most = tl.max(tl.maximum(first, second), axis=2)
-    base = least.to(tl.float32)
-    scale = tl.div_rn(most - base, 15.0).to(tl.float16)
+    first_at = at[:, None, None] + group * 32 + column
+    first = tl.load(new + first_at, mask=seen, other=0.0).to(tl.float32)
+    second = tl.load(new + first_at + 16, mask=seen, other=0.0).to(tl.float32)
+    scale = _scale(first, second, BITS)
     wide = scale.to(tl.float32)
-    divisor = tl.where(wide > 0, wide, float("inf"))[:, :, None]
-    lows = _level(first - base[:, :, None], divisor)
-    highs = _level(second - base[:, :, None], divisor)
-    tl.store(cache + to[:, None, None] + group * 16 + column, lows | (highs << 4), mask=seen)
-    places = scales + scale_to[:, None] + tl.arange(0, DP // 32)[None, :] * 2
-    seen = ok[:, None] & (tl.arange(0, DP // 32)[None, :] < D // 32)
-    tl.store(places, scale, mask=seen)
-    tl.store(places + 1, least, mask=seen)
+    divisor = tl.where(wide == 0, float("inf"), wide)[:, :, None]
+    first = _level(first, divisor, BITS)
+    second = _level(second, divisor, BITS)
+    packed = ((first & 15) | ((second & 15) << 4)).to(tl.uint8)
+    tl.store(cache + to[:, None, None] + group * 16 + column, packed, mask=seen)
+    if BITS == 5:
+        pair = tl.arange(0, 2)[None, None, :]
+        fifths = cache + to[:, None, None] + D // 2 + group * 4 + pair
+        tl.store(fifths, _fifths(first), mask=seen)
+        tl.store(fifths + 2, _fifths(second), mask=seen)
+    place = tl.arange(0, DP // 32)[None, :]
+    tl.store(scales + scale_to[:, None] + place, scale, mask=ok[:, None] & (place < D // 32))
 
 
 @triton.jit
-def _level(above, divisor):
-    """uint8, 0 to 15: how many steps of `divisor` a number is above the least of its group."""
-    q = _nearest(tl.div_rn(above, tl.broadcast_to(divisor, above.shape)))
-    return tl.minimum(tl.maximum(q, 0.0), 15.0).to(tl.int32).to(tl.uint8)
+def _scale(first, second, BITS: tl.constexpr):
+    """float16 [.., groups]: what gives the number furthest from zero the outermost level."""
+    most = tl.max(tl.maximum(first, second), axis=2)
+    least = tl.min(tl.minimum(first, second), axis=2)
+    zero: tl.constexpr = 2 ** (BITS - 1)
+    return (tl.where(most > -least, most, least) * (-1.0 / zero)).to(tl.float16)
 
 
 @triton.jit
-def _store(new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr):
+def _level(x, divisor, BITS: tl.constexpr):
+    """int32: the level nearest to x, counted from the lowest."""
+    zero: tl.constexpr = 2 ** (BITS - 1)
+    q = _nearest(tl.div_rn(x, tl.broadcast_to(divisor, x.shape)))
+    return tl.minimum(tl.maximum(q, -1.0 * zero), zero - 1.0).to(tl.int32) + zero
+
+
+@triton.jit
+def _fifths(levels):
+    """levels [rows, groups, 16] -> uint8 [rows, groups, 2]: their fifth bits, the first lowest."""
+    bits = tl.reshape(levels >> 4, (levels.shape[0], levels.shape[1], 2, 8))
+    return tl.sum(bits << tl.arange(0, 8)[None, None, None, :], axis=3).to(tl.uint8)
+
+
+@triton.jit
+def _store(
+    new, cache, scales, at, to, scale_to, ok, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr
+):
     kept: tl.constexpr = cache.dtype.element_ty
     if kept == tl.int8:
         _store_int8(new, cache, scales, at, to, scale_to, ok, D, DP)
     elif kept == tl.uint8:
-        _store_int4(new, cache, scales, at, to, scale_to, ok, D, DP)
+        _store_packed(new, cache, scales, at, to, scale_to, ok, D, DP, BITS)
     else:
         _store_float(new, cache, at, to, ok, D, DP)
 
@@ -119,8 +142,11 @@ def kv_write_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     BR: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
 ):
-    """A program stores BR of the `rows` = T * KH heads; strides of t, h and s (slot) in numbers."""
+    """A program stores BR of the `rows` = T * KH heads; strides of t, h and s (slot) in numbers.
+    Bits are those of a uint8 cache, 0 for others."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     token = (row // KH).to(tl.int64)
     head = (row % KH).to(tl.int64)
@@ -136,6 +162,7 @@ def kv_write_kernel(
         ok,
         D,
         DP,
+        KEY_BITS,
     )
     _store(
         values,
@@ -147,6 +174,7 @@ def kv_write_kernel(
         ok,
         D,
         DP,
+        VALUE_BITS,
     )
 
 
@@ -183,6 +211,8 @@ def _plan(
     padded = max(power(width), 32)
     rows = max(1, config.constants["BLOCK"] // padded)
     args |= {"KH": heads, "D": width, "DP": padded, "BR": rows}
+    args |= {"KEY_BITS": cache_bits(key_cache, key_scales)}
+    args |= {"VALUE_BITS": cache_bits(value_cache, value_scales)}
     # The bits are those of the reference: nothing is fused.
     grid = (triton.cdiv(tokens * heads, rows) if width else 0,)
     return Plan(kv_write_kernel, grid, args, config, fp_fusion=False)
@@ -196,7 +226,7 @@ def _side(
     args: dict[str, Any] = {f"{name}s": new, f"{name}_cache": flat, f"{name}_scales": None}
     steps = [0, 0]
     if scales is not None:
-        # Those of 4 bits are [.., D / 32, 2]; the other ones have no dimension within a head.
+        # Those of a uint8 cache are [.., D / 32]; the other ones have no dimension within a head.
         inner = flat_slots("kv_write", f"{name}_scales", scales, scales.dim() - 3)
         args[f"{name}_scales"], steps = inner, [inner.stride(0), inner.stride(1)]
     args |= {f"{name}_stride_t": new.stride(0), f"{name}_stride_h": new.stride(1)}
@@ -205,19 +235,32 @@ def _side(
     return args
 
 
+def cache_bits(cache: torch.Tensor, scales: torch.Tensor | None) -> int:
+    """Of a number in a uint8 cache: 4 or 5. 0 for every other cache."""
+    if cache.dtype != torch.uint8 or scales is None:
+        return 0
+    return packed_bits(cache.shape[-1], scales.shape[-1]) or 0
+
+
 def meta_cache(
-    kind: str, dtype: torch.dtype, pages: int, page_tokens: int, heads: int, width: int
+    kind: str,
+    dtype: torch.dtype,
+    pages: int,
+    page_tokens: int,
+    heads: int,
+    width: int,
+    bits: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A cache without memory, for cases: (numbers, scales). kind: "float" (of dtype), "int8" or
-    "int4"."""
+    "int4", whose numbers have `bits`: 5 for keys, 4 for values."""
     shape = (pages, page_tokens, heads)
     if kind == "float":
         return torch.empty(*shape, width, dtype=dtype, device="meta"), None
     if kind == "int8":
         numbers = torch.empty(*shape, width, dtype=torch.int8, device="meta")
         return numbers, torch.empty(*shape, device="meta")
-    numbers = torch.empty(*shape, width // 2, dtype=torch.uint8, device="meta")
-    return numbers, torch.empty(*shape, width // 32, 2, dtype=torch.float16, device="meta")
+    numbers = torch.empty(*shape, width * bits // 8, dtype=torch.uint8, device="meta")
+    return numbers, torch.empty(*shape, width // 32, dtype=torch.float16, device="meta")
 
 
 def cases(target: Target) -> list[Case | Refused]:
@@ -231,7 +274,8 @@ def cases(target: Target) -> list[Case | Refused]:
     ):
         new = torch.empty(256, 8, width, dtype=dtype, device="meta")
         slots = torch.empty(256, dtype=torch.int64, device="meta")
-        cache, scales = meta_cache(kind, dtype, 16, 16, 8, width)
-        plan = _plan(target, new, new, slots, cache, cache, scales, scales)
+        keys, key_scales = meta_cache(kind, dtype, 16, 16, 8, width, bits=5)
+        values, value_scales = meta_cache(kind, dtype, 16, 16, 8, width)
+        plan = _plan(target, new, new, slots, keys, values, key_scales, value_scales)
         made.append(shipped(f"kv_write/{kind}-{TYPES[dtype]}-{width}", plan, 10 * new.numel()))
     return made

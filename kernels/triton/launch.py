@@ -4,6 +4,7 @@ Called by every launcher of this folder. Triton is imported inside functions, so
 targets can be read without it.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,15 +53,21 @@ def target_of(op: str, tensor: torch.Tensor) -> Target:
             f"{op} in Triton needs its tensors on a CUDA or ROCm device, not on {tensor.device}: "
             "move them there, or call the op of kernels/ops, which has an implementation for it."
         )
-    _need_driver(op, tensor.device)
+    return _device_target(op, tensor.device)
+
+
+@functools.cache
+def _device_target(op: str, device: torch.device) -> Target:
+    """Looked up once: a launch of some microseconds should not ask the driver what it runs on."""
+    _need_driver(op, device)
     if torch.version.hip:
-        arch = str(torch.cuda.get_device_properties(tensor.device).gcnArchName).split(":")[0]
+        arch = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
         known = [each for each in TARGETS if each.name == arch]
         if not known:
             names = ", ".join(each.name for each in TARGETS if each.backend == "hip")
             raise ValueError(f"{op}: {arch} is not in the catalogue; accepted are {names}.")
         return known[0]
-    return cuda_target(*torch.cuda.get_device_capability(tensor.device))
+    return cuda_target(*torch.cuda.get_device_capability(device))
 
 
 def _need_driver(op: str, device: torch.device) -> None:

@@ -7,27 +7,32 @@ sentence that names the file and what is accepted.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.load.refusal import NotForCpuError
+from models.load.refusal import NotForCpuError, NotForDeviceError
 from models.load.text import TextModel
 from models.resolve import resolve
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
+    from models.device.decoder import DeviceDecoder
     from models.load.weights import WeightSource
     from models.packed import PackedDecoder
 
 __all__ = [
     "ACTIVATIONS",
+    "DEVICE_DTYPES",
     "DTYPES",
     "NotForCpuError",
+    "NotForDeviceError",
     "TextModel",
     "load_for_cpu",
+    "load_for_device",
     "load_model",
     "load_text",
 ]
 
 DTYPES = ("float32", "bfloat16")
+DEVICE_DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("accurate", "fast", "float32")
 
 
@@ -90,6 +95,26 @@ def load_for_cpu(
 
     file = open_gguf(path)
     return load_packed(file, read_config(file), activations, cache_dir)  # type: ignore[arg-type]
+
+
+def load_for_device(model: str, device: str, dtype: str = "bfloat16") -> "DeviceDecoder":
+    """The decoder of a model setting on a device ("cpu", "cuda" or "cuda:N"), computing in dtype.
+
+    Weights of a GGUF file stay as quantised as they are stored where `kernels/triton` has a product
+    for their format; all others are kept in dtype. ValueError as `models.device.place.open_device`
+    and the loaders have it, and a NotForDeviceError for a model that the kernels do not take.
+    """
+    if dtype not in DEVICE_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not accepted; {', '.join(DEVICE_DTYPES)} are.")
+    import torch
+
+    from models.device.place import open_device
+    from models.load.device import load_on_device
+
+    place = open_device(device)
+    path = resolve(model)
+    config, source = _open_folder(path) if path.is_dir() else _open_gguf(path)
+    return load_on_device(config, source, place, getattr(torch, dtype), path)
 
 
 def _open_folder(path: Path) -> "tuple[ModelConfig, WeightSource]":

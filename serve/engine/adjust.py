@@ -40,7 +40,7 @@ def _adjust(row: Tensor, draw: "Draw") -> None:
     bias = [(token, value) for token, value in sampling.logit_bias if 0 <= token < vocab]
     if bias:
         tokens, values = zip(*bias, strict=True)
-        row[list(tokens)] += torch.tensor(values, dtype=row.dtype)
+        row[list(tokens)] += torch.tensor(values, dtype=row.dtype, device=row.device)
     if sampling.repetition_penalty != 1.0:
         seen = _inside({*draw.prompt, *draw.output}, vocab)
         at = row[seen]
@@ -55,7 +55,7 @@ def _adjust(row: Tensor, draw: "Draw") -> None:
 def _penalise(row: Tensor, output: Sequence[int], sampling: Sampling) -> None:
     counts = Counter(output)
     made = _inside(counts, len(row))
-    times = torch.tensor([counts[token] for token in made], dtype=row.dtype)
+    times = torch.tensor([counts[token] for token in made], dtype=row.dtype, device=row.device)
     row[made] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 

@@ -8,6 +8,7 @@ leave in the step that ends them. A `hold` sequence makes one token and leaves; 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,7 +22,9 @@ from serve.engine.scores import Scores
 from serve.engine.sequence import Delta, Finish, Output, Sequence, TokenLogprob
 from serve.engine.stats import EngineStats
 from serve.engine.stops import StopMatcher
-from serve.grammar.compiler import Compiler, Matcher
+
+if TYPE_CHECKING:
+    from serve.grammar.compiler import Compiler, Matcher
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Engine:
         *,
         eos_token_ids: tuple[int, ...],
         detokenizer: Callable[[], Detokenizer],
-        grammars: Compiler | None = None,
+        grammars: "Compiler | None" = None,
     ) -> None:
         """grammars: None where requests have none; one that has is then refused."""
         self.scheduler = scheduler

@@ -34,14 +34,20 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token id per row of `logits` [R, vocab] float32; `draws` has R entries."""
+    """One token id per row of `logits` [R, vocab] float32; `draws` has R entries. Of logits on a
+    GPU only the rows that are drawn from are copied to the host."""
     assert logits.shape[0] == len(draws), (logits.shape, len(draws))
     logits = adjusted(restricted(logits, draws), draws)
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
-    return [
-        token if draw.sampling.temperature == 0 else sample_row(logits[row], draw)
-        for row, (token, draw) in enumerate(zip(greedy, draws, strict=True))
-    ]
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    drawn = [row for row, draw in enumerate(draws) if draw.sampling.temperature != 0]
+    if drawn:
+        for row, copied in zip(drawn, _on_host(logits, drawn), strict=True):
+            tokens[row] = sample_row(copied, draws[row])
+    return tokens
+
+
+def _on_host(logits: Tensor, rows: list[int]) -> Tensor:
+    return logits if len(rows) == len(logits) and logits.is_cpu else logits[rows].cpu()
 
 
 def restricted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -57,7 +63,7 @@ def restricted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         mask = torch.zeros(logits.shape[1], dtype=torch.bool)
         given = torch.from_numpy(draws[row].allowed)[: logits.shape[1]]
         mask[: len(given)] = given
-        logits[row].masked_fill_(~mask, -torch.inf)
+        logits[row].masked_fill_(~mask.to(logits.device), -torch.inf)
     return logits
 
 

@@ -80,9 +80,9 @@ class KVStorage:
         )
         self._tensor: torch.Tensor | None = torch.frombuffer(
             _as_writable(memory),
-            dtype=getattr(torch, FORMATS[self.kv_format].stored),
+            dtype=stored_dtype(self.kv_format),
             offset=tensor,
-        ).view(_sizes(self.shape, self.kv_format))
+        ).view(sizes(self.shape, self.kv_format))
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -155,7 +155,14 @@ def _tensor_start(pages: int) -> int:
     return -(-end // shared.HEADER_BYTES) * shared.HEADER_BYTES
 
 
-def _sizes(shape: KVShape, kv_format: str) -> tuple[int, ...]:
+def stored_dtype(kv_format: str) -> torch.dtype:
+    """Of the elements of a KV store."""
+    dtype: torch.dtype = getattr(torch, FORMATS[kv_format].stored)
+    return dtype
+
+
+def sizes(shape: KVShape, kv_format: str) -> tuple[int, ...]:
+    """[layers, 2, pages, page_tokens, kv_heads, elements] of a KV store."""
     elements = FORMATS[kv_format].elements(shape.head_dim)
     return (shape.layers, 2, shape.pages, shape.page_tokens, shape.kv_heads, elements)
 

@@ -71,6 +71,8 @@ class PageTable:
         """
         assert 0 <= start <= stop <= self.capacity_tokens, "positions outside the page table"
         size = self.pool.page_tokens
+        if stop == start + 1:  # a token that is decoded: what a full step asks for most
+            return np.array([self.pages[start // size] * size + start % size])
         positions = np.arange(start, stop, dtype=np.int64)
         first = start // size
         pages = np.array(self.pages[first : -(-stop // size)], dtype=np.int64)

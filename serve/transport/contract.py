@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve.engine.sequence import TokenLogprob
-from serve.kv.storage import KVStorage
+from serve.kv.device import Storage
 
 
 class HandoffLost(Exception):
@@ -51,7 +51,7 @@ class PrefillReply:
     logprob: TokenLogprob | None = None
 
 
-def check_format(offer: Offer, storage: KVStorage) -> None:
+def check_format(offer: Offer, storage: Storage) -> None:
     """ValueError where an offer's bytes mean something else than the receiver's."""
     if offer.kv_format != storage.kv_format:
         raise ValueError(
@@ -66,7 +66,7 @@ class Transport(Protocol):
     name: str
 
     def offer(
-        self, lease_id: str, storage: KVStorage, pages: list[int], start_tokens: int, stop: int
+        self, lease_id: str, storage: Storage, pages: list[int], start_tokens: int, stop: int
     ) -> Offer:
         """Sender: describe (or copy out) the KV of positions [start_tokens, stop) held in `pages`.
 
@@ -74,7 +74,7 @@ class Transport(Protocol):
         """
         ...
 
-    def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
+    def fetch(self, offer: Offer, storage: Storage, pages: list[int]) -> int:
         """Receiver: copy an offer into `pages` of its own storage; returns the bytes copied, which
         are tokens * storage.token_bytes.
 

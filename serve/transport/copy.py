@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from serve.kv.device import DeviceStorage, Storage
+
 
 class Run(NamedTuple):
     """`pages` consecutive pages on both sides, from `source` to `target`."""
@@ -46,3 +48,15 @@ def copy_pages(
         target_kv[:, :, target[full], :rest].copy_(piece)
         copied += piece.numel() * piece.element_size()
     return copied
+
+
+def receive(
+    source_kv: Tensor, source: tuple[int, ...], storage: Storage, target: list[int], tokens: int
+) -> int:
+    """As copy_pages, into a replica's storage, wherever that is. A GPU takes whole pages: what a
+    partly filled one holds behind its tokens is written before it is read."""
+    if not isinstance(storage, DeviceStorage):
+        return copy_pages(source_kv, source, storage.tensor, target, tokens)
+    assert len(source) == len(target), (len(source), len(target))
+    storage.from_host(source_kv[:, :, list(source)], target)
+    return tokens * storage.token_bytes

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from serve.kv import shared
+from serve.kv.device import DeviceStorage, Storage
 from serve.kv.storage import KVStorage
 from serve.transport.contract import HandoffLost, Offer, check_format
-from serve.transport.copy import copy_pages
+from serve.transport.copy import receive
 
 
 class _Mapping(NamedTuple):
@@ -31,19 +32,21 @@ class SharedMemoryTransport:
         self._attached: dict[str, _Mapping] = {}
 
     def offer(
-        self, lease_id: str, storage: KVStorage, pages: list[int], start_tokens: int, stop: int
+        self, lease_id: str, storage: Storage, pages: list[int], start_tokens: int, stop: int
     ) -> Offer:
         if storage.name is None:
             raise ValueError(
                 "handoff.transport shared_memory needs KV storage in shared memory; this replica's "
                 "storage is private"
             )
+        if isinstance(storage, DeviceStorage):
+            storage.lend(pages)
         generations = tuple(int(g) for g in storage.generation[pages])
         lent = tuple(pages)
         segment, kv_format = storage.name, storage.kv_format
         return Offer(lease_id, self.name, segment, lent, generations, start_tokens, stop, kv_format)
 
-    def fetch(self, offer: Offer, storage: KVStorage, pages: list[int]) -> int:
+    def fetch(self, offer: Offer, storage: Storage, pages: list[int]) -> int:
         check_format(offer, storage)
         sender = self._attach(offer.segment)
         theirs = (sender.shape._replace(pages=0), sender.kv_format)
@@ -54,7 +57,7 @@ class SharedMemoryTransport:
                 "prefill and decode"
             )
         self._unchanged(sender, offer)
-        copied = copy_pages(sender.tensor, offer.pages, storage.tensor, pages, offer.tokens)
+        copied = receive(sender.tensor, offer.pages, storage, pages, offer.tokens)
         self._unchanged(sender, offer)
         return copied
 

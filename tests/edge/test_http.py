@@ -222,6 +222,13 @@ def test_models(client):
     assert client.get(f"/v1/models/{MODEL}").json() == model
 
 
+def test_clients_are_told_what_lossy_settings_cost(client):
+    [model] = client.get("/v1/models").json()["data"]
+    assert model["quality_cost"] == ""
+    with serving(ScriptedService(spoken("a")), quality_cost="a little") as url:
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["quality_cost"] == "a little"
+
+
 def test_health_ready_and_status(client, service):
     assert client.get("/health").status_code == 200
     assert client.get("/ready").json() == {"ready": True}

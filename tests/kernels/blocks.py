@@ -6,7 +6,7 @@ import torch
 
 # What a half is multiplied by to give values of a standard deviation of one, roughly: the library
 # cannot quantise K-quants itself, so their integers are drawn.
-K_SPREAD = {"Q4_K": 330.0, "Q6_K": 1370.0}
+K_SPREAD = {"Q4_K": 330.0, "Q5_K": 660.0, "Q6_K": 1370.0}
 
 
 def random_blocks(form: str, rows: int, columns: int, seed: int = 0, scale: float = 1.0):
@@ -20,8 +20,8 @@ def random_blocks(form: str, rows: int, columns: int, seed: int = 0, scale: floa
     blocks = chance.integers(0, 256, (rows * columns // 256, block_bytes), dtype=np.uint8)
     outer = chance.uniform(0.5, 1.5, len(blocks)) * scale / K_SPREAD[form]
     outer *= chance.choice([1, 1, 1, -1], len(blocks))
-    if form == "Q4_K":
-        blocks[:, 0:4] = _halves(outer, 7.5 * outer)
+    if form != "Q6_K":
+        blocks[:, 0:4] = _halves(outer, (7.5 if form == "Q4_K" else 15.5) * outer)
     else:
         blocks[:, 208:210] = _halves(outer)
     return blocks.reshape(rows, -1)

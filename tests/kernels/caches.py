@@ -100,46 +100,46 @@ def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) ->
     return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
 
 
-def encoded(x: torch.Tensor, kv_format: str) -> torch.Tensor:
-    """x [.., DIM] float32 as a cache stores it: [.., elements]."""
+def encoded(both: torch.Tensor, kv_format: str) -> torch.Tensor:
+    """Keys and values [2, .., DIM] float32 as a cache stores them: [2, .., elements]."""
     if kv_format == "float32":
-        return x
+        return both
     if kv_format == "float16":
-        return x.clamp(-65504, 65504).half()
+        return both.clamp(-65504, 65504).half()
     if kv_format == "int8":
-        scale = x.abs().amax(-1, keepdim=True) / 127
-        levels = torch.where(scale > 0, x / scale, 0.0).round().clamp(-127, 127).to(torch.int8)
+        scale = both.abs().amax(-1, keepdim=True) / 127
+        levels = torch.where(scale > 0, both / scale, 0.0).round().clamp(-127, 127).to(torch.int8)
         return torch.cat([levels.view(torch.uint8), scale.contiguous().view(torch.uint8)], -1)
-    levels, scale, minimum = fitted(x.unflatten(-1, (-1, 32)))
-    levels = levels.to(torch.uint8)
-    packed = levels[..., :16] | levels[..., 16:] << 4
-    facts = torch.cat([scale, minimum], -1).half().contiguous().view(torch.uint8)
-    return torch.cat([packed.flatten(-2), facts.flatten(-2)], -1)
+    groups = both.unflatten(-1, (-1, 32))
+    keys, key_scales = fitted(groups[0], 16)
+    values, value_scales = fitted(groups[1], 8)
+    nibbles = torch.stack([keys % 16, values])
+    packed = (nibbles[..., :16] + 16 * nibbles[..., 16:]).to(torch.uint8).flatten(-2)
+    places = 2 ** torch.arange(8.0)
+    fifths = ((keys // 16).unflatten(-1, (4, 8)) * places).sum(-1).to(torch.uint8)
+    scales = torch.cat([value_scales, key_scales], -1).half().contiguous().view(torch.uint8)
+    return torch.cat([packed, torch.stack([fifths, scales]).flatten(-2)], -1)
 
 
-def fitted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Levels 0..15 of groups x [.., 32], and the line on which they lie: scales and minima, which
-    are halves. From least and largest on, four times the line of least squares, then the levels
-    nearest to it."""
+def fitted(x: torch.Tensor, zero: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels 0..2 zero - 1 of groups x [.., 32], and their scales, which are halves. From the
+    number furthest from zero on, four times the scale of least squares, then the levels nearest."""
 
     def half(value: torch.Tensor) -> torch.Tensor:
-        return value.clamp(-65504, 65504).half().float()
+        return value.clamp(-65504, 65504).half().float() + 0.0  # never minus zero
 
-    def nearest(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-        return torch.where(scale > 0, (x - minimum) / scale, 0.0).round().clamp(0, 15)
+    def nearest(scale: torch.Tensor) -> torch.Tensor:
+        return torch.where(scale == 0, 0.0, x / scale).round().clamp(-zero, zero - 1)
 
     least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    scale, minimum = half((most - least) / 15), half(least)
-    levels, going = nearest(scale, minimum), scale > 0
+    scale = half(torch.where(most > -least, most, least) / -zero)
+    levels, going = nearest(scale), scale != 0
     for _ in range(4):
-        count, squares = levels.sum(-1, keepdim=True), levels.square().sum(-1, keepdim=True)
-        width = 32 * squares - count * count
-        slope = half((32 * halved(levels * x) - count * halved(x)) / width)
-        going = going & (width > 0) & (slope > 0)
-        start = half((halved(x) - slope * count) / 32)
-        scale, minimum = torch.where(going, slope, scale), torch.where(going, start, minimum)
-        levels = torch.where(going, nearest(scale, minimum), levels)
-    return levels, scale, minimum
+        better = half(halved(levels * x) / halved(levels * levels))
+        going = going & (better.nan_to_num() != 0)
+        scale = torch.where(going, better, scale)
+        levels = torch.where(going, nearest(scale), levels)
+    return levels + zero, scale
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
@@ -160,14 +160,18 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 
 
 def decoded(stored: torch.Tensor, kv_format: str) -> torch.Tensor:
-    """What `encoded` stands for: [.., DIM] float32."""
+    """What `encoded` stands for: [2, .., DIM] float32."""
     if kv_format in ("float32", "float16"):
         return stored.float()
     if kv_format == "int8":
         scale = stored[..., DIM:].contiguous().view(torch.float32)
         return stored[..., :DIM].contiguous().view(torch.int8) * scale
     packed = stored[..., : DIM // 2].unflatten(-1, (-1, 16))
-    facts = stored[..., DIM // 2 :].contiguous().view(torch.float16).unflatten(-1, (-1, 2)).float()
-    levels = torch.cat([packed & 15, packed >> 4], -1)
-    values: torch.Tensor = levels * facts[..., :1] + facts[..., 1:]
+    levels = torch.cat([packed & 15, packed >> 4], -1).float()
+    fifths, scales = stored[..., DIM // 2 :].contiguous()
+    bits = fifths[..., None].int() // 2 ** torch.arange(8) % 2
+    levels[0] += 16 * bits.view(levels[0].shape)
+    facts = scales.contiguous().view(torch.float16).unflatten(-1, (-1, 2)).float()
+    zero = torch.tensor([16.0, 8.0]).view(2, *[1] * (levels.dim() - 1))
+    values: torch.Tensor = (levels - zero) * torch.stack([facts[..., 1:], facts[..., :1]])
     return values.flatten(-2)

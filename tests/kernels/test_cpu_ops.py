@@ -133,11 +133,11 @@ def test_a_packed_matrix_has_the_size_that_is_foretold(form: str):
     assert weight.data.numel() == ops.packed_bytes(weight.kind, weight.rows, weight.columns)
 
 
-@pytest.mark.parametrize("form", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("form", ["Q4_K", "Q5_K", "Q6_K"])
 def test_scales_of_k_quants_take_all_their_bits(form: str):
     """Largest and smallest of them, in blocks of one value each."""
     blocks = random_blocks(form, 16, 256)
-    inner = slice(4, 16) if form == "Q4_K" else slice(192, 208)
+    inner = slice(192, 208) if form == "Q6_K" else slice(4, 16)
     blocks[0, inner], blocks[1, inner], blocks[2, inner] = 255, 0, 128
     weight = ops.pack(flat(blocks), form, 16, 256)
     wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[form])
@@ -146,9 +146,7 @@ def test_scales_of_k_quants_take_all_their_bits(form: str):
 
 def test_refusals():
     weight, _ = packed("Q8_0")
-    with pytest.raises(
-        ValueError, match="BF16 is not packed for the CPU kernels; Q4_0, Q4_1, Q8_0, Q4_K, Q6_K"
-    ):
+    with pytest.raises(ValueError, match="BF16 is not packed for the CPU kernels; Q4_0, Q4_1, Q5"):
         ops.pack(torch.zeros(64, dtype=torch.uint8), "BF16", 1, 32)
     with pytest.raises(ValueError, match="columns should be a multiple of 256, not 128"):
         ops.pack(torch.zeros(105, dtype=torch.uint8), "Q6_K", 1, 128)

@@ -49,7 +49,7 @@ HEADS = {
     "float16": (32, torch.float16, 64),
     "bfloat16": (32, torch.bfloat16, 64),
     "int8": (36, torch.uint8, 36),  # and a float32 scale
-    "int4": (20, torch.uint8, 20),  # and scale and minimum, a half each
+    "int4": (20, torch.uint8, 20),  # and fifth bits of keys, or a half of keys and one of values
 }
 
 

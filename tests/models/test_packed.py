@@ -245,6 +245,9 @@ K_MIX = dict.fromkeys(tiny.FORMATS, "Q4_K") | dict.fromkeys(
     ("token_embd", "attn_v", "ffn_down"), "Q6_K"
 )
 
+# And its Q5_K_M.
+K_MIX_5 = {name: "Q5_K" if form == "Q4_K" else form for name, form in K_MIX.items()}
+
 
 def tiny_of(monkeypatch, folder: Path, formats: dict[str, str], architecture="llama") -> str:
     sizes = {"HIDDEN": 256, "HEADS": 8, "KV_HEADS": 2, "FF": 512, "FORMATS": formats}
@@ -256,7 +259,13 @@ def tiny_of(monkeypatch, folder: Path, formats: dict[str, str], architecture="ll
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize(
     "formats,parts",
-    [(K_MIX, 2), (K_MIX | {"attn_k": "Q4_0"}, 3), (K_MIX | {"attn_v": "Q4_K"}, 1)],
+    [
+        (K_MIX, 2),
+        (K_MIX | {"attn_k": "Q4_0"}, 3),
+        (K_MIX | {"attn_v": "Q4_K"}, 1),
+        (K_MIX_5, 2),
+        (K_MIX_5 | {"attn_v": "Q5_K", "attn_output": "Q5_0"}, 1),
+    ],
 )
 def test_a_file_of_mixed_formats_is_computed_as_the_reference_does(
     architecture: str, formats, parts: int, tmp_path: Path, monkeypatch
@@ -290,7 +299,7 @@ def test_formats_that_are_not_taken_are_refused_by_name(tmp_path: Path, monkeypa
         load_for_cpu(path)
     path = tiny_of(monkeypatch, tmp_path, K_MIX | {"attn_q": "BF16"})
     with pytest.raises(
-        ValueError, match="q_proj.weight is stored as BF16; Q4_0, Q4_1, Q8_0, Q4_K, Q6_K are acc"
+        ValueError, match="q_proj.weight is stored as BF16; Q4_0.* Q5_K are accepted"
     ):
         load_for_cpu(path)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from tests.peers.load import Answer, Endpoint, Question, ask, words
 from tests.peers.measures import Running, first_after_seen, sentence
@@ -36,14 +36,25 @@ class Context(NamedTuple):
     decode: float
 
 
+class Keeper(Protocol):
+    """late: whether a run should begin nothing more. save: called after each cell."""
+
+    def late(self) -> bool: ...
+
+    def save(self) -> None: ...
+
+
 @dataclass
 class Taken:
-    """Everything, by load and server, a round each."""
+    """Everything, by load and server, a round each. done: the cells, each a question and a server
+    that was asked it. left: how many were not asked, because it was late."""
 
     streams: dict[int, dict[str, list[Point]]] = field(default_factory=dict)
     contexts: dict[int, dict[str, list[Context]]] = field(default_factory=dict)
     seen: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    left: int = 0
 
     def fail(self, server: str, reason: str) -> None:
         """Why a server is out, and none of its figures."""
@@ -68,32 +79,43 @@ class Taken:
         return statistics.median(self.seen[server])
 
 
-def take_streams(peers: Running, taken: Taken, streams: Iterable[int], rounds: int) -> None:
+def take_streams(
+    peers: Running,
+    taken: Taken,
+    streams: Iterable[int],
+    rounds: int,
+    keeper: Keeper | None = None,
+) -> None:
     """Each number of streams goes round all servers, `rounds` times."""
     wanted = list(streams)
     for turn in range(rounds):
         for count in wanted:
             seed = f"{count} streams, round {turn}"
             found = taken.streams.setdefault(count, {})
-            _round(peers, taken, found, partial(point, seed=seed, streams=count))
+            ask_all = partial(point, seed=seed, streams=count)
+            _round(peers, taken, found, ask_all, seed, keeper)
 
 
-def take_seen(peers: Running, taken: Taken, rounds: int) -> None:
+def take_seen(peers: Running, taken: Taken, rounds: int, keeper: Keeper | None = None) -> None:
     """First tokens after a prefix that was there before."""
     for turn in range(rounds):
         seed = f"seen before, round {turn}"
-        _round(peers, taken, taken.seen, partial(first_after_seen, seed=seed))
+        _round(peers, taken, taken.seen, partial(first_after_seen, seed=seed), seed, keeper)
 
 
 def take_contexts(
-    peers: Running, taken: Taken, lengths: Iterable[int], names: Mapping[str, str]
+    peers: Running,
+    taken: Taken,
+    lengths: Iterable[int],
+    names: Mapping[str, str],
+    keeper: Keeper | None = None,
 ) -> None:
     """Each length goes round the servers of `names`, which says as whom each one counts."""
     some = Running({names[n]: e for n, e in peers.endpoints.items() if n in names}, peers.failed)
     for length in lengths:
         seed = f"context {length}"
         found = taken.contexts.setdefault(length, {})
-        _round(some, taken, found, partial(context, seed=seed, tokens=length))
+        _round(some, taken, found, partial(context, seed=seed, tokens=length), seed, keeper)
 
 
 def point(endpoint: Endpoint, seed: str, streams: int) -> Point:
@@ -122,13 +144,23 @@ def _round(
     taken: Taken,
     found: dict[str, list[Figure]],
     take: Callable[[Endpoint], Figure],
+    seed: str,
+    keeper: Keeper | None,
 ) -> None:
     for name, endpoint in peers.endpoints.items():
-        if name not in taken.failed:
-            try:
-                figure = take(endpoint)
-            # Another person's program: the table says what went wrong.
-            except Exception as error:
-                taken.fail(name, sentence(error))
-            else:
-                found.setdefault(name, []).append(figure)
+        cell = f"{seed}: {name}"
+        if name in taken.failed or cell in taken.done:
+            continue
+        if keeper is not None and keeper.late():
+            taken.left += 1
+            continue
+        try:
+            figure = take(endpoint)
+        # Another person's program: the table says what went wrong.
+        except Exception as error:
+            taken.fail(name, sentence(error))
+        else:
+            found.setdefault(name, []).append(figure)
+        taken.done.add(cell)
+        if keeper is not None:
+            keeper.save()

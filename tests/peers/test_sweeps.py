@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from serve.perplexity import Scored
 from tests.edge.fakes import MODEL, ScriptedService, serving, spoken
-from tests.peers import sweeps
+from tests.peers import kept, sweeps
 from tests.peers.load import Endpoint
 from tests.peers.measures import Running
+from tests.peers.perplexity import read, second_halves
 from tests.peers.picture import draw, plain, text
 from tests.peers.sweeps import (
     NEW_TOKENS,
@@ -127,3 +129,60 @@ def test_figures_are_told_as_text_json_and_picture(tmp_path: Path):
     assert told["streams"]["8"]["vLLM"] == [{"tokens_per_s": 110, "first_s": [0.2]}]
     draw(taken, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes()[1:4] == b"PNG"
+
+
+def kept_sweep(file: Path, late_after: int, asked: list[str], monkeypatch) -> Taken:
+    """One run: as many questions as `late_after` allows."""
+    monkeypatch.setattr(
+        sweeps, "point", lambda endpoint, seed, streams: note(asked, endpoint, seed)
+    )
+    monkeypatch.setattr(sweeps, "context", lambda endpoint, seed, tokens: Context(tokens, 2.0))
+    monkeypatch.setattr(sweeps, "first_after_seen", lambda endpoint, seed: 0.5)
+    taken = kept.load(file)
+    keeper = kept.Kept(taken, file, 1e9)
+    count = len(asked)
+    monkeypatch.setattr(keeper, "late", lambda: len(asked) - count >= late_after)
+    peers = Running({name: Endpoint(name, "m") for name in "ab"}, {})
+    take_streams(peers, taken, (1, 8), 2, keeper)
+    take_seen(peers, taken, 1, keeper)
+    take_contexts(peers, taken, (64,), {"a": "a", "b": "b"}, keeper)
+    return taken
+
+
+def note(asked: list[str], endpoint: Endpoint, seed: str) -> Point:
+    if "8 streams, round 1" in seed and endpoint.url == "b":
+        raise RuntimeError("b ended")
+    asked.append(f"{endpoint.url} {seed}")
+    return Point(float(len(asked)), (0.1, 0.2))
+
+
+def test_a_sweep_in_pieces_asks_everything_once(tmp_path: Path, monkeypatch):
+    whole: list[str] = []
+    wanted = kept_sweep(tmp_path / "whole.json", 99, whole, monkeypatch)
+    pieces: list[str] = []
+    left = []
+    for _ in range(4):
+        taken = kept_sweep(tmp_path / "pieces.json", 2, pieces, monkeypatch)
+        left.append(taken.left)
+    assert pieces == whole and len(set(pieces)) == len(pieces) == 7
+    assert left[0] > left[1] > left[2] and left[-1] == 0
+    assert taken.streams == wanted.streams and taken.contexts == wanted.contexts
+    assert taken.failed == wanted.failed == {"b": "RuntimeError: b ended"}
+    assert taken.seen == {"a": [0.5]}
+
+
+def test_figures_of_other_programs_are_refused(tmp_path: Path, monkeypatch):
+    kept_sweep(tmp_path / "cells.json", 99, [], monkeypatch)
+    monkeypatch.setattr(kept, "made_of", lambda: "others")
+    with pytest.raises(RuntimeError, match="cells.json is of other programs.*delete it"):
+        kept.load(tmp_path / "cells.json")
+
+
+def test_the_programs_figure_and_its_half_of_the_tokens_are_read():
+    said = "[1]15.2,[2]14.0,\nFinal estimate: PPL = 14.0312 +/- 0.51\n"
+    assert read(said) == 14.0312
+    with pytest.raises(RuntimeError, match="no figure: broken"):
+        read("broken")
+    every = Scored(tuple(float(n) for n in range(14)), tuple(range(14)))
+    half = second_halves(every, 2, 8)  # tokens 5 to 7 of windows of 8
+    assert half.likeliest == (4, 5, 6, 11, 12, 13)

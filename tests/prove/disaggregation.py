@@ -118,6 +118,7 @@ def handed_bytes(model: build.Model) -> Row:
             replica = next(
                 m.replica for m in service.launcher.members.values() if m.role == "decode"
             )
+            assert isinstance(replica.storage, KVStorage)
             written = int((replica.storage.tensor != 0).any(-1).any(-1).sum())
             counted = (await replica.ping()).handed_bytes
             return written * row_bytes, counted

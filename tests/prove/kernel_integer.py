@@ -3,6 +3,7 @@ bits of the NumPy model, the errors of its functions, and perplexity on two text
 
 import argparse
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from serve.eval_command import help_topics
 from serve.perplexity import integer_decoder, loss, score, score_integer, windows
 from tests.models import integer_numpy
 from tests.models.integer_walk import floats_in, graph_of
+from tests.prove import table
 from tests.prove.row import Row
 
 WINDOWS, WINDOW_TOKENS = 4, 512
@@ -82,3 +84,7 @@ def errors() -> Iterator[Row]:
     for name, (ours, wanted, most) in made.items():
         error = float((ours - wanted).abs().max())
         yield Row(f"{name}: largest error", f"<= {most}", f"{error:.3g}", error <= most)
+
+
+if __name__ == "__main__":
+    sys.exit(table.main("kernel_integer", ("kernel_integer",)))

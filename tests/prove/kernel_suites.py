@@ -1,7 +1,9 @@
 """Proof rows of the kernels that are suites of their own."""
 
+import sys
 from collections.abc import Iterator
 
+from tests.prove import table
 from tests.prove.attempt import attempt
 from tests.prove.row import Row
 from tests.prove.suites import Suite, run
@@ -46,3 +48,7 @@ def rows() -> Iterator[Row]:
     """One row for each suite, as it ends."""
     for suite in SUITES:
         yield from attempt(suite.shows, lambda suite=suite: run(suite))  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    sys.exit(table.main("kernel_suites", ("kernel_suites",)))

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from cluster.settings import Settings
 from models.decoder import Decoder
+from models.device.decoder import DeviceDecoder
 from models.load.gguf import stored_name
 from models.load.weights import parts
 from models.resolve import resolve
@@ -174,6 +175,7 @@ def close_logits(model: build.Model, oracle: Any, prompts: list[tuple[int, ...]]
     as batched decode steps."""
     chosen = prompts[::5]
     ours: list[list[torch.Tensor]] = [[] for _ in chosen]
+    assert not isinstance(model.decoder, DeviceDecoder), "computed on the CPU"
     run = Sequences(model.decoder, len(chosen), max(map(len, chosen)))
     heads = [prompt[: max(1, len(prompt) - DECODED_TOKENS)] for prompt in chosen]
     for n, rows_of in enumerate(run.step(list(enumerate(heads))).split([len(h) for h in heads])):

@@ -20,7 +20,7 @@ from serve.peers import PrefillPeers
 from serve.prefill import PrefillReplica
 from serve.prefixes import PlacedPrefixes
 from serve.transport import HandoffLost, open_transport
-from serve.transport.copy import copy_pages
+from serve.transport.copy import receive
 from serve.wire import Moved, unpack
 from tests.serving.tiny import request, run, settings, solo_tokens, until
 
@@ -371,11 +371,11 @@ def test_a_page_that_changes_hands_during_the_copy_is_noticed(monkeypatch):
     offer = transport.offer("lease", sender, [0, 1], 0, 8)
 
     def copy(*arguments):
-        copied = copy_pages(*arguments)
+        copied = receive(*arguments)
         sender.generation[1] += 1
         return copied
 
-    monkeypatch.setattr("serve.transport.shared_memory.copy_pages", copy)
+    monkeypatch.setattr("serve.transport.shared_memory.receive", copy)
     with pytest.raises(HandoffLost, match="ran out"):
         transport.fetch(offer, target, [2, 3])
     transport.close()

@@ -21,6 +21,7 @@ from models.batch import TokenBatch
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.detokenize import BYTE_OF_CHARACTER
+from models.device.decoder import DeviceDecoder
 from models.load.text import TextModel
 from models.packed import PackedDecoder
 from models.tokenizer import Tokenizer
@@ -105,6 +106,7 @@ def solo_tokens(model: Model, request: Request, kv_format: str = "float32") -> l
     limits, output = request.limits, list[int]()
     eos = model.text.tokenizer.eos_token_ids
     ends = () if limits.ignore_eos else eos
+    assert not isinstance(model.decoder, DeviceDecoder), "the oracle computes on the CPU"
     while True:
         tokens = [*request.prompt, *output]
         banned = eos if len(output) < limits.min_tokens else ()

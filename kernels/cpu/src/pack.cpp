@@ -64,21 +64,51 @@ void pack_signed(const uint8_t* block, const Place& to) {
     put_half(to.tile + to.columns / GROUP * int64_t(SIGNED8_BYTES) + group * int64_t(SCALES_BYTES), to.lane, half_at(block));
 }
 
-// Q4_K: two halves, eight scales and eight minima of 6 bits in 12 bytes, and nibbles: each 32 bytes have
-// one group in their low halves and the next in their high ones. Minima are subtracted.
+// Q5_0: a half, a word of fifth bits, and nibbles. Values are 16 less than what is stored.
+void pack_q5_0(const uint8_t* block, const Place& to) {
+    const int64_t group = to.column / GROUP;
+    uint8_t* bytes = to.tile + group * int64_t(SIGNED8_BYTES);
+    for (int k = 0; k < GROUP; k++) {
+        const int low = block[6 + k % 16] >> (k / 16 * 4) & 15, fifth = block[2 + k / 8] >> (k % 8) & 1;
+        put_byte(bytes, to.lane, k, (low | fifth << 4) - 16);
+    }
+    put_half(to.tile + to.columns / GROUP * int64_t(SIGNED8_BYTES) + group * int64_t(SCALES_BYTES), to.lane, half_at(block));
+}
+
+// Scales and minima of Q4_K and Q5_K: two halves, then eight scales and eight minima of 6 bits in 12 bytes.
+// Minima are subtracted.
+void pack_nested_scales(const uint8_t* block, int lane, uint8_t* inner) {
+    const uint8_t* six = block + 4;
+    for (int g = 0; g < SUPER_GROUPS; g++) {
+        inner[32 * g + lane] = g < 4 ? six[g] & 63 : uint8_t((six[g + 4] & 15) | (six[g - 4] >> 6 << 4));
+        inner[32 * g + 16 + lane] = g < 4 ? six[g + 4] & 63 : uint8_t((six[g + 4] >> 4) | (six[g] >> 6 << 4));
+    }
+    uint8_t* outer = inner + SUPER_GROUPS * 32;
+    put_half(outer, lane, half_at(block));
+    put_half(outer + SCALES_BYTES, lane, half_at(block + 2) ^ 0x8000);
+}
+
+// Q4_K: scales, and nibbles: each 32 bytes have one group in their low halves and the next in their high ones.
 void pack_q4_k(const uint8_t* block, const Place& to) {
     uint8_t* super = to.tile + to.column / SUPER * int64_t(NESTED4_BYTES);
-    uint8_t* inner = super + NESTED4_SCALES;
-    const uint8_t *six = block + 4, *nibbles = block + 16;
-    for (int g = 0; g < SUPER_GROUPS; g++) {
-        for (int k = 0; k < GROUP; k++)
-            put_nibble(super + 256 * g, to.lane, k, (nibbles[g / 2 * 32 + k] >> (g % 2 * 4)) & 15);
-        inner[32 * g + to.lane] = g < 4 ? six[g] & 63 : uint8_t((six[g + 4] & 15) | (six[g - 4] >> 6 << 4));
-        inner[32 * g + 16 + to.lane] = g < 4 ? six[g + 4] & 63 : uint8_t((six[g + 4] >> 4) | (six[g] >> 6 << 4));
+    const uint8_t* nibbles = block + 16;
+    for (int k = 0; k < SUPER; k++) {
+        const int g = k / GROUP;
+        put_nibble(super + 256 * g, to.lane, k % GROUP, (nibbles[g / 2 * 32 + k % GROUP] >> (g % 2 * 4)) & 15);
     }
-    uint8_t* outer = super + NESTED4_BYTES - 2 * SCALES_BYTES;
-    put_half(outer, to.lane, half_at(block));
-    put_half(outer + SCALES_BYTES, to.lane, half_at(block + 2) ^ 0x8000);
+    pack_nested_scales(block, to.lane, super + NESTED4_SCALES);
+}
+
+// Q5_K: as Q4_K, with 32 bytes of fifth bits before the nibbles, bit g of each those of group g.
+void pack_q5_k(const uint8_t* block, const Place& to) {
+    uint8_t* super = to.tile + to.column / SUPER * int64_t(NESTED5_BYTES);
+    const uint8_t *fifths = block + 16, *nibbles = block + 48;
+    for (int k = 0; k < SUPER; k++) {
+        const int g = k / GROUP, at = k % GROUP;
+        const int low = nibbles[g / 2 * 32 + at] >> (g % 2 * 4) & 15;
+        put_byte(super, to.lane, k, low | (fifths[at] >> g & 1) << 4);
+    }
+    pack_nested_scales(block, to.lane, super + NESTED5_SCALES);
 }
 
 // Q6_K: of each 128 values 64 bytes with low nibbles of the first and the last 64, 32 bytes with two high
@@ -104,15 +134,18 @@ struct Format {
 
 constexpr Format FORMATS[] = {{"Q4_0", Kind::affine4, 32, 18},
                               {"Q4_1", Kind::affine4, 32, 20},
+                              {"Q5_0", Kind::signed8, 32, 22},
                               {"Q8_0", Kind::signed8, 32, 34},
                               {"Q4_K", Kind::nested4, 256, 144},
+                              {"Q5_K", Kind::nested5, 256, 176},
                               {"Q6_K", Kind::nested8, 256, 210}};
 
 void pack_block(const Format& format, const uint8_t* block, const Place& to, bool& exact) {
     switch (format.kind) {
         case Kind::affine4: return pack_affine(block, to, format.bytes == 20, exact);
-        case Kind::signed8: return pack_signed(block, to);
+        case Kind::signed8: return format.bytes == 22 ? pack_q5_0(block, to) : pack_signed(block, to);
         case Kind::nested4: return pack_q4_k(block, to);
+        case Kind::nested5: return pack_q5_k(block, to);
         case Kind::nested8: return pack_q6_k(block, to);
     }
 }
@@ -123,7 +156,7 @@ at::Tensor pack_blocks(const at::Tensor& blocks, const std::string& name, int64_
     const Format* format = nullptr;
     for (const Format& known : FORMATS)
         if (name == known.name) format = &known;
-    TORCH_CHECK_VALUE(format != nullptr, "format ", name, " is not packed; Q4_0, Q4_1, Q8_0, Q4_K and Q6_K are");
+    TORCH_CHECK_VALUE(format != nullptr, "format ", name, " is not packed; Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K and Q6_K are");
     TORCH_CHECK_VALUE(rows > 0 && columns > 0 && columns % format->values == 0, "columns should be a multiple of ",
                       format->values, ", not ", columns);
     const int64_t in_row = columns / format->values, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;

@@ -20,15 +20,18 @@ constexpr int SUPER = 256;
 constexpr int SUPER_GROUPS = SUPER / GROUP;
 constexpr size_t NESTED4_SCALES = 16 * SUPER / 2;              // nibbles come first in a super-group
 constexpr size_t NESTED4_BYTES = NESTED4_SCALES + SUPER_GROUPS * 2 * 16 + 2 * SCALES_BYTES;
+constexpr size_t NESTED5_SCALES = 16 * SUPER;                  // bytes come first in a super-group
+constexpr size_t NESTED5_BYTES = NESTED5_SCALES + SUPER_GROUPS * 2 * 16 + 2 * SCALES_BYTES;
 constexpr size_t NESTED8_BYTES = SUPER_GROUPS * 2 * 16 + SCALES_BYTES;  // scales behind the tile's bytes
 
 constexpr int64_t PEAK_MACS = 16 * 64;  // of one round of Table::multiply
 
 // affine4 (Q4_0, Q4_1): nibbles, a scale and a minimum as halves. signed8 (Q8_0): bytes, a scale as a half.
 // nested4 (Q4_K): nibbles, scale and minimum 6-bit integers times halves of the super-group. nested8 (Q6_K):
-// bytes, of each 16 columns an 8-bit scale times a half of the super-group.
-enum class Kind { affine4 = 0, signed8 = 1, nested4 = 2, nested8 = 3 };
-constexpr int KINDS = 4;
+// bytes, of each 16 columns an 8-bit scale times a half of the super-group. nested5 (Q5_K): bytes that are
+// not negative, scale and minimum as nested4 has them. Q5_0 is signed8 too.
+enum class Kind { affine4 = 0, signed8 = 1, nested4 = 2, nested8 = 3, nested5 = 4 };
+constexpr int KINDS = 5;
 
 // A packed matrix [rows, columns]: rows a multiple of 16 (padded with zeros), columns of 32.
 struct Matrix {
@@ -42,6 +45,7 @@ struct Matrix {
             case Kind::affine4: return groups * AFFINE4_BYTES;
             case Kind::signed8: return (groups * (SIGNED8_BYTES + SCALES_BYTES) + 63) / 64 * 64;
             case Kind::nested4: return supers * NESTED4_BYTES;
+            case Kind::nested5: return supers * NESTED5_BYTES;
             default: return (groups * SIGNED8_BYTES + supers * NESTED8_BYTES + 63) / 64 * 64;
         }
     }
@@ -51,8 +55,9 @@ struct Matrix {
 enum class Precision { accurate, fast, float32 };
 
 // How the cache stores one token's keys, or values, of one head; kernels/kv_formats.py says it for Python.
-// int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 values, byte j with value j low and
-// j + 16 high; then for each 32 values scale and minimum as halves.
+// int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 numbers, byte j with number j low and
+// j + 16 high; behind them 4 bytes for each 32, with keys their fifth bits, with values two halves: the
+// values' scale and the keys'.
 enum class KvFormat { float32, float16, int8, int4 };
 
 SANDERLING_INLINE int64_t kv_bytes(KvFormat format, int64_t head_dim) {

@@ -16,7 +16,7 @@ inline void check_float(const at::Tensor& t, const char* name) {
 
 inline Matrix matrix(const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns) {
     TORCH_CHECK_VALUE(kind >= 0 && kind < KINDS, "kind is ", kind, "; 0 to ", KINDS - 1, " are accepted");
-    const int multiple = Kind(kind) == Kind::nested4 || Kind(kind) == Kind::nested8 ? SUPER : GROUP;
+    const int multiple = Kind(kind) == Kind::affine4 || Kind(kind) == Kind::signed8 ? GROUP : SUPER;
     TORCH_CHECK_VALUE(rows > 0 && rows % TILE_ROWS == 0 && columns > 0 && columns % multiple == 0,
                       "a packed matrix of kind ", kind, " has a multiple of 16 rows and of ", multiple,
                       " columns, not ", rows, " x ", columns);

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ GROUPS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
 }
 
 
-def main() -> int:
-    """0; 1 where there is no GPU; 2 where no row could be measured."""
-    asked = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 1 where there is no GPU; 2 where no row could be measured. arguments: the command's own
+    when None."""
+    asked = _arguments(arguments)
     if not torch.cuda.is_available():
         print("There is no GPU: torch.cuda.is_available() is false.", file=sys.stderr)
         return 1
@@ -56,14 +57,14 @@ def main() -> int:
     return 0 if any(row.get("ours") for row in found) else 2
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", action="append", choices=list(GROUPS), help="may be repeated")
     parser.add_argument("--rounds", type=int, default=7, help="of all contenders in turns")
     parser.add_argument("--budget-s", type=float, default=140, help="no row starts after it")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _head(device: torch.device) -> dict[str, Any]:

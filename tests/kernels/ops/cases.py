@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kernels import ops
+from kernels.reference.kv_cache import kv_write
 from tests.kernels.ops.measure import Limit, agree
 
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,7 +115,7 @@ def stored(form: str, rows: int) -> torch.Tensor:
     values, size = gguf.GGML_QUANT_SIZES[kind]
     chance = np.random.default_rng(rows)
     raw = chance.integers(0, 256, (rows, size), dtype=np.uint8)
-    scales = {"Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208]}[form]
+    scales = [0, 2] if form in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [208 if form == "Q6_K" else 0]
     for place in scales:
         halves = (chance.random(rows) * 0.1 + 0.01).astype(np.float16)
         raw[:, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)
@@ -146,15 +147,25 @@ def rope_case(s: Source, rows: int) -> tuple[Any, ...]:
 
 
 def caches(s: Source, kind: str, pages: int, page_tokens: int, heads: int, width: int):
-    """(keys, values, key_scales, value_scales) of a cache that is full of numbers."""
+    """(keys, values, key_scales, value_scales) of a cache that is full of normal numbers, written
+    as every cache is. Scores of other bytes would be so large that one key takes all."""
+    made = any_caches(s, kind, pages, page_tokens, heads, width)
+    tokens = pages * page_tokens
+    new = s.normal(tokens, heads, width), s.normal(tokens, heads, width)
+    kv_write(*new, torch.arange(tokens), *made)
+    return made
+
+
+def any_caches(s: Source, kind: str, pages: int, page_tokens: int, heads: int, width: int):
+    """The same, of random bytes: every level, and scales of either sign."""
     shape = (pages, page_tokens, heads)
     if kind == "float":
         return s.normal(*shape, width), s.normal(*shape, width), None, None
     if kind == "int8":
         pair = signed(s, *shape, width), signed(s, *shape, width)
         return *pair, s.plain(*shape) * 0.02, s.plain(*shape) * 0.02
-    packed = [s.whole(0, 256, *shape, width // 2, dtype=torch.uint8) for _ in range(2)]
-    scales = [(s.plain(*shape, width // 32, 2) - 0.5).half() for _ in range(2)]
+    packed = [s.whole(0, 256, *shape, width * bits // 8, dtype=torch.uint8) for bits in (5, 4)]
+    scales = [(s.plain(*shape, width // 32) - 0.5).half() for _ in range(2)]
     return *packed, *scales
 
 

@@ -161,11 +161,15 @@ def cached(cache, scales):
         return cache.double()
     if cache.dtype == torch.int8:
         return cache.double() * scales.double()[..., None]
-    q = nibbles(cache.reshape(-1, cache.shape[-1]))
-    for group in range(q.shape[1] // 32):
-        scale, low = scales.reshape(-1, q.shape[1] // 32, 2)[:, group].double().unbind(-1)
-        part = slice(group * 32, group * 32 + 32)
-        q[:, part] = q[:, part] * scale[:, None] + low[:, None]
+    width = 32 * scales.shape[-1]
+    rows = cache.reshape(-1, cache.shape[-1]).numpy()
+    q = nibbles(torch.from_numpy(rows[:, : width // 2]))
+    if rows.shape[1] > width // 2:  # bits lie in the order of their numbers
+        high = np.unpackbits(rows[:, width // 2 :], axis=1, bitorder="little")
+        q = q + 16 * torch.from_numpy(high).double() - 16
+    else:
+        q = q - 8
+    q = q * scales.double().reshape(-1, width // 32).repeat_interleave(32, 1)
     return q.reshape(*cache.shape[:-1], -1)
 
 
@@ -213,7 +217,9 @@ def kv_write(keys, values, slots, key_cache, value_cache, key_scales, value_scal
                     q, scale = quantize_rows(new[token, head][None])
                     store(cache, scales, place, q[0], scale[0])
                 else:
-                    store(cache, scales, place, *four_bits(new[token, head].float().numpy()))
+                    numbers = new[token, head].float().numpy()
+                    bits = cache.shape[-1] * 8 // len(numbers)
+                    store(cache, scales, place, *few_bits(numbers, bits))
         results += [cache, scales]
     return tuple(result for result in results if result is not None)
 
@@ -222,17 +228,23 @@ def store(cache, scales, place, numbers, scale):
     cache[place], scales[place] = numbers, scale
 
 
-def four_bits(values):
-    packed, scales = [], []
+def few_bits(values, bits):
+    """Bytes and scales: levels around zero, the outermost for the largest number."""
+    zero, levels, scales = 2 ** (bits - 1), [], []
     for start in range(0, len(values), 32):
         group = values[start : start + 32]
-        low = np.float16(group.min())
-        scale = np.float16((group.max() - np.float32(low)) / np.float32(15))
-        q = np.zeros(32, dtype=int)
-        if scale > 0:
-            q = np.clip(np.rint((group - np.float32(low)) / np.float32(scale)), 0, 15).astype(int)
-        packed += [q[j] + 16 * q[j + 16] for j in range(16)]
-        scales.append([float(scale), float(low)])
+        outermost = group.max() if group.max() > -group.min() else group.min()
+        scale = np.float16(outermost / np.float32(-zero))
+        q = np.zeros(32)
+        if scale != 0:
+            q = np.clip(np.rint(group / np.float32(scale)), -zero, zero - 1)
+        levels += [int(each) + zero for each in q]
+        scales.append(float(scale))
+    low = [each % 16 for each in levels]
+    packed = [low[g + j] + 16 * low[g + j + 16] for g in range(0, len(low), 32) for j in range(16)]
+    if bits == 5:
+        for at in range(0, len(levels), 8):
+            packed.append(sum((levels[at + k] // 16) << k for k in range(8)))
     return torch.tensor(packed, dtype=torch.uint8), torch.tensor(scales, dtype=torch.float16)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from kernels import ops
-from tests.kernels.ops import cases, oracles
+from tests.kernels.ops import cases, integer_cases, oracles
 from tests.kernels.ops.cases import EXACT, Case
 from tests.kernels.ops.measure import FP8_ON_A_GPU
 
@@ -69,7 +69,7 @@ CASES = (
             partial(cases.blocks_case, form=form),
             oracles.blocks,
         )
-        for form in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
+        for form in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
     ),
     Case(
         "quantize_rowwise_int8",
@@ -190,4 +190,5 @@ CASES = (
         for state in (False, True)
     ),
     Case("sample", ops.sampling.sample, cases.sample_case, oracles.sample),
+    *integer_cases.CASES,
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import ops
+from tests.kernels.ops import integer_cases
 from tests.kernels.ops.cases import ROWS, Case, Source, check
 from tests.kernels.ops.measure import agree
 from tests.kernels.ops.table import CASES
@@ -107,6 +108,7 @@ CHANGES = {
     "sgmv": (4, scaled(1.05)),
     "selective_scan": (2, scaled(1.05)),
     "sample": (4, lambda uniform: 1 - uniform),
+    **integer_cases.CHANGES,
 }
 
 

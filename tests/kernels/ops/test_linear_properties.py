@@ -17,7 +17,7 @@ from kernels.reference.dequantize import dequantize
 from tests.kernels.ops.cases import Source, eight, four
 from tests.kernels.ops.measure import agree, error
 
-SPLIT = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
+SPLIT = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
 
 
 def source(seed: int = 0, dtype: torch.dtype = torch.float32) -> Source:

@@ -13,6 +13,7 @@ from torch.autograd.gradcheck import GradcheckError
 from kernels import ops
 from kernels.ops.define import Out, on_cuda
 from kernels.reference.moe import grouped_outer
+from tests.kernels.ops import integer_cases
 from tests.kernels.ops.cases import Case, Source
 from tests.kernels.ops.table import CASES
 
@@ -173,6 +174,7 @@ REFUSED = {
     ),
     r"top_p should be \[3\]": lambda: ops.sampling.sample(X, X[:, 0], IDS, X[0], X[:, 0]),
     "on one device, not on cpu, meta": lambda: ops.norm.rms_norm(X, X[0].to("meta"), 1e-5),
+    **integer_cases.REFUSED,
 }
 
 

@@ -10,7 +10,7 @@ from kernels.triton.attention_paged import cases as shipped
 from kernels.triton.attention_paged import merge_states, paged_attention, paged_attention_parts
 from kernels.triton.case import Case
 from kernels.triton.targets import TARGETS
-from tests.kernels.ops.cases import Source, caches
+from tests.kernels.ops.cases import Source, any_caches, caches
 from tests.kernels.ops.measure import agree
 from tests.kernels.triton.conformance import DEVICE, conforms, every, normal, watched, whole
 
@@ -23,10 +23,17 @@ def test_is_what_the_oracle_says(case, target, rows, dtype):
 
 
 def inputs(
-    kind: str, pages=5, page_tokens=7, heads=2, width=32, sequences=2, dtype=torch.float32
+    kind: str,
+    pages=5,
+    page_tokens=7,
+    heads=2,
+    width=32,
+    sequences=2,
+    dtype=torch.float32,
+    filled=caches,
 ) -> list[Any]:
     """q, keys, values, key_scales, value_scales, page_tables, context_tokens: of 19 and 8."""
-    cache = caches(Source(3, dtype), kind, pages, page_tokens, heads, width)
+    cache = filled(Source(3, dtype), kind, pages, page_tokens, heads, width)
     keys, values, *scales = (each if each is None else each.to(DEVICE) for each in cache)
     tables = torch.tensor([[3, 0, 4], [1, 2, 99]], dtype=torch.int32, device=DEVICE)
     context = torch.tensor([19, 8], dtype=torch.int32, device=DEVICE)
@@ -74,6 +81,13 @@ def test_what_no_sequence_has_is_never_read(kind):
         if each is not None and each.is_floating_point():
             each[1:3] = torch.nan
     assert torch.equal(run(alone), wanted[:1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bytes_of_every_kind_are_read_exactly(kind):
+    """Every level and any scale: scores are large, so that a wrong bit changes which key wins."""
+    args = inputs(kind, width=64, filled=any_caches)
+    agree(run(args), exact(args))
 
 
 def test_parts_do_not_change_the_result():

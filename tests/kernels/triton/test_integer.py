@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.triton.conformance import conforms, every
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +56,12 @@ def compared(root: Path, begins: str = "") -> list[tuple[str, bool]]:
     return [(op, equal) for op, equal in json.loads(done.stdout.splitlines()[-1])]
 
 
+@pytest.mark.parametrize(("case", "target", "rows", "dtype"), every("integer"))
+def test_is_what_the_oracle_says(case, target, rows, dtype):
+    """As the other ops: every access watched."""
+    conforms(case, target, rows, dtype)
+
+
 def test_kernels_have_the_bits_of_their_reference():
     made = compared(ROOT)
     assert {op for op, _ in made} == OPS
@@ -65,7 +73,8 @@ def test_other_bits_are_seen(tmp_path: Path):
     for package in ("kernels", "kernels/reference", "kernels/triton", "tests/kernels/triton"):
         (tmp_path / package).mkdir(parents=True, exist_ok=True)
         (tmp_path / package / "__init__.py").touch()
-        for file in (ROOT / package).glob("*integer*.py"):
+        pattern = "*integer*.py" if package.startswith("tests") else "*.[pj]*"
+        for file in (ROOT / package).glob(pattern):
             text = file.read_text(encoding="utf-8")
             if file.name == "integer_kernels.py":
                 text, count = re.subn(r"value \+ \(\(one << shift\) >> 1\)", "value", text)
@@ -76,4 +85,4 @@ def test_other_bits_are_seen(tmp_path: Path):
 
 def test_a_launch_without_a_gpu_says_what_is_missing():
     done = run(ROOT, "-c", LAUNCH, interpret="0")
-    assert "quantise_kernel in Triton needs its tensors on a CUDA or ROCm device" in done.stderr
+    assert "integer_quantise in Triton needs its tensors on a CUDA or ROCm device" in done.stderr

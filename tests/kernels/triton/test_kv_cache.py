@@ -17,15 +17,15 @@ def test_is_what_the_oracle_says(case, target, rows, dtype):
     conforms(case, target, rows, dtype)
 
 
-def caches(kind: str, *shape: int, width: int, like: torch.Tensor):
-    """[numbers, scales] of keys and of values, full of 7."""
+def caches(kind: str, *shape: int, width: int, like: torch.Tensor, bits: int = 5):
+    """[numbers, scales] of keys, or of values in 4 bits, full of 7."""
     if kind == "float16":
         numbers, scales = torch.float16, None
     elif kind == "int8":
         numbers, scales = torch.int8, like.new_full(shape, 7)
     else:
-        numbers, scales = torch.uint8, like.new_full((*shape, width // 32, 2), 7).half()
-    size = width // 2 if kind == "int4" else width
+        numbers, scales = torch.uint8, like.new_full((*shape, width // 32), 7).half()
+    size = width * bits // 8 if kind == "int4" else width
     made = torch.full((*shape, size), 7, dtype=numbers, device=like.device)
     return made, scales
 
@@ -36,7 +36,7 @@ def both(kind, keys, values, slots, *shape):
     for write, device in ((kv_write, keys.device), (reference.kv_write, EXACT)):
         new = [each.to(device) for each in (keys, values, slots)]
         k, ks = caches(kind, *shape, width=keys.shape[-1], like=new[0].float())
-        v, vs = k.clone(), None if ks is None else ks.clone()
+        v, vs = caches(kind, *shape, width=keys.shape[-1], like=new[0].float(), bits=4)
         write(new[0], new[1], new[2], k, v, ks, vs)
         results.append([each.cpu() for each in (k, v, ks, vs) if each is not None])
     return results

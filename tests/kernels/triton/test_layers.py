@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.formats import FORMATS
 from kernels.triton import gguf_split, launch, linear_int8, linear_w4, norm
 from tests.kernels.ops.cases import ROWS, Case, Source, check, four, stored
 from tests.kernels.ops.table import CASES
@@ -60,7 +61,7 @@ def refused(case: Case, name: str) -> bool:
     return case.op_name == "fp8_linear" and name != "sm_90"
 
 
-@pytest.mark.parametrize("form", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("form", list(FORMATS))
 def test_blocks_are_decoded_to_the_bits_of_the_reference(form: str):
     """Which are ggml's: tests/kernels/test_dequantize.py."""
     from kernels.reference.gguf_split import dequantize_blocks
@@ -70,23 +71,11 @@ def test_blocks_are_decoded_to_the_bits_of_the_reference(form: str):
     else:
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[form]
         blocks = Source(0, dtype).normal(37).view(torch.uint8)
-    for start in (0, FORM_BYTES[form]):  # the second one is not where a word begins
+    for start in (0, FORMATS[form].block_bytes):  # the second one is not where a word begins
         for dtype in (torch.float32, torch.bfloat16):
             given = blocks[start:]
             made = gguf_split.dequantize_blocks(given.to(DEVICE), form, dtype)
             assert torch.equal(made.cpu(), dequantize_blocks(given, form, dtype))
-
-
-FORM_BYTES = {
-    "Q4_0": 18,
-    "Q4_1": 20,
-    "Q8_0": 34,
-    "Q4_K": 144,
-    "Q6_K": 210,
-    "F16": 2,
-    "BF16": 2,
-    "F32": 4,
-}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

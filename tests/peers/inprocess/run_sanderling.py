@@ -108,8 +108,9 @@ def load(activations: str) -> tuple[str, Measure]:
     torch.set_num_threads(THREADS)
     chosen = settings(activations)
     model = build.load(chosen)
-    engine, storage = build.engine(chosen, model, None)
-    bare = Bare(ModelRunner(model.decoder, storage), chosen.engine.page_tokens)
+    engine, _ = build.engine(chosen, model, None)
+    assert isinstance(engine.runner, ModelRunner), "measured on the CPU"
+    bare = Bare(engine.runner, chosen.engine.page_tokens)
     whole = Whole(engine)
 
     def measure(cell: Cell) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Policies against recorded or made markets and requests, in virtual time."""
