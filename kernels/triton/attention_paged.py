@@ -64,31 +64,54 @@ def _columns(PACKED: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def _of_bytes(each, DP: tl.constexpr, BN: tl.constexpr):
+    """[BN, DP / 32] of groups -> [BN, DP / 2]: that of each byte's group."""
+    return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, DP // 32, 16)), (BN, DP // 2))
+
+
+@triton.jit
 def _group_scales(scales, scale_at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
-    """float32 [BN, DP / 2]: the scale of each byte's group of 32 numbers."""
-    groups: tl.constexpr = DP // 32
-    place = tl.arange(0, groups)[None, :]
-    ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 32)
-    scale = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0.0).to(tl.float32)
-    return tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, groups, 16)), (BN, DP // 2))
+    """float32 [BN, DP / 2]: the scale of each byte's group of 32 numbers. scales: float16, or two
+    of them in an int32, which are fetched ahead; two bytes alone would not be."""
+    if scales.dtype.element_ty == tl.int32:
+        place = tl.arange(0, DP // 64)[None, :]
+        ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 64)
+        both = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0)
+        even = (both & 65535).to(tl.int16).to(tl.float16, bitcast=True)
+        odd = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        scale = tl.reshape(tl.join(even, odd), (BN, DP // 32)).to(tl.float32)
+    else:
+        place = tl.arange(0, DP // 32)[None, :]
+        ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 32)
+        scale = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0.0).to(tl.float32)
+    return _of_bytes(scale, DP, BN)
+
+
+@triton.jit
+def _fifths(words, at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
+    """(low, high) int32 [BN, DP / 2]: the fifth bits, as 16 or 0, of both numbers of each byte. A
+    group's are the bits of a word, those of its high numbers in the upper half."""
+    group = tl.arange(0, DP // 32)[None, :]
+    ok = seen[:, None] if D == DP else seen[:, None] & (group < D // 32)
+    word = tl.load(words + at[:, None] // 4 + D // 8 + group, mask=ok, other=0)
+    word = _of_bytes(word, DP, BN) >> (tl.arange(0, DP // 2) % 16)[None, :]
+    return (word & 1) << 4, (word >> 12) & 16
 
 
 @triton.jit
 def _tile(
-    cache, scales, at, scale_at, seen, whole,
+    cache, words, scales, at, scale_at, seen, whole,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """[BN, DP], the tokens at cache + at: as they are stored, BITS bits as float32."""
+    """[BN, DP], the tokens at cache + at: as they are stored, BITS bits as float32. words: a cache
+    of 5 bits in int32."""
     if cache.dtype.element_ty == tl.uint8:
         byte = tl.arange(0, DP // 2)[None, :]
         ok = seen[:, None] if D == DP else seen[:, None] & (byte < D // 2)
         levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0).to(tl.int32)
         scale = _group_scales(scales, scale_at, seen, D, DP, BN)
         if BITS == 5:
-            # Two of a group's four bytes for its first 16 numbers, two for the others.
-            fifths = cache + at[:, None] + D // 2 + byte // 16 * 4 + byte % 16 // 8
-            below = (tl.load(fifths, mask=ok, other=0).to(tl.int32) >> byte % 8 & 1) << 4
-            above = (tl.load(fifths + 2, mask=ok, other=0).to(tl.int32) >> byte % 8 & 1) << 4
+            below, above = _fifths(words, at, seen, D, DP, BN)
             low, high = levels & 15 | below, levels >> 4 | above
             high_scale = scale
         else:
@@ -141,8 +164,8 @@ def _pages(page_table, place, stop, PAGE: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "splits"])
 def paged_attention_kernel(
-    q, keys, values, key_scales, value_scales, page_tables, context_tokens, outs, lse,
-    factor, window, splits, table_stride, q_stride_s, q_stride_h,
+    q, keys, values, key_words, value_words, key_scales, value_scales, page_tables,
+    context_tokens, outs, lse, factor, window, splits, table_stride, q_stride_s, q_stride_h,
     key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     key_scale_stride_t, key_scale_stride_h, value_scale_stride_t, value_scale_stride_h,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -175,7 +198,7 @@ def paged_attention_kernel(
         page = _pages(page_tables, place + BN, stop, PAGE, BN)
         at = slot * key_stride_t + head * key_stride_h
         scale_at = slot * key_scale_stride_t + head * key_scale_stride_h
-        found = _tile(keys, key_scales, at, scale_at, seen, whole, D, DP, BN, KEY_BITS)
+        found = _tile(keys, key_words, key_scales, at, scale_at, seen, whole, D, DP, BN, KEY_BITS)
         scores = tl.zeros((GP, BN), tl.float32)
         scores = product(query, tl.trans(found.to(query.dtype)), scores, MATRIX)
         if keys.dtype.element_ty == tl.int8:
@@ -184,7 +207,9 @@ def paged_attention_kernel(
         weights, shrink, top, total = softmax_step(scores * factor, seen[None, :], top, total)
         at = slot * value_stride_t + head * value_stride_h
         scale_at = slot * value_scale_stride_t + head * value_scale_stride_h
-        found = _tile(values, value_scales, at, scale_at, seen, whole, D, DP, BN, VALUE_BITS)
+        found = _tile(
+            values, value_words, value_scales, at, scale_at, seen, whole, D, DP, BN, VALUE_BITS
+        )
         weights, found = _weighed(weights, found, value_scales, scale_at, seen, query.dtype)
         acc = product(weights, found, acc * shrink[:, None], MATRIX)
     row = (
@@ -305,13 +330,23 @@ def _config(target: Target, q: torch.Tensor, keys: torch.Tensor) -> Config:
 def _side(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> dict[str, Any]:
     """The arguments for the keys, or those for the values."""
     flat = flat_slots("paged_attention", f"{name}s", cache, 1)
-    args: dict[str, Any] = {f"{name}s": flat, f"{name}_scales": None}
+    args: dict[str, Any] = {f"{name}s": flat, f"{name}_scales": None, f"{name}_words": None}
     steps = (0, 0)
     if scales is not None:
         inner = flat_slots("paged_attention", f"{name}_scales", scales, scales.dim() - 3)
+        if cache_bits(cache, scales) == 5:
+            args[f"{name}_words"] = flat.view(torch.int32)
+        if cache.dtype == torch.uint8 and _even(inner):
+            inner = inner.view(torch.int32)
         args[f"{name}_scales"], steps = inner, (inner.stride(0), inner.stride(1))
     args |= {f"{name}_stride_t": flat.stride(0), f"{name}_stride_h": flat.stride(1)}
     return args | {f"{name}_scale_stride_t": steps[0], f"{name}_scale_stride_h": steps[1]}
+
+
+def _even(scales: torch.Tensor) -> bool:
+    """Whether float16 scales [slots, KH, groups] may be read in pairs."""
+    sizes = (scales.shape[-1], scales.storage_offset(), *scales.stride()[:-1])
+    return all(size % 2 == 0 for size in sizes)
 
 
 def cases(target: Target) -> list[Case | Refused]:

@@ -145,25 +145,27 @@ def _grouped(routed: int, experts: int, n: int, k: int) -> Shape:
 
 
 def _paged(kind: str, streams: int, context: int, parts: int) -> Shape:
-    sizes = {"float": 4 * WIDTH, "int8": 2 * WIDTH + 8, "int4": WIDTH + WIDTH // 4}
+    sizes = {"float": 4 * WIDTH, "int8": 2 * WIDTH + 8, "int4": WIDTH * 5 // 4}
     pages = streams * context // PAGE_TOKENS
 
     def build(device: torch.device, target: Target) -> Callable[[], tuple[Plan, ...]]:
         q = torch.randn(streams, HEADS, WIDTH, device=device, dtype=HALF)
-        numbers, scales = meta_cache(kind, HALF, pages, PAGE_TOKENS, KV_HEADS, WIDTH)
-        if kind == "float":
-            keys, values = (torch.randn_like(numbers, device=device) for _ in range(2))
-        else:
-            keys, values = (
-                whole(0, 127, *numbers.shape, dtype=numbers.dtype, device=device) for _ in range(2)
-            )
-        made = None if scales is None else torch.rand_like(scales, device=device) * 0.01
+        sides = []
+        for bits in (5, 4):
+            numbers, scales = meta_cache(kind, HALF, pages, PAGE_TOKENS, KV_HEADS, WIDTH, bits)
+            if kind == "float":
+                cache = torch.randn_like(numbers, device=device)
+            else:
+                cache = whole(0, 127, *numbers.shape, dtype=numbers.dtype, device=device)
+            made = None if scales is None else torch.rand_like(scales, device=device) * 0.01
+            sides.append((cache, made))
+        (keys, key_scales), (values, value_scales) = sides
         tables = torch.randperm(pages, device=device).view(streams, -1).int()
         contexts = torch.full((streams,), context, dtype=torch.int32, device=device)
         outs = torch.empty(parts, *q.shape, device=device)
         lse = torch.empty(parts, *q.shape[:2], device=device)
-        cache = keys, values, made, made, tables, contexts
-        return lambda: (attention_paged._plan(target, q, *cache, outs, lse, 0, None),)
+        every = keys, values, key_scales, value_scales, tables, contexts
+        return lambda: (attention_paged._plan(target, q, *every, outs, lse, 0, None),)
 
     return Shape(
         f"{kind} S={streams} context={context} parts={parts}",

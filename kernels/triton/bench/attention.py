@@ -18,7 +18,7 @@ PROMPTS = (1024, 4096, 16384)
 STREAMS, CONTEXTS = (1, 16, 64), (1024, 8192, 32768)
 CACHES = ("float", "int8", "int4")
 # Of a value: what a cache takes for it, with its scales.
-VALUE_BYTES = {"float": 2.0, "int8": 1 + 4 / WIDTH, "int4": 0.5 + 4 / 32}
+VALUE_BYTES = {"float": 2.0, "int8": 1 + 4 / WIDTH, "int4": 4.5 / 8 + 2 / 32}
 HALF = torch.bfloat16
 
 
@@ -98,8 +98,8 @@ def _cached(kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Con
     order = torch.randperm(pages, device=device)
     slots = (order[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=device)).flatten()
     sides = []
-    for _ in range(2):
-        numbers, scales = meta_cache(kind, HALF, pages, PAGE_TOKENS, KV_HEADS, WIDTH)
+    for bits in (5, 4):  # of keys and of values where they are packed
+        numbers, scales = meta_cache(kind, HALF, pages, PAGE_TOKENS, KV_HEADS, WIDTH, bits)
         made = None if scales is None else torch.empty_like(scales, device=device)
         sides.append((torch.empty_like(numbers, device=device), made))
     (keys, key_scales), (values, value_scales) = sides

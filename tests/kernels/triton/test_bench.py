@@ -1,12 +1,14 @@
 """The rows of the GPU benchmark compute what they claim to, whoever times them."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kernels.triton.bench import attention, linear, measure, rows
+from kernels.triton.bench import attention, linear, measure, page, rows
 from kernels.triton.bench.__main__ import GROUPS
 from kernels.triton.linear_w4 import w4_linear as right
 from tests.kernels.triton.conformance import DEVICE, watched
@@ -72,3 +74,35 @@ def test_a_failing_contender_stops_nobody(monkeypatch: pytest.MonkeyPatch):
     first, second = measure.measure([bad, good], 3)
     assert first.failure == "RuntimeError: no such kernel" and first.seconds is None
     assert second.seconds == 2.0 and not second.captured and not second.failure
+
+
+def ours(name: str, us: float, **more: Any) -> dict[str, Any]:
+    return {"name": name, "us": us, "captured": True, "error": None, **more}
+
+
+def test_a_page_has_ratios_to_the_fastest_peer():
+    peers = [ours("slow", 30.0), ours("fast", 10.0), {"name": "broken", "failure": "none"}]
+    kernels = [ours("w4", 5.0, error=1e-3, of_copy_bandwidth=0.5), ours("w8", 20.0)]
+    report: dict[str, Any] = {
+        "gpu": "A card", "torch": "1", "triton": "2", "copy_bytes_per_s": 3e12,
+        "host_launch_s": 9e-5, "host_torch_s": 1e-5,
+        "rows": [
+            {"group": "linear", "case": "M=1", "ours": kernels, "peers": peers},
+            {"group": "linear", "case": "M=2", "skipped": True},
+            {"group": "paged", "case": "S=1", "ours": [], "peers": [], "failure": "too large"},
+        ],
+    }  # fmt: skip
+    made = page.markdown(report)
+    assert "| M=1 | w4 | 5.0 | 2.00 | fast | 10.0 | 0.50 | 1.0e-03 |" in made
+    assert "| M=1 | w8 | 20.0 | 0.50 | fast | 10.0 |  |  |" in made
+    assert "| M=2 | not measured: no time was left |" in made
+    assert "| S=1 | not measured: too large |" in made
+    assert "A card, torch 1, Triton 2" in made and "90 us here" in made and "3.00 TB/s" in made
+
+
+def test_the_page_of_the_h100_is_made_of_its_measurement():
+    folder = Path(page.__file__).parent
+    report = json.loads((folder / "h100.json").read_text("utf-8"))
+    made = (folder.parents[2] / "docs" / "kernels-h100.md").read_text("utf-8")
+    assert made == page.markdown(report)
+    assert "H100" in report["gpu"] and len(report["rows"]) > 40

@@ -37,7 +37,7 @@ def both(kind, keys, values, slots, *shape):
         new = [each.to(device) for each in (keys, values, slots)]
         k, ks = caches(kind, *shape, width=keys.shape[-1], like=new[0].float())
         v, vs = caches(kind, *shape, width=keys.shape[-1], like=new[0].float(), bits=4)
-        write(*new, k, v, ks, vs)
+        write(new[0], new[1], new[2], k, v, ks, vs)
         results.append([each.cpu() for each in (k, v, ks, vs) if each is not None])
     return results
 
@@ -69,10 +69,9 @@ def test_one_layer_of_many_and_heads_of_a_larger_row(kind):
     right, right_scales = caches(kind, 3, 4, 2, width=32, like=fused.float().to(EXACT))
     others, other_scales = right.clone(), None if scales is None else right_scales.clone()
     plain = [each.to(EXACT) for each in args]
-    reference.kv_write(*plain, right, others, right_scales, other_scales)
-    more, more_scales = (
-        None if each is None else each.to(fused.device) for each in (others.zero_(), other_scales)
-    )
+    reference.kv_write(plain[0], plain[1], plain[2], right, others, right_scales, other_scales)
+    more = others.zero_().to(fused.device)
+    more_scales = None if other_scales is None else other_scales.to(fused.device)
     with watched():
         kv_write(*args, layer, more, layer_scales, more_scales)
     assert torch.equal(layer.cpu(), right)

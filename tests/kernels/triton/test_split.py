@@ -9,6 +9,7 @@ from kernels.reference.linear_w4 import dequantize_w4
 from kernels.reference.linear_w8 import dequantize_w8
 from kernels.triton import linear_w4, linear_w8, split
 from kernels.triton.configs import Config, choose, tried
+from kernels.triton.plan import Plan, run
 from kernels.triton.targets import target
 from tests.kernels.ops.cases import Source, eight, four
 from tests.kernels.ops.measure import agree, error
@@ -26,16 +27,18 @@ def few(rows: int, columns: int, terms: int) -> list[torch.Tensor]:
 def w4(programs: int, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the launcher gives, and the product in float64."""
     weight: Any = four(Source(4, torch.float16), bias.shape[0], x.shape[1], 32, False)
-    exact = x.cpu().double() @ dequantize_w4(*weight, torch.float64).T + bias.cpu().double()
+    plain = dequantize_w4(weight[0], weight[1], weight[2], torch.float64)
+    exact = x.cpu().double() @ plain.T + bias.cpu().double()
+    moved: Any = [each.to(DEVICE) for each in weight]
     with watched("sm_90"), tried("w4_linear", TILES._replace(programs=programs)):
-        return linear_w4.w4_linear(x, *(each.to(DEVICE) for each in weight), bias), exact
+        return linear_w4.w4_linear(x, moved[0], moved[1], moved[2], bias), exact
 
 
 def w8(programs: int, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = eight(Source(4, torch.float16), bias.shape[0], x.shape[1], x.shape[1])
-    exact = x.cpu().double() @ dequantize_w8(*weight, torch.float64).T + bias.cpu().double()
+    q, scales = eight(Source(4, torch.float16), bias.shape[0], x.shape[1], x.shape[1])
+    exact = x.cpu().double() @ dequantize_w8(q, scales, torch.float64).T + bias.cpu().double()
     with watched("sm_90"), tried("w8_linear", TILES._replace(programs=programs)):
-        return linear_w8.w8_linear(x, *(each.to(DEVICE) for each in weight), bias), exact
+        return linear_w8.w8_linear(x, q.to(DEVICE), scales.to(DEVICE), bias), exact
 
 
 @pytest.mark.parametrize("product", [w4, w8])
@@ -50,8 +53,12 @@ def test_parts_do_not_change_the_result(product: Any, rows: int, terms: int):
 def test_what_is_launched(monkeypatch: pytest.MonkeyPatch):
     """Two parts and their sum, and a bias that is added once: it would be seen."""
     launched: list[tuple[int, ...]] = []
-    run = linear_w4.run
-    monkeypatch.setattr(linear_w4, "run", lambda plan: (launched.append(plan.grid), run(plan))[1])
+
+    def noted(plan: Plan) -> None:
+        launched.append(plan.grid)
+        run(plan)
+
+    monkeypatch.setattr(linear_w4, "run", noted)
     w4(4, *few(3, 21, 448))
     assert launched == [(1, 2, 2), (1,)]
 

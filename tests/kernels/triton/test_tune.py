@@ -8,7 +8,7 @@ import torch
 
 from kernels.triton import tune, tune_cases
 from kernels.triton.bench.measure import Contender, Timing
-from kernels.triton.configs import TABLES, Config
+from kernels.triton.configs import TABLES, Config, tried
 from kernels.triton.plan import Plan, run
 from kernels.triton.targets import target
 from tests.kernels.triton.conformance import DEVICE, watched
@@ -33,7 +33,7 @@ def test_candidates_are_what_is_launched(name: int):
     config = tuning.candidates[-1]
     for shape in tuning.shapes:
         plans = shape.build(torch.device("meta"), target("sm_90"))
-        with tune.tried(tuning.key, config):
+        with tried(tuning.key, config):
             plan = plans()[0]
         assert plan.config == config and 0 not in plan.grid
         assert plan.args.items() >= config.constants.items()
@@ -72,7 +72,9 @@ def test_the_least_geometric_mean_wins(session: Any):
     seconds += [2.0, 3.0, 9.0, 1.0]
     two = Config(0, {"BM": 16, "BN": 32, "BK": 64}, 4, 2)
     shapes = (SMALL, SMALL._replace(name="another"))
-    found = tune.tuned(where, tune.Tuning("w4_linear", 16, shapes, ()), candidates(two, RIGHT))
+    found = tune.tuned(
+        where, tune_cases.Tuning("w4_linear", 16, shapes, ()), candidates(two, RIGHT)
+    )
     # 2 and 9 against 3 and 1.
     assert [each.config for each in found] == [RIGHT, two]
     assert found[0].mean_s() == pytest.approx(3**0.5)
@@ -91,7 +93,7 @@ def test_what_fails_or_is_wrong_is_told_and_left_out(session: Any, monkeypatch: 
             plan.args["out"].mul_(1.1)  # type: ignore[union-attr]
 
     monkeypatch.setattr(tune, "run", wrong)
-    tuning = tune.Tuning("w4_linear", 16, (SMALL,), ())
+    tuning = tune_cases.Tuning("w4_linear", 16, (SMALL,), ())
     found = tune.tuned(where, tuning, candidates(bad, broken, RIGHT))
     assert found[0].config == RIGHT and not found[0].failure
     failures = sorted(each.failure for each in found[1:])
@@ -100,7 +102,7 @@ def test_what_fails_or_is_wrong_is_told_and_left_out(session: Any, monkeypatch: 
 
 
 def test_an_entry_is_one_of_the_table():
-    tuning = tune.Tuning("w4_linear", 64, (), ())
+    tuning = tune_cases.Tuning("w4_linear", 64, (), ())
     made = tune.entry(tuning, RIGHT._replace(programs=264))
     assert made == {
         "rows": 64, "BM": 16, "BN": 16, "BK": 64, "programs": 264, "warps": 4, "stages": 2,
