@@ -36,8 +36,8 @@ class KVFormat(NamedTuple):
 # int8: a byte for each value, absmax / 127 of the head as float32. int4: two values a byte (byte j
 # of 16 holds value j low and j + 16 high); behind them four bytes of each group: with keys, which
 # have five bits, their fifth bits (value j in bit j); with values, two halves, the scale of the
-# group and that of the keys. So keys are read with the values beside them. The CPU kernels store int4 of a
-# head turned by Hadamard's matrix, which levels its values.
+# group and that of the keys' one. So keys are read with the values beside them. The CPU kernels
+# store int4 of a head turned by Hadamard's matrix, which levels its values.
 FORMATS = {
     each.name: each
     for each in (

@@ -258,12 +258,12 @@ def cases(target: Target) -> list[Case | Refused]:
     shift = whole(1, dtype=torch.int64)
     linear = _linear(target, x, exponents, weight, row, 40, row, x)
     attention = _attention(target, (q, k, k), 1 << 23, 40, q)
-    unit = "int8" if target.dot else ""
+    units = ["int8" if plan.config.constants["MATRIX"] else "" for plan in (linear, attention)]
     n, context = x.numel(), 16 * 32 * 2048 * 128
     return [
         shipped("integer_requantise/4096", _requantise(target, x, row, shift, x), 4 * n),
         shipped("integer_quantise/4096", _quantise(target, x, x, exponents), 8 * n),
-        shipped("integer_linear/rows16", linear, 4 * n * 4096, unit),
+        shipped("integer_linear/rows16", linear, 4 * n * 4096, units[0]),
         shipped("integer_softmax/2048", _softmax(target, scores, scores, scores), 20 * 512 * 2048),
         shipped("integer_silu/4096", _activate(target, x, None, "silu", (20, 0), x), 20 * n),
         shipped("integer_gelu/4096", _activate(target, x, None, "gelu", (20, 0), x), 20 * n),
@@ -275,7 +275,7 @@ def cases(target: Target) -> list[Case | Refused]:
         shipped("integer_rms_norm/4096", _rms_norm(target, x, row, 1, 40, x), 10 * n),
         shipped("integer_rotate/128", _rotate(target, q, half, half, 20, q), 6 * q.numel()),
         # Scores three times over, each and the mixture of four products of bytes.
-        shipped("integer_attention/128", attention, 4 * 2 * 4 * context, unit),
+        shipped("integer_attention/128", attention, 4 * 2 * 4 * context, units[1]),
     ]
 
 

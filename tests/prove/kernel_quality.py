@@ -45,8 +45,9 @@ def rows() -> Iterator[Row]:
         for name, each in cut.items():
             yield perplexity(settings, packed, name, each, against[name])
         if activations == "fast":
+            served = with_kernels(activations, "float16")
             for name, text in texts.items():
-                yield beside_llama(settings, packed, name, text)
+                yield beside_llama(served, packed, name, text)
         common[activations] = common_prefix(generate(settings, packed, prompts), wanted)
         if activations == "accurate":
             for kv_dtype in MOST_KV_RATIO:
