@@ -18,7 +18,7 @@ from models.batch import TokenBatch
 from models.config import ModelConfig
 from models.device.matrix import Matrix, multiply, multiply_fused, rows
 from models.device.ops import Ops, ops_for
-from models.device.step import Cache, CacheLayer, Chunks, PagedRows, Sizes, Step, step_of
+from models.device.step import Cache, CacheLayer, Chunks, Sizes, Step, step_of
 
 
 class LayerWeights(NamedTuple):
@@ -124,21 +124,13 @@ class DeviceDecoder:
         return multiply(ops, attended.flatten(1), layer.out, layer.out_bias)
 
     def _attend(self, q: torch.Tensor, step: Step, cache: CacheLayer) -> torch.Tensor:
-        if step.chunks is None:
-            assert step.paged is not None
-            return self._read_pages(q, step.paged, cache)
+        """[N, H, D]: a row that is not of a sort has zeros there."""
         if step.paged is None:
+            assert step.chunks is not None
             return self._read_chunks(q, step.chunks, cache)
-        singles, chunked = step.paged.rows, step.chunks.rows
-        assert singles is not None and chunked is not None
-        out = torch.empty_like(q)
-        out[singles] = self._read_pages(q.index_select(0, singles), step.paged, cache)
-        out[chunked] = self._read_chunks(q.index_select(0, chunked), step.chunks, cache)
-        return out
-
-    def _read_pages(self, q: torch.Tensor, paged: PagedRows, cache: CacheLayer) -> torch.Tensor:
-        places = (paged.tables, paged.contexts)
-        return self.ops.paged_attention(q, *cache, *places, 0, paged.splits)
+        places = (step.paged.tables, step.paged.contexts)
+        read = self.ops.paged_attention(q, *cache, *places, 0, step.paged.splits)
+        return read if step.chunks is None else read + self._read_chunks(q, step.chunks, cache)
 
     def _read_chunks(self, q: torch.Tensor, chunks: Chunks, cache: CacheLayer) -> torch.Tensor:
         """Over what is stored, this step's keys too: how a prompt is cut then changes nothing."""

@@ -1,46 +1,53 @@
 """Steps of a few fixed sizes, captured as CUDA graphs: one launch for all of a step's kernels.
 
 From Python a launch takes longer than most kernels run, and a step of 30 layers has 300 of them. So
-a step is padded to the next of some numbers of rows, whose tensors stay where they are, and what
-was captured over them is replayed. Rows that are added have no slot and see nothing, and a row's
-result depends on no other row's, so padding changes none that is real. Without CUDA the same steps
-run uncaptured, which is how this is tested. Called by serve/engine/device_runner.py.
+a step is padded to the next of some sizes, whose tensors stay where they are, and what was captured
+over them is replayed. Rows that are added have no slot and see nothing, and a row's result depends
+on no other row's, so padding changes none that is real. Without CUDA the same steps run uncaptured,
+which is how this is tested. Called by serve/engine/device_runner.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from models.batch import TokenBatch
 from models.device.decoder import DeviceDecoder
-from models.device.step import Cache, PagedRows, Step, widened
+from models.device.step import Cache, Chunks, PagedRows, Step, chunk_places, single_rows, widened
 
 # Of keys and values that the rows of prompts may read in one layer, each row all of its context:
-# half a millisecond of a large GPU. Beyond it, launching every kernel from Python for `Chunks`,
-# whose rows share what they read, is the faster way.
-MOST_READ_BYTES = 512 << 20
+# a fraction of a millisecond of a large GPU. Beyond it prompts are read in chunks.
+MOST_READ_BYTES = 128 << 20
 MOST_ROWS = 512
 # Contexts are not known when a step is captured, and how many parts they are read in is fixed then:
 # a step is captured for each of these lengths that leads to another number of parts.
 LONGEST_TOKENS = (256, 2048, 1 << 30)
+# Steps with chunks: the two largest numbers of rows, keys of all chunks together, and sequences.
+CHUNK_SIZES = 2
+CHUNK_KEYS = (2048, 8192, 32_768)
+CHUNK_SEQUENCES = 32
+
+Run = Callable[[], torch.Tensor]
 
 
-class _Body(NamedTuple):
-    """Of one number of rows: its inputs on the device, and what runs it by the number of parts that
-    contexts are read in. numbers int64 [5, rows]: ids, positions, slots, contexts, and the rows
-    whose states are wanted; tables int32 [rows, columns]."""
+class Shape(NamedTuple):
+    """What a captured step is for: up to so many rows; contexts that rows read are in `splits`
+    parts; keys: of chunks, 0 for a step without."""
+
+    rows: int
+    splits: int
+    keys: int
+
+
+class _Inputs(NamedTuple):
+    """Of every step, on the device; a smaller one uses the first of each. numbers int64 [5, rows]:
+    ids, positions, slots, contexts, and rows whose states are wanted; tables int32 [rows, columns];
+    chunks of CHUNK_SEQUENCES."""
 
     numbers: torch.Tensor
     tables: torch.Tensor
-    runs: Mapping[int, Callable[[], torch.Tensor]]
-
-
-class _Head(NamedTuple):
-    """Of one number of rows: the states that are read, and what makes logits of them."""
-
-    states: torch.Tensor
-    run: Callable[[], torch.Tensor]
+    chunks: Chunks
 
 
 class PaddedSteps:
@@ -52,40 +59,59 @@ class PaddedSteps:
         self.cache = cache
         self.sizes = tuple(powers(min(most_rows, MOST_ROWS)))
         self.head_sizes = tuple(powers(min(most_logits, MOST_ROWS)))
-        self.columns = widened(torch.zeros(1, cache.numbers.shape[2])).shape[1]
+        pages = cache.numbers.shape[2]
+        held = pages * cache.page_tokens
+        self.key_sizes = tuple(keys for keys in CHUNK_KEYS if keys < held) or (held,)
+        columns = widened(torch.zeros(1, pages)).shape[1]
+        self._inputs = _inputs(self.sizes[-1], columns, self.key_sizes[-1], decoder.device)
         config = decoder.config
+        self._states = torch.zeros(
+            self.head_sizes[-1], config.hidden, dtype=decoder.dtype, device=decoder.device
+        )
         self._read_bytes = 2 * config.kv_heads * config.head_dim * decoder.dtype.itemsize
-        self._bodies: dict[int, _Body] = {}
-        self._heads: dict[int, _Head] = {}
+        self._steps: dict[Shape, Run] = {}
+        self._heads: dict[int, Run] = {}
 
     def prepare(self) -> None:
-        """Captures every size, the largest first, whose memory the smaller ones share."""
+        """Captures every step, the largest first, whose memory the smaller ones share."""
         pool = torch.cuda.graph_pool_handle() if self._captures else None
-        for rows in reversed(self.sizes):
-            self._bodies[rows] = self._body(rows, pool)
+        for shape in self.shapes():
+            self._steps[shape] = self._runs(lambda shape=shape: self._rows(shape), pool)  # type: ignore[misc]
         for rows in reversed(self.head_sizes):
-            self._heads[rows] = self._head(rows, pool)
+            states = self._states[:rows]
+            self._heads[rows] = self._runs(lambda of=states: self.decoder.logits(of), pool)  # type: ignore[misc]
 
-    def takes(self, batch: TokenBatch) -> bool:
-        """Whether a step is one of these: few enough rows, and prompts that are short enough for
-        each row to read its own context."""
-        starts, contexts = batch.query_starts, batch.context_tokens
-        counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
-        read = sum(
-            n * (2 * context - n + 1) // 2
-            for n, context in zip(counts, contexts, strict=True)
-            if n > 1
-        )
-        return len(batch.ids) <= self.sizes[-1] and read * self._read_bytes <= MOST_READ_BYTES
+    def shapes(self) -> Iterator[Shape]:
+        """Of all steps, the largest first."""
+        for rows in reversed(self.sizes):
+            if rows in self.sizes[-CHUNK_SIZES:]:
+                splits = self._splits(rows, LONGEST_TOKENS[-1])
+                yield from (Shape(rows, splits, keys) for keys in reversed(self.key_sizes))
+            for splits in sorted({self._splits(rows, longest) for longest in LONGEST_TOKENS}):
+                yield Shape(rows, splits, 0)
 
-    def states(self, batch: TokenBatch) -> torch.Tensor:
-        """[R, hidden] of batch.logit_rows, for a batch that is taken; writes keys and values. What
-        is returned is new."""
-        size = next(size for size in self.sizes if size >= len(batch.ids))
-        body = self._bodies[size]
-        self._fill(body, batch)
-        made = body.runs[self._splits(size, max(batch.context_tokens))]()
-        return made.index_select(0, body.numbers[4, : len(batch.logit_rows)])
+    def shape(self, batch: TokenBatch) -> Shape | None:
+        """The step that a batch is padded to; None for one that is too large for any. Short prompts
+        are rows that read pages, as tokens are; longer ones are chunks."""
+        rows = next((size for size in self.sizes if size >= len(batch.ids)), None)
+        if rows is None:
+            return None
+        if self._read(batch) * self._read_bytes <= MOST_READ_BYTES:
+            return Shape(rows, self._splits(rows, max(batch.context_tokens)), 0)
+        contexts = batch.context_tokens[single_rows(batch) :]
+        keys = next((size for size in self.key_sizes if size >= sum(contexts)), None)
+        if keys is None or len(contexts) > CHUNK_SEQUENCES:
+            return None
+        rows = max(rows, self.sizes[-CHUNK_SIZES:][0])
+        return Shape(rows, self._splits(rows, LONGEST_TOKENS[-1]), keys)
+
+    def states(self, batch: TokenBatch, shape: Shape) -> torch.Tensor:
+        """[R, hidden] of batch.logit_rows, new; writes keys and values. shape: the batch's own."""
+        if shape.keys:
+            self._fill_chunks(batch)
+        self._fill(batch, shape)
+        made = self._steps[shape]()
+        return made.index_select(0, self._inputs.numbers[4, : len(batch.logit_rows)])
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[R, vocab] float32 of states [R, hidden], until the next call; more rows than any size
@@ -93,9 +119,15 @@ class PaddedSteps:
         size = next((each for each in self.head_sizes if each >= len(states)), None)
         if size is None or not len(states):
             return self.decoder.logits(states)
-        head = self._heads[size]
-        head.states[: len(states)] = states
-        return head.run()[: len(states)]
+        self._states[: len(states)] = states
+        return self._heads[size]()[: len(states)]
+
+    def _read(self, batch: TokenBatch) -> int:
+        """Tokens that the rows of prompts see, all together."""
+        starts = batch.query_starts
+        pairs = zip(starts, starts[1:], batch.context_tokens, strict=False)
+        counts = ((stop - start, context) for start, stop, context in pairs)
+        return sum(n * (2 * context - n + 1) // 2 for n, context in counts if n > 1)
 
     def _splits(self, rows: int, longest_tokens: int) -> int:
         """Parts that contexts are read in, of those that are captured."""
@@ -106,54 +138,67 @@ class PaddedSteps:
     def _captures(self) -> bool:
         return self.decoder.device.type == "cuda"
 
-    def _fill(self, body: _Body, batch: TokenBatch) -> None:
+    def _fill(self, batch: TokenBatch, shape: Shape) -> None:
         """The batch's rows, then rows of nobody."""
-        used, size = len(batch.ids), body.numbers.shape[1]
-        counts = torch.tensor(batch.query_starts).diff()
-        numbers = torch.empty(5, size, dtype=torch.int64, pin_memory=self._captures)
+        used = len(batch.ids)
+        numbers = torch.empty(5, shape.rows, dtype=torch.int64, pin_memory=self._captures)
         numbers[:, used:] = torch.tensor([0, 0, -1, 0, 0])[:, None]
         numbers[0, :used] = batch.ids
         numbers[1, :used] = batch.positions
         numbers[2, :used] = batch.slots
         # A row sees what stands before it, itself included, whatever its sequence computes behind.
         numbers[3, :used] = batch.positions + 1
+        tables = batch.page_tables.int()
+        if shape.keys:
+            paged = single_rows(batch)
+            numbers[3, paged:] = 0
+            tables = tables[:paged]
+        else:
+            counts = torch.tensor(batch.query_starts).diff()
+            tables = tables.repeat_interleave(counts, dim=0)
         numbers[4, : len(batch.logit_rows)] = batch.logit_rows
-        tables = batch.page_tables.int().repeat_interleave(counts, dim=0)
-        if self._captures:
-            tables = tables.pin_memory()
-        body.numbers.copy_(numbers, non_blocking=True)
-        body.tables[:used, : tables.shape[1]].copy_(tables, non_blocking=True)
+        self._put(self._inputs.numbers[:, : shape.rows], numbers)
+        self._put(self._inputs.tables[: len(tables), : tables.shape[1]], tables)
 
-    def _body(self, rows: int, pool: object) -> _Body:
-        device = self.decoder.device
-        numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
-        numbers[2] = -1
-        tables = torch.zeros(rows, self.columns, dtype=torch.int32, device=device)
+    def _fill_chunks(self, batch: TokenBatch) -> None:
+        """The batch's chunks, then sequences of no rows; nobody reads keys behind the last."""
+        places = chunk_places(batch, single_rows(batch), self.cache.page_tokens)
+        static = self._inputs.chunks
+        for fixed, given in zip(static[:2], places[:2], strict=True):
+            missing = len(fixed) - len(given)
+            self._put(fixed, torch.cat((given, given[-1:].expand(missing))))
+        self._put(static.key_slots[: len(places.key_slots)], places.key_slots)
 
-        def runs(splits: int) -> Callable[[], torch.Tensor]:
-            def compute() -> torch.Tensor:
-                paged = PagedRows(None, tables, numbers[3].int(), splits)
-                step = Step(numbers[0], numbers[1], numbers[2], paged, None)
-                return self.decoder.rows(step, self.cache)
+    def _put(self, fixed: torch.Tensor, given: torch.Tensor) -> None:
+        if self._captures and not given.is_pinned():
+            given = given.pin_memory()
+        fixed.copy_(given, non_blocking=True)
 
-            return self._runs(compute, pool)
+    def _rows(self, shape: Shape) -> torch.Tensor:
+        """What is captured: the states of all rows."""
+        numbers, tables, chunks = self._inputs
+        numbers = numbers[:, : shape.rows]
+        paged = PagedRows(tables[: shape.rows], numbers[3].int(), shape.splits)
+        if shape.keys:
+            chunks = chunks._replace(key_slots=chunks.key_slots[: shape.keys])
+        step = Step(numbers[0], numbers[1], numbers[2], paged, chunks if shape.keys else None)
+        return self.decoder.rows(step, self.cache)
 
-        parts = {self._splits(rows, longest) for longest in LONGEST_TOKENS}
-        return _Body(numbers, tables, {splits: runs(splits) for splits in parts})
-
-    def _head(self, rows: int, pool: object) -> _Head:
-        states = torch.zeros(
-            rows, self.decoder.config.hidden, dtype=self.decoder.dtype, device=self.decoder.device
-        )
-        return _Head(states, self._runs(lambda: self.decoder.logits(states), pool))
-
-    def _runs(
-        self, compute: Callable[[], torch.Tensor], pool: object
-    ) -> Callable[[], torch.Tensor]:
+    def _runs(self, compute: Run, pool: object) -> Run:
         return captured(compute, pool) if self._captures else compute
 
 
-def captured(compute: Callable[[], torch.Tensor], pool: object) -> Callable[[], torch.Tensor]:
+def _inputs(rows: int, columns: int, keys: int, device: torch.device) -> _Inputs:
+    """Of nobody."""
+    numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
+    numbers[2] = -1
+    tables = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+    starts = torch.zeros(CHUNK_SEQUENCES + 1, dtype=torch.int32, device=device)
+    slots = torch.zeros(keys, dtype=torch.int64, device=device)
+    return _Inputs(numbers, tables, Chunks(starts, starts.clone(), slots))
+
+
+def captured(compute: Run, pool: object) -> Run:
     """What replays `compute` as it was captured; its result is overwritten by the next replay.
 
     compute runs before it is captured, on a stream of its own, so that everything is compiled and

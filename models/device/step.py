@@ -1,8 +1,9 @@
 """What one step computes, on the device: rows that each read pages, and chunks of prompts.
 
 A row reads all of its context from pages, however many rows its sequence has in the step; that is
-what a decode step is made of, and its shape does not depend on lengths. A chunk's rows share what
-they read: its context is gathered once and attended to in blocks.
+what a decode step is made of. A chunk's rows share what they read: the context is gathered once and
+attended to in blocks. Both are computed over all rows, with zeros for rows of the other sort, and
+added: so a step's shape does not depend on who is of which.
 """
 
 from collections.abc import Iterator
@@ -51,20 +52,18 @@ class Cache(NamedTuple):
 
 
 class PagedRows(NamedTuple):
-    """rows [n] int64: which of the step's, None for all. tables [n, P] int32, contexts [n] int32:
-    pages of each row, and how many tokens it sees. splits: parts of a context."""
+    """tables [N, P] int32 and contexts [N] int32: pages of each row, and how many tokens it sees, 0
+    for a row that is no such one. splits: parts of a context."""
 
-    rows: torch.Tensor | None
     tables: torch.Tensor
     contexts: torch.Tensor
     splits: int
 
 
 class Chunks(NamedTuple):
-    """rows as in PagedRows; starts and key_starts [S + 1] int32 as prefill_attention takes them.
-    key_slots [C] int64: where the keys of all sequences are in the cache."""
+    """starts and key_starts [S + 1] int32 as prefill_attention takes them, key_slots [C] int64:
+    where the keys of all sequences are in the cache."""
 
-    rows: torch.Tensor | None
     starts: torch.Tensor
     key_starts: torch.Tensor
     key_slots: torch.Tensor
@@ -72,7 +71,7 @@ class Chunks(NamedTuple):
 
 class Step(NamedTuple):
     """ids, positions, slots [N] int64 as in TokenBatch, a negative slot for a row that nobody
-    reads. Every row is in `paged` or in `chunks`."""
+    reads. paged or chunks is None where no row is of that sort."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -93,70 +92,51 @@ class Sizes(NamedTuple):
         return max(1, min(wanted, longest_tokens // LEAST_PART_TOKENS, MOST_SPLITS))
 
 
+def single_rows(batch: TokenBatch) -> int:
+    """How many sequences stand before the first with more than one row; its own and all later ones
+    are chunks, if only of one row. The engine has those that decode before all others."""
+    starts = batch.query_starts
+    pairs = enumerate(zip(starts, starts[1:], strict=False))
+    return next((n for n, (start, stop) in pairs if stop - start > 1), len(starts) - 1)
+
+
 def step_of(batch: TokenBatch, page_tokens: int, sizes: Sizes, device: torch.device) -> Step:
-    """The batch on the device: sequences with one row read pages, those with more are chunks."""
-    counts = torch.tensor(batch.query_starts).diff()
-    single = counts == 1
+    """The batch on the device."""
+    rows, singles = len(batch.ids), single_rows(batch)
+    paged = chunks = None
+    if singles:
+        tables, contexts = paged_rows(batch, singles, rows)
+        splits = sizes.splits(rows, max(batch.context_tokens[:singles]))
+        paged = PagedRows(widened(tables).to(device), contexts.to(device), splits)
+    if singles < len(batch.context_tokens):
+        chunks = Chunks(*(each.to(device) for each in chunk_places(batch, singles, page_tokens)))
     return Step(
-        batch.ids.to(device),
-        batch.positions.to(device),
-        batch.slots.to(device),
-        _paged(batch, single, counts, sizes, device) if bool(single.any()) else None,
-        _chunks(batch, ~single, counts, page_tokens, device) if not bool(single.all()) else None,
+        batch.ids.to(device), batch.positions.to(device), batch.slots.to(device), paged, chunks
     )
 
 
 def widened(tables: torch.Tensor) -> torch.Tensor:
-    """Tables [n, P] as int32, with columns added up to a whole number of TABLE_COLUMNS."""
-    missing = -tables.shape[1] % TABLE_COLUMNS
-    return torch.nn.functional.pad(tables.int(), (0, missing))
+    """Tables [n, P] with columns added up to a whole number of TABLE_COLUMNS."""
+    return torch.nn.functional.pad(tables, (0, -tables.shape[1] % TABLE_COLUMNS))
 
 
-def _paged(
-    batch: TokenBatch,
-    chosen: torch.Tensor,
-    counts: torch.Tensor,
-    sizes: Sizes,
-    device: torch.device,
-) -> PagedRows:
-    rows = None
-    if not bool(chosen.all()):
-        rows = torch.tensor(batch.query_starts[:-1])[chosen].to(device)
-    contexts = torch.tensor(batch.context_tokens, dtype=torch.int32)[chosen]
-    splits = sizes.splits(len(contexts), int(contexts.max()))
-    tables = widened(batch.page_tables[chosen])
-    return PagedRows(rows, tables.to(device), contexts.to(device), splits)
+def paged_rows(batch: TokenBatch, singles: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tables [rows, P] int32, contexts [rows] int32) of the first sequences, zeros behind them."""
+    tables = torch.zeros(rows, batch.page_tables.shape[1], dtype=torch.int32)
+    tables[:singles] = batch.page_tables[:singles]
+    contexts = torch.zeros(rows, dtype=torch.int32)
+    contexts[:singles] = torch.tensor(batch.context_tokens[:singles])
+    return tables, contexts
 
 
-def _chunks(
-    batch: TokenBatch,
-    chosen: torch.Tensor,
-    counts: torch.Tensor,
-    page_tokens: int,
-    device: torch.device,
-) -> Chunks:
-    rows = None
-    if not bool(chosen.all()):
-        rows = chosen.repeat_interleave(counts).nonzero().squeeze(1).to(device)
-    contexts = torch.tensor(batch.context_tokens)[chosen]
+def chunk_places(batch: TokenBatch, singles: int, page_tokens: int) -> Chunks:
+    """In host memory, of the sequences from `singles` on."""
+    starts = torch.tensor(batch.query_starts[singles:], dtype=torch.int32)
+    contexts = batch.context_tokens[singles:]
+    key_starts = torch.nn.functional.pad(torch.tensor(contexts).cumsum(0), (1, 0)).int()
+    within = torch.arange(page_tokens)
     slots = [
-        _slots(table, int(context), page_tokens)
-        for table, context in zip(batch.page_tables[chosen], contexts, strict=True)
+        (table[: -(-context // page_tokens), None] * page_tokens + within).flatten()[:context]
+        for table, context in zip(batch.page_tables[singles:], contexts, strict=True)
     ]
-    return Chunks(
-        rows,
-        _starts(counts[chosen]).to(device),
-        _starts(contexts).to(device),
-        torch.cat(slots).to(device),
-    )
-
-
-def _starts(counts: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-
-
-def _slots(table: torch.Tensor, context: int, page_tokens: int) -> torch.Tensor:
-    """Slots [context] of a sequence's first tokens."""
-    pages = table[: -(-context // page_tokens)]
-    every = pages[:, None] * page_tokens + torch.arange(page_tokens)
-    return every.flatten()[:context]
+    return Chunks(starts, key_starts, torch.cat(slots))

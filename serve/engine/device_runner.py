@@ -44,10 +44,11 @@ class DeviceRunner:
     def compute(self, batch: TokenBatch) -> Rows:
         """Logits are those of this step until the next."""
         with torch.inference_mode():
-            if self.padded.takes(batch):
-                states = self.padded.states(batch)
-            else:
+            shape = self.padded.shape(batch)
+            if shape is None:
                 states = self.decoder.states(batch, self.storage.cache)
+            else:
+                states = self.padded.states(batch, shape)
             return Rows(self.padded.logits(states), states)
 
     def warm_up(self) -> None:

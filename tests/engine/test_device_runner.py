@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.batch import TokenBatch
-from models.device.padded import PaddedSteps, powers
+from models.device.padded import PaddedSteps, Shape, powers
 from serve.engine.cost import StepCost
 from serve.engine.device_runner import DeviceRunner
 from serve.engine.draws import derived_seed
@@ -189,6 +189,12 @@ def step(rows: list[tuple[int, int, int]], pages: int) -> TokenBatch:
     )  # fmt: skip
 
 
+def computed(made: PaddedSteps, batch: TokenBatch) -> torch.Tensor:
+    shape = made.shape(batch)
+    assert shape is not None
+    return made.logits(made.states(batch, shape)).clone()
+
+
 def padded(most_rows: int = 32) -> PaddedSteps:
     made = PaddedSteps(on_device(SOURCE, CONFIG), cache_of(CONFIG, 24, PAGE_TOKENS), most_rows, 16)
     with torch.inference_mode():
@@ -209,8 +215,7 @@ def test_padding_changes_no_real_row_and_writes_nothing():
     for rows in STEPS:
         batch = step(rows, 6)
         with torch.inference_mode():
-            assert made.takes(batch)
-            got = made.logits(made.states(batch)).clone()
+            got = computed(made, batch)
             wanted = made.decoder(batch, plain)
         assert torch.allclose(got, wanted, atol=1e-4)
         assert torch.allclose(made.cache.numbers, plain.numbers, atol=1e-4), "other slots"
@@ -221,14 +226,14 @@ def test_a_row_that_is_added_would_be_seen_if_it_wrote(monkeypatch: pytest.Monke
     made, plain = padded(), cache_of(CONFIG, 24, PAGE_TOKENS)
     fill = made._fill
 
-    def careless(body: Any, batch: TokenBatch) -> None:
-        fill(body, batch)
-        body.numbers[2].clamp_(min=0)
+    def careless(batch: TokenBatch, shape: Shape) -> None:
+        fill(batch, shape)
+        made._inputs.numbers[2].clamp_(min=0)
 
     monkeypatch.setattr(made, "_fill", careless)
     batch = step(STEPS[0], 6)
     with torch.inference_mode():
-        made.states(batch)
+        computed(made, batch)
         made.decoder(batch, plain)
     assert not torch.allclose(made.cache.numbers, plain.numbers, atol=1e-4)
 
@@ -238,16 +243,49 @@ def test_sizes(most: int, wanted: list[int]):
     assert list(powers(most)) == wanted
 
 
-def test_long_prompts_and_large_steps_are_computed_launch_by_launch(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_which_step_a_batch_is_padded_to(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("models.device.padded.CHUNK_KEYS", (32, 64))
     made = padded(8)
-    assert made.takes(step([(0, 0, 8)], 6)) and not made.takes(step([(0, 0, 9)], 6))
-    assert made.takes(step([(0, 20, 3)], 6))
-    read_tokens = 21 + 22 + 23  # by the rows of three tokens
+    assert made.sizes == (1, 2, 4, 8) and made.key_sizes == (32, 64)
+    assert made.shape(step([(0, 0, 9)], 6)) is None, "too many rows"
+    assert made.shape(step([(0, 0, 5)], 6)) == Shape(8, 1, 0)
+    three = step([(0, 20, 3)], 6)
+    assert made.shape(three) == Shape(4, 1, 0)
+    read_tokens = 21 + 22 + 23  # by its three rows
     monkeypatch.setattr("models.device.padded.MOST_READ_BYTES", read_tokens * made._read_bytes - 1)
-    assert not made.takes(step([(0, 20, 3)], 6))
-    assert made.takes(step([(0, 20, 1), (1, 20, 1), (2, 20, 1)], 6)), "tokens always read pages"
+    assert made.shape(three) == Shape(4, 1, 32), "in chunks"
+    assert made.shape(step([(0, 20, 3), (1, 20, 4)], 6)) == Shape(8, 1, 64)
+    assert made.shape(step([(0, 20, 1), (1, 20, 1), (2, 20, 1)], 6)) == Shape(4, 1, 0)
+    tokens_and_chunk = step([(0, 20, 1), (1, 20, 4)], 6)
+    assert made.shape(tokens_and_chunk) == Shape(8, 1, 32), "keys of the chunk alone"
+    monkeypatch.setattr("models.device.padded.CHUNK_SEQUENCES", 1)
+    assert made.shape(step([(0, 20, 3), (1, 20, 4)], 6)) is None, "too many sequences"
+
+
+@pytest.mark.parametrize("kv_format", ["float32", "int8"])
+def test_chunks_of_prompts_in_padded_steps(monkeypatch: pytest.MonkeyPatch, kv_format: str):
+    """Tokens beside chunks, chunks of one row, contexts of several lengths: as computed without."""
+    monkeypatch.setattr("models.device.padded.MOST_READ_BYTES", 0)
+    monkeypatch.setattr("models.device.padded.CHUNK_KEYS", (32, 64))
+    decoder = on_device(SOURCE, CONFIG)
+    caches = [cache_of(CONFIG, 24, PAGE_TOKENS, kv_format) for _ in range(2)]
+    made = PaddedSteps(decoder, caches[0], 16, 16)
+    with torch.inference_mode():
+        made.prepare()
+        used = set()
+        for rows in (
+            [(0, 0, 9), (1, 0, 3)],
+            [(0, 9, 1), (1, 3, 4), (2, 0, 1), (3, 0, 2)],
+            [(2, 1, 1), (0, 10, 13)],
+            [(0, 23, 1), (1, 7, 1)],
+        ):
+            batch = step(rows, 6)
+            shape = made.shape(batch)
+            assert shape is not None
+            used.add(shape.keys)
+            got = made.logits(made.states(batch, shape)).clone()
+            assert torch.allclose(got, decoder(batch, caches[1]), atol=1e-4)
+    assert used == {0, 32}
 
 
 def test_contexts_are_read_in_as_many_parts_as_their_lengths_ask_for(
@@ -270,11 +308,11 @@ def test_contexts_are_read_in_as_many_parts_as_their_lengths_ask_for(
     decoder.ops = decoder.ops._replace(paged_attention=noted)
     with torch.inference_mode():
         made.prepare()
-        assert sorted(made._bodies[1].runs) == [1, 3, 8]
+        assert sorted(shape.splits for shape in made._steps if shape.rows == 1) == [1, 3, 8]
         for rows in ([(0, 0, 8)], [(0, 8, 1)], [(1, 0, 1)], [(0, 9, 7)], [(0, 16, 1), (1, 1, 1)]):
             batch = step(rows, 6)
             used.clear()
-            got = made.logits(made.states(batch)).clone()
+            got = computed(made, batch)
             assert len(set(used)) == 1
             parts = used[0]
             assert torch.allclose(got, decoder(batch, plain), atol=1e-4)

@@ -325,11 +325,11 @@ def decoding(ours: Ours, theirs: Theirs, streams: int) -> dict[str, Any]:
 
 
 def replayed(ours: Ours) -> dict[str, float]:
-    """Microseconds of the GPU for each captured step of nobody's rows, and for logits of so many:
-    without attention, which has nothing to read."""
+    """Microseconds of the GPU for each captured step (rows, parts of contexts, keys of chunks) of
+    nobody's rows, and for logits of so many: without attention, which has nothing to read."""
     padded, found = ours.runner.padded, {}
-    runs = {f"{rows} rows": min(body.runs.items())[1] for rows, body in padded._bodies.items()}
-    runs |= {f"{rows} logits": head.run for rows, head in padded._heads.items()}
+    runs = {" ".join(map(str, shape)): run for shape, run in padded._steps.items()}
+    runs |= {f"{rows} logits": run for rows, run in padded._heads.items()}
     for name, run in runs.items():
         taken = []
         for _ in range(7):

@@ -58,3 +58,24 @@ def test_key_starts_are_for_the_same_sequences():
         op(q, k, k, starts((6,)), key_starts=starts((30, 7)))
     with pytest.raises(ValueError, match=r"k should be \[6, 2, 32\]"):
         op(q, k, k, starts((6,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_before_the_first_and_sequences_of_no_rows(dtype: torch.dtype):
+    """As a step of a fixed size has them: zeros for rows of nobody, beside keys of nobody."""
+    before, behind, empty = 3, 150, 4
+    total = sum(LENGTHS)
+    q = normal(total, HEADS, WIDTH, dtype=dtype)
+    k, v = (normal(total, KV_HEADS, WIDTH, dtype=dtype, seed=seed) for seed in (2, 3))
+    chunk = tails(q)
+    rows = torch.cat((q[:before], chunk, normal(behind, HEADS, WIDTH, dtype=dtype, seed=4)))
+    queries, keys = starts(TAILS) + before, starts(LENGTHS)
+    queries, keys = (torch.cat((each, each[-1:].expand(empty))) for each in (queries, keys))
+    nobody = torch.full((9, KV_HEADS, WIDTH), 1e4, device=DEVICE).to(dtype)
+    k_more, v_more = torch.cat((k, nobody)), torch.cat((v, nobody))
+    with watched():
+        got = prefill_attention(rows, k_more, v_more, queries, key_starts=keys)
+        plain = prefill_attention(chunk, k, v, starts(TAILS), key_starts=starts(LENGTHS))
+    assert torch.equal(got[before : before + len(chunk)], plain)
+    assert not got[:before].any() and not got[before + len(chunk) :].any()
+    agree(reference(rows, k_more, v_more, queries, key_starts=keys), got.double())
