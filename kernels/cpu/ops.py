@@ -78,10 +78,18 @@ def linear(
     activations: Activations = "accurate",
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """x [M, columns] float32 -> [M, rows] float32. ValueError for unknown activations."""
     y = _ops().packed_linear(
-        x, weight.data, weight.kind, weight.padded_rows, activations, threads, isa
+        x,
+        weight.data,
+        weight.kind,
+        weight.padded_rows,
+        activations,
+        threads,
+        isa,
+        batch_invariant,
     )
     return cast(torch.Tensor, y[:, : weight.rows])
 
@@ -93,6 +101,7 @@ def linears(
     activations: Activations = "accurate",
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> None:
     """The products of x [M, widest] float32 with one matrix after another, in one call, each of as
     many columns as the matrix has. Results are dropped. A benchmark's."""
@@ -105,6 +114,7 @@ def linears(
         activations,
         threads,
         isa,
+        batch_invariant,
     )
 
 
@@ -185,6 +195,7 @@ def layers(
     activations: Activations = "accurate",
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> None:
     """Runs x [N, hidden] float32 through a range of layers, in place.
 
@@ -211,6 +222,7 @@ def layers(
         activations,
         threads,
         isa,
+        batch_invariant,
     )
 
 
