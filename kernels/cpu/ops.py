@@ -4,6 +4,11 @@ A matrix keeps the numbers of its GGUF blocks, in another order. Activations are
 and quantised inside, by groups of 32: `accurate` to 15 bits, `fast` to 8, `float32` not at all
 (slower: weights are decoded). A row's result depends neither on the other rows, nor on the number
 of threads, nor on the instruction set.
+
+With batch_invariant = False it may depend on how many rows there are: from two on, a processor with
+AMX multiplies in 16-bit fixed point, with one scale for each row of activations and of weights.
+That is faster; `fast` then leaves out the product of the low bytes. float32 and other processors
+do as with True.
 """
 
 from collections.abc import Sequence
@@ -20,6 +25,7 @@ TILE_ROWS = 16
 TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384)}  # columns and their bytes
 LINE_BYTES = 64  # a tile is a whole number of them
 LAYOUT_VERSION = 3  # of packed data, where it is kept in files
+FEWEST_FIXED_ROWS = 2  # with fewer, lanes are faster; see src/fixed.inc
 Activations = Literal["accurate", "fast", "float32"]
 
 
@@ -59,6 +65,11 @@ def packed_bytes(kind: int, rows: int, columns: int) -> int:
 def instruction_sets() -> tuple[str, ...]:
     """Those that were compiled and that this machine has, the best first."""
     return tuple(_ops().instruction_sets())
+
+
+def has_matrix_units() -> bool:
+    """Whether this machine has what batch_invariant = False makes use of."""
+    return "amx" in instruction_sets()
 
 
 def pack(blocks: torch.Tensor, form: str, rows: int, columns: int) -> Packed:
