@@ -5,10 +5,10 @@ and quantised inside, by groups of 32: `accurate` to 15 bits, `fast` to 8, `floa
 (slower: weights are decoded). A row's result depends neither on the other rows, nor on the number
 of threads, nor on the instruction set.
 
-With batch_invariant = False it may depend on how many rows there are: from two on, a processor with
-AMX multiplies in 16-bit fixed point, with one scale for each row of activations and of weights.
-That is faster; `fast` then leaves out the product of the low bytes. float32 and other processors
-do as with True.
+With batch_invariant = False it may depend on how many rows there are: from FEWEST_FIXED_ROWS on, a
+processor with AMX multiplies in 16-bit fixed point, with one scale for each row of activations and
+of weights. That is faster; `fast` then leaves out the product of the low bytes. float32 and other
+processors do as with True.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ TILE_ROWS = 16
 TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384)}  # columns and their bytes
 LINE_BYTES = 64  # a tile is a whole number of them
 LAYOUT_VERSION = 3  # of packed data, where it is kept in files
-FEWEST_FIXED_ROWS = 2  # with fewer, lanes are faster; see src/fixed.inc
+# Of a step in fixed point; with fewer, lanes are as fast. See src/fixed.inc.
+FEWEST_FIXED_ROWS = {"accurate": 6, "fast": 10}
 Activations = Literal["accurate", "fast", "float32"]
 
 

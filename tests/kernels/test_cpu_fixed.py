@@ -12,7 +12,7 @@ from tests.kernels.blocks import flat, random_blocks
 
 ROWS = 40  # two whole tiles and a half
 FORMS = tuple(ops.KINDS)
-COUNTS = [1, 2, 3, 8, 9, 15, 16, 17, 31, 33, 64, 100, 512]
+COUNTS = [1, 2, 3, 6, 8, 9, 15, 16, 17, 31, 33, 64, 100, 512]
 BOUNDS = {"accurate": 3e-4, "fast": 1e-3}
 LARGEST = np.float32(30000)
 
@@ -46,9 +46,10 @@ def test_products_are_those_of_the_decoded_weights(form: str, m: int, activation
     x = randomly(m, weight.columns)
     y = ops.linear(x, weight, activations=activations, batch_invariant=False)
     wanted = x.double() @ decoded.double().T
-    assert error(y, wanted) < (BOUNDS[activations] if m > 1 else 2e-2)
+    few = m < ops.FEWEST_FIXED_ROWS[activations]
+    assert error(y, wanted) < (2e-2 if few else BOUNDS[activations])
     exact = ops.linear(x, weight, activations=activations)
-    assert torch.equal(y, exact) == (m == 1)  # one row is left to the lanes
+    assert torch.equal(y, exact) == few  # which are left to the lanes
 
 
 def fixed_weights(form: str, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,14 +106,14 @@ def test_the_integers_are_exact(form: str):
 @needs_amx
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activations", list(BOUNDS))
-def test_threads_change_no_bit_nor_does_company_of_two_or_more(form: str, activations):
+def test_threads_change_no_bit_nor_does_company_beyond_a_few(form: str, activations):
     weight, _, _ = packed(form, 768)
     x = randomly(41, 768)
     first = ops.linear(x, weight, activations=activations, batch_invariant=False)
     for threads in (2, 3):
         y = ops.linear(x, weight, activations=activations, threads=threads, batch_invariant=False)
         assert torch.equal(y, first)
-    for begin, end in ((0, 2), (3, 11), (8, 24), (20, 41)):
+    for begin, end in ((0, 10), (3, 17), (8, 24), (20, 41), (7, 41)):
         y = ops.linear(x[begin:end], weight, activations=activations, batch_invariant=False)
         assert torch.equal(y, first[begin:end])
 
@@ -137,7 +138,7 @@ def test_unrounded_activations_stay_so():
 @needs_amx
 def test_extreme_activations():
     weight, decoded, _ = packed("Q4_1", 96)
-    x = torch.zeros(3, 96)
+    x = torch.zeros(6, 96)
     x[1, 7] = 1e-30
     x[2] = 1e30
     y = ops.linear(x, weight, batch_invariant=False)
@@ -156,7 +157,7 @@ def test_weights_of_any_sign_and_zero(form: str):
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[form])
     weight = ops.pack(flat(blocks), form, 16, 768)
     decoded = torch.from_numpy(values.copy())
-    x = randomly(5, 768)
+    x = randomly(6, 768)
     y = ops.linear(x, weight, batch_invariant=False)
     assert not y[:, 0].any()
     assert error(y, x.double() @ decoded.double().T) < BOUNDS["accurate"]

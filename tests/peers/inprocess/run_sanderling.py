@@ -1,5 +1,5 @@
-"""`python -m tests.peers.inprocess.run_sanderling accurate|fast [together]`: our engine as a process
-to measure, in two ways; together: with engine.batch_invariant = false. Called by
+"""`python -m tests.peers.inprocess.run_sanderling accurate|fast [together]`: our engine as a
+process to measure, in two ways; together: with engine.batch_invariant = false. Called by
 tests/peers/inprocess/contenders.py.
 
 step: the model alone, as llama.cpp's benchmarks do it. A decode step is timed from its batch of
