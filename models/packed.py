@@ -18,7 +18,8 @@ from models.config import ModelConfig
 class PackedDecoder:
     """A decoder of `config`'s shape. Holds no state between steps.
 
-    activations: how finely they are quantised before a product, see kernels.cpu.ops.
+    activations: how finely they are quantised before a product, batch_invariant: whether a row's
+    bits are the same in any company; see kernels.cpu.ops.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class PackedDecoder:
         norm: torch.Tensor,
         head: ops.Packed,
         activations: ops.Activations = "accurate",
+        batch_invariant: bool = True,
     ) -> None:
         self.config = config
         self.embed = embed
@@ -36,8 +38,14 @@ class PackedDecoder:
         self.norm = norm
         self.head = head
         self.activations = activations
+        self.batch_invariant = batch_invariant
         self.frequencies = inverse_frequencies(config.rope, config.head_dim)
         self._shape = ops.LayerShape(config.heads, config.ff, config.rms_eps)
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether batch_invariant makes a difference on this machine."""
+        return ops.has_matrix_units()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +71,7 @@ class PackedDecoder:
             self._step(batch),
             activations=self.activations,
             threads=threads,
+            batch_invariant=self.batch_invariant,
         )
         wanted = x.index_select(0, batch.logit_rows)
         return ops.rms_norm(wanted, self.norm, self.config.rms_eps, threads=threads)
@@ -70,7 +79,13 @@ class PackedDecoder:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[R, vocab] float32 of states [R, hidden]."""
         threads = torch.get_num_threads()
-        return ops.linear(states, self.head, activations=self.activations, threads=threads)
+        return ops.linear(
+            states,
+            self.head,
+            activations=self.activations,
+            threads=threads,
+            batch_invariant=self.batch_invariant,
+        )
 
     def _step(self, batch: TokenBatch) -> ops.LayerStep:
         angles = batch.positions[:, None].float() * self.frequencies.inverse

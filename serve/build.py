@@ -78,14 +78,23 @@ def _load_for_cpu(settings: Settings, chosen: Computing) -> Model:
         return _load_reference(settings, chosen.dtype)
     try:
         decoder = load_for_cpu(
-            settings.model, options.activations, cache_dir=_weights_folder(settings)
+            settings.model,
+            options.activations,
+            batch_invariant=options.batch_invariant,
+            cache_dir=_weights_folder(settings),
         )
     except NotForCpuError as refusal:
-        asked_for_more = (options.activations, options.kv_dtype) != ("accurate", "auto")
+        asked = (options.activations, options.batch_invariant, options.kv_dtype)
+        asked_for_more = asked != ("accurate", True, "auto")
         if chosen.kernels == "cpu" or asked_for_more:
             raise
         log.info("engine.kernels = 'auto' takes the reference kernels: %s", refusal)
         return _load_reference(settings, chosen.dtype)
+    if not options.batch_invariant and not decoder.has_matrix_units:
+        log.warning(
+            "engine.batch_invariant = false changes nothing here: this processor has no AMX, and "
+            "every row is computed as with true"
+        )
     return Model(decoder, load_text(settings.model))
 
 

@@ -87,6 +87,7 @@ def measure(
     report: dict[str, Any] = {
         "kernels": build.kernels(model),
         "activations": settings.engine.activations,
+        "batch_invariant": settings.engine.batch_invariant,
         "dtype": settings.engine.dtype,
         "kv_dtype": build.kv_format(settings, model),
         "tokens": len(scored.logprobs),
@@ -121,7 +122,7 @@ def measure_integer(
 def exactly(settings: Settings) -> Settings:
     """The same model in float32 by the reference kernels."""
     plain = {"dtype": "float32", "kernels": "reference"}
-    lossless = {"activations": "accurate", "kv_dtype": "auto"}
+    lossless = {"activations": "accurate", "batch_invariant": True, "kv_dtype": "auto"}
     engine = settings.engine.model_copy(update=plain | lossless)
     return settings.model_copy(update={"engine": engine})
 

@@ -109,6 +109,12 @@ class EngineSettings(Section):
         description="Of the CPU kernels: 15-bit activations; 8-bit ones, which cost quality; or "
         "float32 ones, which are not rounded at all and cost speed.",
     )
+    batch_invariant: bool = Field(
+        True,
+        description="Whether a request's bits are the same in any company. If not, the CPU "
+        "kernels compute steps of several tokens in 16-bit fixed point where a processor has AMX: "
+        "faster, and a close decision may fall differently when it is busy.",
+    )
     kv_dtype: Literal["auto", "float32", "float16", "int8", "int4"] = Field(
         "auto",
         description="How cpu and triton store keys and values: auto is float16, with triton "
@@ -165,10 +171,11 @@ class EngineSettings(Section):
         halves = self.dtype not in ("auto", "float32")
         if self.kernels in ("reference", "triton") or on_gpu or halves:
             self._only_for_cpu("activations", "accurate")
+            self._only_for_cpu("batch_invariant", True)
         if self.kernels == "reference" or (halves and not on_gpu):
             self._only_for_cpu("kv_dtype", "auto")
 
-    def _only_for_cpu(self, name: str, otherwise: str) -> None:
+    def _only_for_cpu(self, name: str, otherwise: str | bool) -> None:
         if getattr(self, name) != otherwise:
             raise ValueError(
                 f"engine.{name} = {getattr(self, name)!r} is only for the CPU kernels"

@@ -17,6 +17,7 @@ from kernels.cpu import ops
 READ_BYTES = 256 << 20  # more than any cache that two cores share
 PEAK_ROUNDS = 1 << 19
 PASSES = {"accurate": 2, "fast": 1}  # products of bytes for one of a weight and an activation
+FIXED_PASSES = {"accurate": 4, "fast": 3}  # in 16-bit fixed point, see ops
 
 
 class Limits(NamedTuple):
@@ -52,6 +53,7 @@ def run(
     isa: str = "auto",
     read_bytes: int = READ_BYTES,
     peak_rounds: int = PEAK_ROUNDS,
+    batch_invariant: bool = True,
 ) -> Report:
     """matrices: those of one step of a model. Every round takes each measure once."""
     data = torch.ones(read_bytes, dtype=torch.uint8)
@@ -61,7 +63,9 @@ def run(
     }
     for m in rows:
         for activations in PASSES:
-            tasks[m, activations] = _linears(matrices, m, activations, threads, isa)
+            tasks[m, activations] = _linears(
+                matrices, m, activations, threads, isa, batch_invariant
+            )
     times: dict[object, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
@@ -73,31 +77,63 @@ def run(
     products = peak_rounds * 16 * 64 * threads
     limits = Limits(read_bytes / seconds["read"], products / seconds["multiply"])
     figures = [
-        _figure(matrices, m, activations, seconds[m, activations], limits)
+        _figure(
+            matrices,
+            m,
+            activations,
+            _passes(m, activations, isa, batch_invariant),
+            seconds[m, activations],
+            limits,
+        )
         for m in rows
         for activations in PASSES
     ]
     return Report(limits, figures)
 
 
+def _passes(m: int, activations: str, isa: str, batch_invariant: bool) -> int:
+    """Products of bytes that the units or lanes make for one of a weight and an activation."""
+    fixed = (
+        not batch_invariant and m >= ops.FEWEST_FIXED_ROWS[activations] and isa in ("auto", "amx")
+    )
+    return FIXED_PASSES[activations] if fixed and ops.has_matrix_units() else PASSES[activations]
+
+
 def _linears(
-    matrices: Sequence[ops.Packed], m: int, activations: str, threads: int, isa: str
+    matrices: Sequence[ops.Packed],
+    m: int,
+    activations: str,
+    threads: int,
+    isa: str,
+    batch_invariant: bool,
 ) -> Callable[[], object]:
     widest = max(weight.columns for weight in matrices)
     x = torch.randn(m, widest, generator=torch.Generator().manual_seed(m))
 
     def task() -> None:
         chosen: ops.Activations = activations  # type: ignore[assignment]
-        ops.linears(x, matrices, activations=chosen, threads=threads, isa=isa)
+        ops.linears(
+            x,
+            matrices,
+            activations=chosen,
+            threads=threads,
+            isa=isa,
+            batch_invariant=batch_invariant,
+        )
 
     return task
 
 
 def _figure(
-    matrices: Sequence[ops.Packed], m: int, activations: str, seconds: float, limits: Limits
+    matrices: Sequence[ops.Packed],
+    m: int,
+    activations: str,
+    passes: int,
+    seconds: float,
+    limits: Limits,
 ) -> Figure:
     read = sum(weight.data.numel() for weight in matrices)
-    products = PASSES[activations] * m * sum(w.padded_rows * w.columns for w in matrices)
+    products = passes * m * sum(w.padded_rows * w.columns for w in matrices)
     return Figure(
         m,
         activations,  # type: ignore[arg-type]

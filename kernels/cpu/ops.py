@@ -4,6 +4,11 @@ A matrix keeps the numbers of its GGUF blocks, in another order. Activations are
 and quantised inside, by groups of 32: `accurate` to 15 bits, `fast` to 8, `float32` not at all
 (slower: weights are decoded). A row's result depends neither on the other rows, nor on the number
 of threads, nor on the instruction set.
+
+With batch_invariant = False it may depend on how many rows there are: from FEWEST_FIXED_ROWS on, a
+processor with AMX multiplies in 16-bit fixed point, with one scale for each row of activations and
+of weights. That is faster; `fast` then leaves out the product of the low bytes. float32 and other
+processors do as with True.
 """
 
 from collections.abc import Sequence
@@ -22,6 +27,8 @@ TILE_ROWS = 16
 TILE_BYTES = {0: (32, 320), 1: (32, 544), 2: (256, 2368), 3: (256, 4384), 4: (256, 4416)}
 LINE_BYTES = 64  # a tile is a whole number of them
 LAYOUT_VERSION = 3  # of packed data, where it is kept in files
+# Of a step in fixed point; with fewer, lanes are as fast. See src/fixed.inc.
+FEWEST_FIXED_ROWS = {"accurate": 6, "fast": 10}
 Activations = Literal["accurate", "fast", "float32"]
 
 
@@ -63,6 +70,11 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(_ops().instruction_sets())
 
 
+def has_matrix_units() -> bool:
+    """Whether this machine has what batch_invariant = False makes use of."""
+    return "amx" in instruction_sets()
+
+
 def pack(blocks: torch.Tensor, form: str, rows: int, columns: int) -> Packed:
     """blocks [uint8]: a matrix as GGUF stores it in format `form`.
 
@@ -80,10 +92,18 @@ def linear(
     activations: Activations = "accurate",
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """x [M, columns] float32 -> [M, rows] float32. ValueError for unknown activations."""
     y = _ops().packed_linear(
-        x, weight.data, weight.kind, weight.padded_rows, activations, threads, isa
+        x,
+        weight.data,
+        weight.kind,
+        weight.padded_rows,
+        activations,
+        threads,
+        isa,
+        batch_invariant,
     )
     return cast(torch.Tensor, y[:, : weight.rows])
 
@@ -95,6 +115,7 @@ def linears(
     activations: Activations = "accurate",
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> None:
     """The products of x [M, widest] float32 with one matrix after another, in one call, each of as
     many columns as the matrix has. Results are dropped. A benchmark's."""
@@ -107,6 +128,7 @@ def linears(
         activations,
         threads,
         isa,
+        batch_invariant,
     )
 
 
@@ -187,6 +209,7 @@ def layers(
     activations: Activations = "accurate",
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> None:
     """Runs x [N, hidden] float32 through a range of layers, in place.
 
@@ -213,6 +236,7 @@ def layers(
         activations,
         threads,
         isa,
+        batch_invariant,
     )
 
 

@@ -74,12 +74,17 @@ def load_model(model: str, *, dtype: str = "float32", cache_dir: Path | None = N
 
 
 def load_for_cpu(
-    model: str, activations: str = "accurate", *, cache_dir: Path | None = None
+    model: str,
+    activations: str = "accurate",
+    *,
+    batch_invariant: bool = True,
+    cache_dir: Path | None = None,
 ) -> "PackedDecoder":
     """The decoder of a GGUF file over kernels/cpu, its weights as quantised as they are stored.
 
-    cache_dir: as in `load_model`, for the packed weights. ValueError when the model is no GGUF
-    file, or one that those kernels do not take (a NotForCpuError, which says why).
+    batch_invariant: see `kernels.cpu.ops`. cache_dir: as in `load_model`, for the packed weights.
+    ValueError when the model is no GGUF file, or one that those kernels do not take (a
+    NotForCpuError, which says why).
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r}: {', '.join(ACTIVATIONS)} are accepted.")
@@ -94,7 +99,9 @@ def load_for_cpu(
     from models.load.packed import load_packed
 
     file = open_gguf(path)
-    return load_packed(file, read_config(file), activations, cache_dir)  # type: ignore[arg-type]
+    decoder = load_packed(file, read_config(file), activations, cache_dir)  # type: ignore[arg-type]
+    decoder.batch_invariant = batch_invariant
+    return decoder
 
 
 def load_for_device(model: str, device: str, dtype: str = "bfloat16") -> "DeviceDecoder":

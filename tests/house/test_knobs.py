@@ -7,8 +7,8 @@ KNOBS = {
     "http": "host port proxy max_body_bytes drain_s api_key api_keys_file",
     "admission": "max_queued_tokens max_queued_requests",
     "ray": "address auth object_store_bytes",
-    "engine": "dtype kernels device activations kv_dtype page_tokens kv_tokens budget_tokens "
-    "max_running prefix_cache",
+    "engine": "dtype kernels device activations batch_invariant kv_dtype page_tokens kv_tokens "
+    "budget_tokens max_running prefix_cache",
     "prefill": "replicas cpus memory_bytes labels threads",
     "decode": "replicas cpus memory_bytes labels threads",
     "handoff": "transport min_tokens lease_s deadline_s",

@@ -132,6 +132,25 @@ def test_float32_activations_are_not_rounded(plain_twins: Twins):
     assert torch.allclose(ours.step([(0, ids(40))]), theirs.step([(0, ids(40))]), atol=2e-5)
 
 
+@pytest.mark.skipif(not ops.has_matrix_units(), reason="this machine has no AMX")
+@pytest.mark.parametrize("activations,near", [("accurate", 2e-3), ("fast", 1e-2)])
+def test_fixed_point_is_near_and_single_tokens_are_computed_as_ever(activations, near, monkeypatch):
+    twins = Twins(LARGER, "mixed")
+    monkeypatch.setattr(twins.packed, "activations", activations)
+    exact = Sequences(twins.packed, 1, 60)
+    whole, single = exact.step([(0, ids(40))]), exact.step([(0, ids(1, 3))])
+    wanted = Sequences(twins.reference, 1, 60).step([(0, ids(40))])
+    monkeypatch.setattr(twins.packed, "batch_invariant", False)
+    made = Sequences(twins.packed, 1, 60).step([(0, ids(40))])
+    assert torch.allclose(made, wanted, atol=near) and not torch.equal(made, whole)
+    # From the same keys and values, a token alone has the same bits.
+    alone = Sequences(twins.packed, 1, 60)
+    monkeypatch.setattr(twins.packed, "batch_invariant", True)
+    alone.step([(0, ids(40))])
+    monkeypatch.setattr(twins.packed, "batch_invariant", False)
+    assert torch.equal(alone.step([(0, ids(1, 3))]), single)
+
+
 def test_gates_of_any_size_are_closed_or_open(monkeypatch):
     """Far below -88 e^-x is more than a float holds; the gate is closed all the same."""
     twins = Twins()

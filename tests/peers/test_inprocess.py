@@ -216,7 +216,7 @@ def found(table: Table) -> dict[str, bool]:
 
 def test_every_target_is_a_row_and_can_be_missed():
     made = found(measured(step=400, engine=400))
-    assert len(made) == 3 + 2 * 4 + 2 * 3 and all(made.values())
+    assert len(made) == 3 + 4 * 4 + 4 * 3 and all(made.values())
     assert not any(ok for check, ok in found(measured(80, 80)).items() if "over" in check)
     for mode, cells in BEST.items():
         for cell, target in cells.items():

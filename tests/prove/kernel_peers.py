@@ -25,6 +25,7 @@ BEST = {
     "accurate": {"decode 1": 1.4, "decode 8": 2.4, "decode 32": 1.6, "prefill 512": 1.0},
     "fast": {"decode 1": 1.4, "decode 8": 2.6, "decode 32": 2.0, "prefill 512": 1.2},
 }
+BEST |= {f"{mode} together": cells for mode, cells in BEST.items()}
 OVER_SAME_FILE = {"decode 1": 2.0, "decode 8": 3.0, "decode 32": 3.0}
 IDLE_SHARE = 0.05  # of one core, by all that wait together
 # Of one core, by anybody, on average between measures. Engines whose threads wait for one another

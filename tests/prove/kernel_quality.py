@@ -1,6 +1,7 @@
 """Proof rows of what the CPU kernels cost in quality: perplexity on two texts, of smaller KV caches
 too, beside llama.cpp's on the same file, and what users are told of it; and how long greedy answers
-stay those of the float32 reference, with transformers in bfloat16 as the measure."""
+stay those of the float32 reference, with transformers in bfloat16 as the measure. together: with
+engine.batch_invariant = false."""
 
 import argparse
 import inspect
@@ -54,13 +55,23 @@ def rows() -> Iterator[Row]:
                 small = with_kernels(activations, kv_dtype)
                 for name, each in cut.items():
                     yield kv_perplexity(small, packed, name, each, against[name])
+    for activations in MOST_RATIO:
+        settings = with_kernels(activations, batch_invariant=False)
+        packed = build.load(settings)
+        for name, each in cut.items():
+            yield perplexity(settings, packed, name, each, against[name])
+        made = generate(settings, packed, prompts)
+        common[f"{activations} together"] = common_prefix(made, wanted)
     yield from told(cut, against)
     yield from prefixes(common, common_prefix(bfloat16(exact, prompts), wanted))
 
 
-def with_kernels(activations: str, kv_dtype: str = "float32") -> Settings:
+def with_kernels(
+    activations: str, kv_dtype: str = "float32", *, batch_invariant: bool = True
+) -> Settings:
     """The default settings over the CPU kernels."""
-    engine = {"kernels": "cpu", "activations": activations, "kv_dtype": kv_dtype}
+    engine: dict[str, object] = {"kernels": "cpu", "activations": activations}
+    engine |= {"kv_dtype": kv_dtype, "batch_invariant": batch_invariant}
     return Settings.model_validate({"engine": engine})
 
 
@@ -69,8 +80,9 @@ def perplexity(
 ) -> Row:
     """Against the float32 reference on the same windows."""
     activations = settings.engine.activations
+    mode = activations if settings.engine.batch_invariant else f"{activations} together"
     lost = loss(score(settings, model, cut), against)
-    return lost_row(f"perplexity, {activations}: {name}", lost, against, MOST_RATIO[activations])
+    return lost_row(f"perplexity, {mode}: {name}", lost, against, MOST_RATIO[activations])
 
 
 def kv_perplexity(
@@ -131,6 +143,8 @@ def prefixes(common: dict[str, float], of_bfloat16: float) -> Iterator[Row]:
     accurate = common["accurate"]
     yield Row(f"{name}, accurate", target, f"{accurate:.1f}", accurate >= of_bfloat16)
     yield Row(f"{name}, fast", "told", f"{common['fast']:.1f}", True)
+    for mode in ("accurate together", "fast together"):
+        yield Row(f"{name}, {mode}", target, f"{common[mode]:.1f}", common[mode] >= of_bfloat16)
 
 
 def bfloat16(settings: Settings, prompts: list[tuple[int, ...]]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.settings import Settings
+from models.packed import PackedDecoder
 from models.resolve import resolve
 from serve import build
 from tests.models.tiny import write_byte_level
@@ -116,12 +117,26 @@ def test_auto_takes_the_cpu_kernels_where_they_take_the_model(packed, tmp_path, 
         build.load(Settings.model_validate({"model": other, "engine": {"kv_dtype": "int8"}}))
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_a_setting_without_effect_is_said(packed, units, caplog, monkeypatch):
+    """The decoder does as the setting says, and on a processor without AMX that changes nothing."""
+    chosen = Settings.model_validate({"engine": {"kernels": "cpu", "batch_invariant": False}})
+    monkeypatch.setattr("models.packed.ops.has_matrix_units", lambda: units)
+    with caplog.at_level("WARNING", logger="serve.build"):
+        model = build.load(chosen)
+    assert isinstance(model.decoder, PackedDecoder) and not model.decoder.batch_invariant
+    assert ("batch_invariant = false changes nothing here" in caplog.text) == (not units)
+    assert packed.decoder.batch_invariant  # the default
+
+
 def test_settings_that_contradict_are_refused():
     wrong = {"kernels": "cpu", "dtype": "bfloat16"}
     with pytest.raises(ValueError, match="computes in float32, and engine.dtype is 'bfloat16'"):
         Settings.model_validate({"engine": wrong})
     with pytest.raises(ValueError, match="activations = 'fast' is only for the CPU kernels"):
         Settings.model_validate({"engine": {"activations": "fast", "kernels": "reference"}})
+    with pytest.raises(ValueError, match="batch_invariant = False is only for the CPU kernels"):
+        Settings.model_validate({"engine": {"batch_invariant": False, "kernels": "reference"}})
     with pytest.raises(ValueError, match="kv_dtype = 'int8' is only for the CPU kernels"):
         Settings.model_validate({"engine": {"kv_dtype": "int8", "dtype": "bfloat16"}})
     with pytest.raises(ValueError, match="'float32', 'float16', 'int8' or 'int4'"):

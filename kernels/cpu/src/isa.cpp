@@ -82,6 +82,7 @@ class Chunks {
 #include "activations.inc"
 #include "kinds.inc"
 #include "products.inc"
+#include "fixed.inc"
 #include "amx.inc"
 
 // each(tile, row, count, acc): all m rows of the pairs of tiles from `begin` to `end`.
@@ -138,7 +139,8 @@ struct Columns {
 // One product after another, each of the same x [m, widest] (of which it reads its own columns). Without
 // y the results are left as a layer takes them.
 void linears(Pool& pool, const Matrix* matrices, int64_t count, const float* x, int64_t widest, int64_t m,
-             float* y, Precision precision) {
+             float* y, Precision asked, bool invariant) {
+    const Precision precision = invariant ? asked : in_company(asked, m, widest);
     const ActivationBuffer buffer(m, widest, precision);
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) most = matrices[i].rows > most ? matrices[i].rows : most;

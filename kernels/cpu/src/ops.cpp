@@ -75,7 +75,7 @@ at::Tensor pack(const at::Tensor& blocks, std::string format, int64_t rows, int6
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t kind, int64_t rows,
-                  std::string activations, int64_t threads, std::string isa) {
+                  std::string activations, int64_t threads, std::string isa, bool invariant) {
     check_float(x, "x");
     TORCH_CHECK_VALUE(x.dim() == 2, "x should have two dimensions");
     const Matrix w = matrix(packed, kind, rows, x.size(1));
@@ -85,14 +85,14 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t kind, i
     std::lock_guard<std::mutex> lock(computing());
     if (x.size(0) > 0)
         table.linears(pool_of(threads), &w, 1, x.const_data_ptr<float>(), x.size(1), x.size(0), y.data_ptr<float>(),
-                      precision);
+                      precision, invariant);
     return y;
 }
 
 // All products of a step and nothing else: a benchmark's. x [m, the widest's columns].
 void linears(const at::Tensor& x, const std::vector<at::Tensor>& packed, at::IntArrayRef kinds,
              at::IntArrayRef rows, at::IntArrayRef columns, std::string activations, int64_t threads,
-             std::string isa) {
+             std::string isa, bool invariant) {
     check_float(x, "x");
     TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0, "x should have two dimensions and at least one row");
     TORCH_CHECK_VALUE(kinds.size() == packed.size() && rows.size() == packed.size() && columns.size() == packed.size(),
@@ -106,7 +106,7 @@ void linears(const at::Tensor& x, const std::vector<at::Tensor>& packed, at::Int
     const Table& table = choose(isa);
     std::lock_guard<std::mutex> lock(computing());
     table.linears(pool_of(threads), matrices.data(), int64_t(matrices.size()), x.const_data_ptr<float>(), x.size(1),
-                  x.size(0), nullptr, precision);
+                  x.size(0), nullptr, precision, invariant);
 }
 
 at::Tensor gather(const at::Tensor& ids, const at::Tensor& packed, int64_t kind, int64_t rows, int64_t columns,
@@ -209,7 +209,7 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
             const std::vector<at::Tensor>& norms, const std::vector<at::Tensor>& biases, int64_t heads, int64_t ff, double eps,
             const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& sequences,
             const at::Tensor& tables_, const at::Tensor& cosines, const at::Tensor& sines,
-            std::string activations, int64_t threads, std::string isa) {
+            std::string activations, int64_t threads, std::string isa, bool invariant) {
     check_float(x, "x");
     TORCH_CHECK_VALUE(kv.dim() == 6 && kv.size(1) == 2,
                       "kv should be [layers, 2, pages, page_tokens, heads, elements]");
@@ -247,7 +247,7 @@ void layers(at::Tensor& x, at::Tensor& kv, const std::vector<at::Tensor>& packed
     std::lock_guard<std::mutex> lock(computing());
     if (tokens > 0)
         table.layers(pool_of(threads), shape, step, weights.data(), count, bytes_of(kv),
-                     x.data_ptr<float>(), precision);
+                     x.data_ptr<float>(), precision, invariant);
 }
 
 int64_t read_bytes(const at::Tensor& data, int64_t threads, std::string isa) {
@@ -278,17 +278,19 @@ std::vector<std::string> instruction_sets() {
 
 TORCH_LIBRARY(sanderling_cpu, m) {
     m.def("pack(Tensor blocks, str format, int rows, int columns) -> Tensor");
-    m.def("packed_linear(Tensor x, Tensor packed, int kind, int rows, str activations, int threads, str isa) -> Tensor");
+    m.def(
+        "packed_linear(Tensor x, Tensor packed, int kind, int rows, str activations, int threads, str isa, "
+        "bool invariant=True) -> Tensor");
     m.def(
         "packed_linears(Tensor x, Tensor[] packed, int[] kinds, int[] rows, int[] columns, str activations, "
-        "int threads, str isa) -> ()");
+        "int threads, str isa, bool invariant=True) -> ()");
     m.def("packed_rows(Tensor ids, Tensor packed, int kind, int rows, int columns, int threads, str isa) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads, str isa) -> Tensor");
     m.def(
         "layers(Tensor(a!) x, Tensor(b!) kv, Tensor[] packed, int[] kinds, int[] rows, int[] qkv_parts, "
         "Tensor[] norms, Tensor[] biases, "
         "int heads, int ff, float eps, Tensor positions, Tensor slots, Tensor sequences, Tensor tables, Tensor cosines, Tensor sines, "
-        "str activations, int threads, str isa) -> ()");
+        "str activations, int threads, str isa, bool invariant=True) -> ()");
     m.def(
         "attention(Tensor(a!) qkv, Tensor(b!) kv, int heads, Tensor positions, Tensor slots, Tensor sequences, "
         "Tensor tables, Tensor cosines, Tensor sines, int threads, str isa) -> Tensor");

@@ -51,8 +51,9 @@ struct Matrix {
     }
 };
 
-// Of activations in a product: rounded to 15 bits, rounded to 8, or as they are.
-enum class Precision { accurate, fast, float32 };
+// Of activations in a product: rounded to 15 bits, rounded to 8, or as they are. The two fixed ones nobody
+// asks for: accurate and fast become them, see fixed.inc.
+enum class Precision { accurate, fast, float32, accurate_fixed, fast_fixed };
 
 // How the cache stores one token's keys, or values, of one head; kernels/kv_formats.py says it for Python.
 // int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 numbers, byte j with number j low and
@@ -101,13 +102,14 @@ struct Table {
     bool (*supported)();
     // y[m, rows] = x[m, columns] W^T for one matrix after another, of the first columns of the same x
     // [m, widest] into the same y, or dropped where y is nullptr.
+    // invariant: a row's bits shall not depend on how many rows there are.
     void (*linears)(Pool&, const Matrix*, int64_t count, const float* x, int64_t widest, int64_t m, float* y,
-                    Precision);
+                    Precision, bool invariant);
     // out[M, columns] = the M rows of W that ids name.
     void (*gather)(Pool&, const Matrix&, const int64_t* ids, int64_t m, float* out);
     // Layers first..first + count of x[N, hidden], in place; kv holds all layers.
     void (*layers)(Pool&, const Shape&, const Step&, const LayerWeights*, int64_t count, uint8_t* kv,
-                   float* x, Precision);
+                   float* x, Precision, bool invariant);
     // The attention of one layer: qkv[N, heads + 2 kv_heads, head_dim] is rotated in place, keys and values
     // are written to the layer's kv, and out[N, heads, head_dim] is attended.
     void (*attention)(Pool&, const Shape&, const Step&, float* qkv, uint8_t* kv, float* out);

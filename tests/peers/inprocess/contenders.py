@@ -1,4 +1,4 @@
-"""Who is measured in process: our engine in both modes, and every peer that runs this model on a
+"""Who is measured in process: our engine in all its modes, and every peer that runs this model on a
 CPU, each on two threads of the same two cores. Called by tests/peers/inprocess/compare.py.
 
 llama.cpp reads the .gguf file as it was published, and two requantised files for which it has
@@ -22,7 +22,9 @@ from tests.prove import environments
 
 FORMS = ("Q4_1", "Q4_0", "Q8_0")
 PUBLISHED = "Q4_1"
-OURS = {"accurate": "sanderling accurate", "fast": "sanderling fast"}
+# together: with engine.batch_invariant = false
+MODES = ("accurate", "fast", "accurate together", "fast together")
+OURS = {mode: f"sanderling {mode}" for mode in MODES}
 NEW_TOKENS = 64
 SLOW_TOKENS = 24
 SAME_FILE = f"llama.cpp {PUBLISHED}"
@@ -40,7 +42,10 @@ class Contender(NamedTuple):
 
 def contenders() -> list[Contender]:
     """All of them, ours first."""
-    made = [Contender(OURS[mode], _child_of(sys.executable, "sanderling", mode)) for mode in OURS]
+    made = [
+        Contender(OURS[mode], _child_of(sys.executable, "sanderling", *mode.split()))
+        for mode in MODES
+    ]
     made += [Contender(f"llama.cpp {form}", _llama_cpp(form), kept=False) for form in FORMS]
     made += [Contender(f"OpenVINO {form}", _openvino(form)) for form in FORMS]
     made.append(Contender("vLLM bfloat16", _vllm))

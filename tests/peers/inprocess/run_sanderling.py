@@ -1,5 +1,6 @@
-"""`python -m tests.peers.inprocess.run_sanderling accurate|fast`: our engine as a process to
-measure, in two ways. Called by tests/peers/inprocess/contenders.py.
+"""`python -m tests.peers.inprocess.run_sanderling accurate|fast [together]`: our engine as a
+process to measure, in two ways; together: with engine.batch_invariant = false. Called by
+tests/peers/inprocess/contenders.py.
 
 step: the model alone, as llama.cpp's benchmarks do it. A decode step is timed from its batch of
 token ids to the largest logit of each row, which is the next id; the prompts' keys and values lie
@@ -26,9 +27,10 @@ from serve.kv.prefix import CacheKey
 from tests.peers.inprocess.protocol import THREADS, Cell, Measure, serve, stepped
 
 
-def settings(activations: str) -> Settings:
+def settings(activations: str, *, together: bool = False) -> Settings:
     """The default model over the CPU kernels; nothing else differs from the defaults."""
-    return Settings.model_validate({"engine": {"kernels": "cpu", "activations": activations}})
+    engine = {"kernels": "cpu", "activations": activations, "batch_invariant": not together}
+    return Settings.model_validate({"engine": engine})
 
 
 class Bare:
@@ -103,10 +105,10 @@ class Whole:
             yield name
 
 
-def load(activations: str) -> tuple[str, Measure]:
+def load(activations: str, *, together: bool) -> tuple[str, Measure]:
     """The model once, under both."""
     torch.set_num_threads(THREADS)
-    chosen = settings(activations)
+    chosen = settings(activations, together=together)
     model = build.load(chosen)
     engine, _ = build.engine(chosen, model, None)
     assert isinstance(engine.runner, ModelRunner), "measured on the CPU"
@@ -121,8 +123,9 @@ def load(activations: str) -> tuple[str, Measure]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    [activations] = arguments
-    serve(lambda: load(activations))
+    activations, *others = arguments
+    assert others in ([], ["together"]), others
+    serve(lambda: load(activations, together=bool(others)))
 
 
 if __name__ == "__main__":
