@@ -58,7 +58,7 @@ void products(const Table& table, Pool& pool, Chance& chance) {
         const std::vector<float> x = chance.reals(M * COLUMNS);
         for (int precision = 0; precision < 3; precision++) {
             std::vector<float> y(M * ROWS);
-            table.linears(pool, &w.matrix, 1, x.data(), COLUMNS, M, y.data(), Precision(precision));
+            table.linears(pool, &w.matrix, 1, x.data(), COLUMNS, M, y.data(), Precision(precision), true);
             say("product", kind, precision, y);
         }
         const int64_t ids[] = {0, 17, 47};
@@ -116,7 +116,7 @@ void layer(const Table& table, Pool& pool, Chance& chance) {
     for (int precision = 0; precision < 3; precision++) {
         std::vector<float> x = start;
         std::vector<uint8_t> kv(size_t(2 * shape.half_bytes()));
-        table.layers(pool, shape, sequence.step(), &weights, 1, kv.data(), x.data(), Precision(precision));
+        table.layers(pool, shape, sequence.step(), &weights, 1, kv.data(), x.data(), Precision(precision), true);
         say("layer", precision, 0, x);
     }
 }
