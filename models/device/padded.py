@@ -170,6 +170,8 @@ class PaddedSteps:
         self._put(static.key_slots[: len(places.key_slots)], places.key_slots)
 
     def _put(self, fixed: torch.Tensor, given: torch.Tensor) -> None:
+        if not given.numel():
+            return
         if self._captures and not given.is_pinned():
             given = given.pin_memory()
         fixed.copy_(given, non_blocking=True)

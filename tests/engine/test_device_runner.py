@@ -23,6 +23,7 @@ from serve.kv.pool import PagePool
 from serve.kv.prefix import CacheKey, PrefixTree
 from serve.kv.storage import KVShape, KVStorage
 from tests.models.device_models import CONFIG, DEVICE, RandomSource, cache_of, on_device, oracle
+from tests.models.test_device import CUT_FAR, distance
 
 PAGE_TOKENS = 4
 KEY = CacheKey("tenant", "", "")
@@ -135,13 +136,13 @@ def test_tokens_are_those_of_the_float32_decoder(scene: str):
 
 @pytest.mark.parametrize("kv_format", ["int8", "int4"])
 def test_small_caches_run_to_the_end(kv_format: str):
-    """Alone or with others, preempted or not: the tokens of a cache of that form. int4's rounding
-    levels are far apart, so that other sums may end in other levels: equality is not asked."""
+    """Alone or with others, preempted or not: the tokens of a cache of that form. Sums of another
+    order may end in another level, which on a GPU other company has; int4's are far apart."""
     ours = tokens(on_gpu(64, kv_format), several())
     assert {name: len(each) for name, each in ours.items()} == {
         "a": 8, "b": 8, "c": 8, "d": 8, "e": 5, "f": 8,
     }  # fmt: skip
-    if kv_format != "int4":
+    if kv_format != "int4" and DEVICE.type == "cpu":
         assert tokens(on_gpu(12, kv_format), several()) == ours
 
 
@@ -284,7 +285,7 @@ def test_chunks_of_prompts_in_padded_steps(monkeypatch: pytest.MonkeyPatch, kv_f
             assert shape is not None
             used.add(shape.keys)
             got = made.logits(made.states(batch, shape)).clone()
-            assert torch.allclose(got, decoder(batch, caches[1]), atol=1e-4)
+            assert distance(got, decoder(batch, caches[1])) < CUT_FAR[kv_format]
     assert used == {0, 32}
 
 
@@ -313,8 +314,10 @@ def test_contexts_are_read_in_as_many_parts_as_their_lengths_ask_for(
             batch = step(rows, 6)
             used.clear()
             got = computed(made, batch)
-            assert len(set(used)) == 1
-            parts = used[0]
+            shape = made.shape(batch)
+            assert shape is not None
+            parts = shape.splits
+            assert DEVICE.type == "cuda" or set(used) == {parts}, "a replay calls nothing"
             assert torch.allclose(got, decoder(batch, plain), atol=1e-4)
             longest = max(first + count for _, first, count in rows)
             size = next(each for each in made.sizes if each >= len(batch.ids))
