@@ -31,13 +31,10 @@ def _plan(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Conf
     return Plan(kernel, grid, args | dict(config.constants), config, fp_fusion=False)
 
 
-def _rows(target: Target, columns: int | None = None) -> Config:
-    """For a row a program, or as many numbers as fit without columns."""
+def _rows(target: Target, columns: int) -> Config:
+    """For a row a program."""
     config = choose("integer_rows", target, 0)
-    if columns is None:
-        return config
-    block = min(config.constants["B"], power(columns))
-    return config._replace(constants={"B": block})
+    return config._replace(constants={"B": min(config.constants["B"], power(columns))})
 
 
 def _like(values: torch.Tensor) -> torch.Tensor:
@@ -60,7 +57,7 @@ def _requantise(
     shift: torch.Tensor | int,
     made: torch.Tensor,
 ) -> Plan:
-    columns, config = values.shape[-1], _rows(target)
+    columns, config = values.shape[-1], choose("integer_flat", target, 0)
     shifts = torch.as_tensor(shift, device=values.device).long().expand(columns).contiguous()
     args: dict[str, Any] = {"values": values.contiguous(), "shift": shifts, "made": made}
     args |= {"multiplier": multiplier.long().expand(columns).contiguous()}
@@ -169,7 +166,7 @@ def _activate(
     shifts: tuple[int, int],
     made: torch.Tensor,
 ) -> Plan:
-    config = _rows(target)
+    config = choose("integer_flat", target, 0)
     args: dict[str, Any] = {"gate": gate.contiguous(), "up": up, "made": made}
     args |= {"size": made.numel(), "point": shifts[0], "shift": shifts[1]}
     args |= {"N": made.shape[-1], "GELU": activation == "gelu"}
@@ -215,7 +212,7 @@ def _rotate(
     tokens, heads, width = x.shape
     args: dict[str, Any] = {"x": x.contiguous(), "cos": cos.contiguous(), "sin": sin.contiguous()}
     args |= {"made": made, "heads": heads, "shift": shift, "HALF": width // 2}
-    config = _rows(target)._replace(constants={"B": power(width // 2)})
+    config = choose("integer_rows", target, 0)._replace(constants={"B": power(width // 2)})
     return _plan(rotate_kernel, (tokens * heads,), args, config)
 
 
