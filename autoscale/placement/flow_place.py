@@ -142,7 +142,7 @@ def _by_blocks(problem: SpanProblem, aim: _Aim) -> tuple[Layout, float] | None:
             real = layout_flow(problem, layout).tokens_per_s
             if best is None or real > best[1]:
                 best = layout, real
-        if high - low <= 0.3 * aim.tolerance * high:
+        if high - low <= max(0.3 * aim.tolerance * high, 1e-6 * aim.bound):
             break
         target = (low + high) / 2
     return best
