@@ -52,7 +52,7 @@ def place(
     _check_room(problem)
     best, flow, solver = _best_start(problem)
     bound = max(flow_bound(problem, at_least=flow), flow)
-    for fineness in range(1, FINENESS + 1):
+    for fineness in range(1, 2 if _exact_fits(problem) else FINENESS + 1):
         if flow < bound * (1 - tolerance) and time.monotonic() < began + 0.3 * deadline_s:
             aim = _Aim(flow, bound, began + 0.6 * deadline_s, tolerance, fineness)
             found = _by_blocks(problem, aim)
@@ -142,21 +142,26 @@ def _by_blocks(problem: SpanProblem, aim: _Aim) -> tuple[Layout, float] | None:
             real = layout_flow(problem, layout).tokens_per_s
             if best is None or real > best[1]:
                 best = layout, real
-        if high - low <= 0.3 * aim.tolerance * high:
+        if high - low <= max(0.3 * aim.tolerance * high, 1e-6 * aim.bound):
             break
         target = (low + high) / 2
     return best
 
 
-def _exactly(problem: SpanProblem, flow: float, bound: float, deadline: float) -> Exact | None:
-    """By integer program where it is small enough."""
+def _exact_fits(problem: SpanProblem) -> bool:
+    """Whether the integer program is small enough to be tried."""
     if problem.free_links:
         widened = counted_size(problem) * (problem.layers if problem.partial else 1)
-        if widened <= COUNTED_LIMIT:
-            return solve_counted(problem, flow * (1 + 1e-7), bound, deadline)
-    elif linked_size(problem) <= LINKED_LIMIT:
-        return solve_linked(problem, flow * (1 + 1e-7), bound, deadline)
-    return None
+        return widened <= COUNTED_LIMIT
+    return linked_size(problem) <= LINKED_LIMIT
+
+
+def _exactly(problem: SpanProblem, flow: float, bound: float, deadline: float) -> Exact | None:
+    """By integer program where it is small enough."""
+    if not _exact_fits(problem):
+        return None
+    solve = solve_counted if problem.free_links else solve_linked
+    return solve(problem, flow * (1 + 1e-7), bound, deadline)
 
 
 @dataclass(frozen=True)
