@@ -99,7 +99,9 @@ def _activated(x, point, GELU: tl.constexpr):
         erf = tl.where(scaled > 0, erf, tl.where(scaled < 0, -erf, 0))
         share = ((erf + ERF_ONE) << (ONE_POINT - 1)) // ERF_ONE
     else:
-        small = _exp(tl.maximum(-size, LEAST_EXPONENT).to(tl.int32)).to(tl.int64)
+        # Cut before it is negated: of a lower bound for minus a 64-bit magnitude the assembler of
+        # CUDA 12.8 makes a constant, and every share 0 or 1.
+        small = _exp(-tl.minimum(size, -LEAST_EXPONENT).to(tl.int32)).to(tl.int64)
         above = tl.where(scaled >= 0, EXP_ONE, small)
         share = (above << ONE_POINT) // (small + EXP_ONE)
     return _round_shift(wide * share, point * 0 + ONE_POINT)

@@ -72,9 +72,9 @@ def w8_vector_kernel(
     x, qweight, scales, bias, out, N, K, x_stride, q_stride, s_stride,
     G: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Row and tile of columns are the program ids; no matrix unit. out [M, N] is contiguous."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    """Tile of columns and row are the program ids; no matrix unit. out [M, N] is contiguous."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
     wanted = (column < N)[:, None]
     q_at = column.to(tl.int64)[:, None] * q_stride
     s_at = column.to(tl.int64)[:, None] * s_stride
@@ -167,7 +167,7 @@ def plan_linear(
     blocks = triton.cdiv(columns, chosen.constants["BN"])
     if "BM" not in chosen.constants:
         del args["M"]
-        return (Plan(w8_vector_kernel, (rows, blocks), args, chosen),)
+        return (Plan(w8_vector_kernel, (blocks, rows), args, chosen),)
     tiles = triton.cdiv(rows, chosen.constants["BM"]), blocks
     parts = parts_for(chosen, tiles[0] * blocks, triton.cdiv(k, chosen.constants["BK"]))
     if parts == 1:

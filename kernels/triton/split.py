@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton.case import Case, Refused
 from kernels.triton.configs import Config, choose
-from kernels.triton.plan import Arguments, Plan
+from kernels.triton.plan import Arguments, Plan, shipped
 from kernels.triton.targets import Target
 
 FEWEST_STEPS = 3  # tiles along K of a part: fewer are over before their loads are under way
@@ -61,3 +62,13 @@ def sum_plan(
     )  # fmt: skip
     grid = (triton.cdiv(count, config.constants["BLOCK"]),)
     return Plan(sum_parts_kernel, grid, args, config)
+
+
+def cases(target: Target) -> list[Case | Refused]:
+    """Four parts of 16 rows, with a bias and without."""
+    out = torch.empty(16, 4096, dtype=torch.bfloat16, device="meta")
+    sums = sums_for(out, 4)
+    return [
+        shipped("sum_parts/bf16", sum_plan(target, sums, None, out), sums.numel()),
+        shipped("sum_parts/bf16-bias", sum_plan(target, sums, out[0], out), sums.numel()),
+    ]

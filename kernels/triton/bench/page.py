@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HEAD = """# Kernels measured on a {gpu}
+HEAD = """# Kernels measured on one {gpu}
 
 {gpu}, torch {torch}, Triton {triton}: written by `python -m kernels.triton.bench.page` from what \
-`python -m kernels.triton.bench` measured on one card; nothing here is typed by hand, and nothing \
-is said of other cards.
+`python -m kernels.triton.bench` measured on one card. Nothing is said of other cards.
 
 A time is the median of rounds in which all contenders take turns, inside CUDA graphs that walk \
 over copies of the weights or of the cache, so that they come from memory. The ratio is to the \
@@ -27,7 +26,7 @@ float32 oracle, relative to that of the oracle. Outside a graph a launch from Py
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """All rows of a report, a table for each group."""
+    """All rows of a report, a table for each group, behind what it says of changes since."""
     parts = [
         HEAD.format(
             gpu=report["gpu"],
@@ -38,6 +37,8 @@ def markdown(report: dict[str, Any]) -> str:
             torch_launch=report["host_torch_s"] * 1e6,
         )
     ]
+    if report.get("since"):
+        parts += ["\n## Changed since\n", *(f"- {each}" for each in report["since"])]
     for group in dict.fromkeys(row["group"] for row in report["rows"]):
         parts += [
             f"\n## {group}\n",

@@ -93,6 +93,8 @@ def test_a_page_has_ratios_to_the_fastest_peer():
         ],
     }  # fmt: skip
     made = page.markdown(report)
+    assert "Changed since" not in made
+    assert "- Tiles of w4." in page.markdown(report | {"since": ["Tiles of w4."]})
     assert "| M=1 | w4 | 5.0 | 2.00 | fast | 10.0 | 0.50 | 1.0e-03 |" in made
     assert "| M=1 | w8 | 20.0 | 0.50 | fast | 10.0 |  |  |" in made
     assert "| M=2 | not measured: no time was left |" in made
