@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton.cache_tile import WHOLE, cached_tile, columns
 from kernels.triton.case import Case, Refused
 from kernels.triton.configs import Config, choose, known
 from kernels.triton.kv_cache import cache_bits, meta_cache
@@ -34,7 +35,6 @@ from kernels.triton.tile import LOG2_E, product, score_factor, softmax_step
 
 __all__ = ["cases", "merge_states", "paged_attention", "paged_attention_parts"]
 
-WHOLE = tl.constexpr(0x4B000000)  # of a float32 in whole numbers from 2 ** 23 on, with no bit set
 # The forms of cache, dtypes and head sizes that are compiled ahead of time.
 SHIPPED = (
     ("float", torch.float16, 64),
@@ -50,85 +50,6 @@ SHIPPED = (
     ("int4", torch.bfloat16, 256),
     ("int4", torch.float32, 128),
 )
-
-
-@triton.jit
-def _columns(PACKED: tl.constexpr, DP: tl.constexpr):
-    """int32 [DP]: which of a head's numbers stands in each column of a tile; D or more: none. The
-    two of a byte are neighbours in a tile, and 16 apart in a head."""
-    column = tl.arange(0, DP)
-    if PACKED:
-        byte = column // 2
-        column = byte // 16 * 32 + byte % 16 + column % 2 * 16
-    return column
-
-
-@triton.jit
-def _of_bytes(each, DP: tl.constexpr, BN: tl.constexpr):
-    """[BN, DP / 32] of groups -> [BN, DP / 2]: that of each byte's group."""
-    return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, DP // 32, 16)), (BN, DP // 2))
-
-
-@triton.jit
-def _group_scales(scales, scale_at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
-    """float32 [BN, DP / 2]: the scale of each byte's group of 32 numbers. scales: float16, or two
-    of them in an int32, which are fetched ahead; two bytes alone would not be."""
-    if scales.dtype.element_ty == tl.int32:
-        place = tl.arange(0, DP // 64)[None, :]
-        ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 64)
-        both = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0)
-        even = (both & 65535).to(tl.int16).to(tl.float16, bitcast=True)
-        odd = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        scale = tl.reshape(tl.join(even, odd), (BN, DP // 32)).to(tl.float32)
-    else:
-        place = tl.arange(0, DP // 32)[None, :]
-        ok = seen[:, None] if D == DP else seen[:, None] & (place < D // 32)
-        scale = tl.load(scales + scale_at[:, None] + place, mask=ok, other=0.0).to(tl.float32)
-    return _of_bytes(scale, DP, BN)
-
-
-@triton.jit
-def _fifths(words, at, seen, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
-    """(low, high) int32 [BN, DP / 2]: the fifth bits, as 16 or 0, of both numbers of each byte. A
-    group's are the bits of a word, those of its high numbers in the upper half."""
-    group = tl.arange(0, DP // 32)[None, :]
-    ok = seen[:, None] if D == DP else seen[:, None] & (group < D // 32)
-    word = tl.load(words + at[:, None] // 4 + D // 8 + group, mask=ok, other=0)
-    word = _of_bytes(word, DP, BN) >> (tl.arange(0, DP // 2) % 16)[None, :]
-    return (word & 1) << 4, (word >> 12) & 16
-
-
-@triton.jit
-def _tile(
-    cache, words, scales, at, scale_at, seen, whole,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """[BN, DP], the tokens at cache + at: as they are stored, BITS bits as float32. words: a cache
-    of 5 bits in int32."""
-    if cache.dtype.element_ty == tl.uint8:
-        byte = tl.arange(0, DP // 2)[None, :]
-        ok = seen[:, None] if D == DP else seen[:, None] & (byte < D // 2)
-        levels = tl.load(cache + at[:, None] + byte, mask=ok, other=0).to(tl.int32)
-        scale = _group_scales(scales, scale_at, seen, D, DP, BN)
-        if BITS == 5:
-            below, above = _fifths(words, at, seen, D, DP, BN)
-            low, high = levels & 15 | below, levels >> 4 | above
-            high_scale = scale
-        else:
-            # The high ones stay 16 times too large.
-            low, high = levels & 15, levels & 240
-            high_scale = scale * 0.0625
-        # As linear_w4.py makes floats of levels.
-        zero: tl.constexpr = 2 ** (BITS - 1)
-        high_zero: tl.constexpr = zero if BITS == 5 else zero * 16
-        low = (low | whole).to(tl.float32, bitcast=True) - (8388608.0 + zero)
-        high = (high | whole).to(tl.float32, bitcast=True) - (8388608.0 + high_zero)
-        found = tl.reshape(tl.join(low * scale, high * high_scale), (BN, DP))
-    else:
-        column = tl.arange(0, DP)[None, :]
-        ok = seen[:, None] if D == DP else seen[:, None] & (column < D)
-        found = tl.load(cache + at[:, None] + column, mask=ok, other=0)
-    return found
 
 
 @triton.jit
@@ -178,7 +99,7 @@ def paged_attention_kernel(
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     PACKED: tl.constexpr = keys.dtype.element_ty == tl.uint8
-    column = _columns(PACKED, DP)[None, :]
+    column = columns(PACKED, DP)[None, :]
     group = tl.arange(0, GP)
     row = sequence * q_stride_s + (head * G + group) * q_stride_h
     ours = (group < G)[:, None] & (column < D)
@@ -198,7 +119,9 @@ def paged_attention_kernel(
         page = _pages(page_tables, place + BN, stop, PAGE, BN)
         at = slot * key_stride_t + head * key_stride_h
         scale_at = slot * key_scale_stride_t + head * key_scale_stride_h
-        found = _tile(keys, key_words, key_scales, at, scale_at, seen, whole, D, DP, BN, KEY_BITS)
+        found = cached_tile(
+            keys, key_words, key_scales, at, scale_at, seen, whole, D, DP, BN, KEY_BITS
+        )
         scores = tl.zeros((GP, BN), tl.float32)
         scores = product(query, tl.trans(found.to(query.dtype)), scores, MATRIX)
         if keys.dtype.element_ty == tl.int8:
@@ -207,7 +130,7 @@ def paged_attention_kernel(
         weights, shrink, top, total = softmax_step(scores * factor, seen[None, :], top, total)
         at = slot * value_stride_t + head * value_stride_h
         scale_at = slot * value_scale_stride_t + head * value_scale_stride_h
-        found = _tile(
+        found = cached_tile(
             values, value_words, value_scales, at, scale_at, seen, whole, D, DP, BN, VALUE_BITS
         )
         weights, found = _weighed(weights, found, value_scales, scale_at, seen, query.dtype)

@@ -58,7 +58,9 @@ class Tuning(NamedTuple):
     candidates: tuple[Config, ...]
 
 
-def whole(low: int, high: int, *shape: int, dtype: torch.dtype, device: torch.device):
+def whole(
+    low: int, high: int, *shape: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     return torch.randint(low, high, shape, device=device).to(dtype)
 
 
