@@ -260,7 +260,8 @@ def week() -> Iterator[Row]:
     yield Row(
         "a week of 100 machines and 1e6 requests",
         "<= 60 s of one core",
-        f"{took_s:.0f} s ({cpu_s:.0f} s of processor), {load.served} served, {load.waiting} waiting, {grown:.0f} MiB more; "
+        f"{cpu_s:.0f} s ({took_s:.0f} s beside others); "
+        f"{load.served} served, {load.waiting} waiting, {grown:.0f} MiB more; "
         f"available {report.availability:.4f} at {report.cost:.3f}; P99 first token "
         f"{load.first_s.at(0.99):.1f} s, {load.moved} moved, {load.restarted} restarted",
         cpu_s <= 60 and load.served > 990_000,
