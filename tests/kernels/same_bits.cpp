@@ -47,6 +47,9 @@ struct Weights {
     Matrix matrix;
     Weights(Chance& chance, Kind kind, int64_t rows, int64_t columns) : matrix{nullptr, kind, rows, columns} {
         data = chance.bytes(size_t(rows / TILE_ROWS) * matrix.tile_bytes());
+        if (kind == Kind::nested5)  // whose levels are bytes below 32
+            for (size_t at = 0; at < data.size(); at++)
+                if (at % NESTED5_BYTES < NESTED5_SCALES) data[at] &= 31;
         matrix.data = data.data();
     }
 };
