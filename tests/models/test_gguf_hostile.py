@@ -106,7 +106,7 @@ WRONG = {
     "wrapping tensor": (header(1, 0) + tensor([1 << 32, 1 << 32], 0), "ends past the end"),
     "empty tensor": (header(1, 0) + tensor([0], 0), "not empty"),
     "broken rows": (header(1, 0) + tensor([33], 3), "multiples of 32"),
-    "unknown blocks": (header(1, 0) + tensor([32], 13), "number 13, accepted are F32, F16, Q4_0"),
+    "unknown blocks": (header(1, 0) + tensor([32], 10), "number 10, accepted are F32, F16, Q4_0"),
     "crooked": (header(1, 0) + tensor([1], 0, offset=3), "not aligned"),
     "no architecture": (header(0, 0), "architecture '' is not accepted; 'llama' and 'qwen2'"),
 }
