@@ -25,7 +25,7 @@ WINDOWS, WINDOW_TOKENS = 4, 512
 MOST_RATIO = {"accurate": 1.003, "fast": 1.02}
 MOST_KV_RATIO = {"float16": 1.001, "int8": 1.005, "int4": 1.03}
 # Of llama.cpp's, which rounds activations to 8 bits as fast does.
-MOST_OF_PEER = 1.005
+MOST_OF_PEER = 1.0
 MOST_UNTOLD = 0.002  # of a ratio, between what is measured and what users are told
 
 
