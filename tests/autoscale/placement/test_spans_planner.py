@@ -50,10 +50,10 @@ class Times:
         return slow * (1e-5 * tokens if phase == "prefill" else 2e-3 + 5e-5 * tokens)
 
     def requests_per_s(self, shape: ReplicaShape, bucket: Bucket, slo: Slo) -> float:
-        raise NotImplementedError
+        raise AssertionError("spans are planned by times of layers alone")
 
     def kv_tokens(self, shape: ReplicaShape) -> int:
-        raise NotImplementedError
+        raise AssertionError("spans are planned by times of layers alone")
 
 
 def problem(per_s: float, slo: Slo | None = None, quota: int = 9) -> Problem:
