@@ -11,8 +11,8 @@ HEAD = """# Triton kernels by GPU
 
 Written by `python -m kernels.triton.verify.aot`; do not edit. Every kernel of `kernels/triton`
 was compiled for every GPU of the catalogue on a machine without a GPU. What this page says is what
-the compiled code says of itself: it is no measurement. Measured on one card: [an
-H100](kernels-h100.md).
+the compiled code says of itself: it is no measurement. Measured on one card each: [an
+H100](kernels-h100.md), [an H200](kernels-h200.md).
 
 An op ships on a GPU when all of its cases compile, keep their registers (nothing is spilled to
 memory), fit into the card's shared memory, contain the matrix instruction that is expected, and

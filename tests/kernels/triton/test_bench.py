@@ -102,9 +102,10 @@ def test_a_page_has_ratios_to_the_fastest_peer():
     assert "A card, torch 1, Triton 2" in made and "90 us here" in made and "3.00 TB/s" in made
 
 
-def test_the_page_of_the_h100_is_made_of_its_measurement():
+@pytest.mark.parametrize("card", ["h100", "h200"])
+def test_the_page_of_a_card_is_made_of_its_measurement(card: str):
     folder = Path(page.__file__).parent
-    report = json.loads((folder / "h100.json").read_text("utf-8"))
-    made = (folder.parents[2] / "docs" / "kernels-h100.md").read_text("utf-8")
+    report = json.loads((folder / f"{card}.json").read_text("utf-8"))
+    made = (folder.parents[2] / "docs" / f"kernels-{card}.md").read_text("utf-8")
     assert made == page.markdown(report)
-    assert "H100" in report["gpu"] and len(report["rows"]) > 40
+    assert card.upper() in report["gpu"] and len(report["rows"]) > 40
