@@ -257,13 +257,20 @@ def _side(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> dict[s
     steps = (0, 0)
     if scales is not None:
         inner = flat_slots("paged_attention", f"{name}_scales", scales, scales.dim() - 3)
-        if cache_bits(cache, scales) == 5:
-            args[f"{name}_words"] = flat.view(torch.int32)
+        if cache.dtype == torch.uint8:
+            args[f"{name}_words"] = _words(f"{name}s", flat)
         if cache.dtype == torch.uint8 and _even(inner):
             inner = inner.view(torch.int32)
         args[f"{name}_scales"], steps = inner, (inner.stride(0), inner.stride(1))
     args |= {f"{name}_stride_t": flat.stride(0), f"{name}_stride_h": flat.stride(1)}
     return args | {f"{name}_scale_stride_t": steps[0], f"{name}_scale_stride_h": steps[1]}
+
+
+def _words(name: str, flat: torch.Tensor) -> torch.Tensor:
+    """Packed numbers [slots, KH, n] in words of four bytes; ValueError where one is not aligned."""
+    if any(size % 4 for size in (flat.shape[-1], flat.storage_offset(), *flat.stride()[:-1])):
+        raise ValueError(f"paged_attention: packed {name} must begin at whole words of four bytes.")
+    return flat.view(torch.int32)
 
 
 def _even(scales: torch.Tensor) -> bool:
