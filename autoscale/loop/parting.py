@@ -32,10 +32,12 @@ def part(turn: Turn, role: str, wish: Wish) -> None:
     answering = sum(member.stage == "ready" for member in members)
     kept = len(members)
     over = kept - turn.scale(role).cap
+    least = min(wish.target, turn.scale(role).cap)
+    if kept <= max(least, need):
+        return
     surplus = list(wish.surplus)
     if over > 0:
         surplus.insert(0, Surplus(members, over, f"above the cap of {turn.scale(role).cap}"))
-    least = min(wish.target, turn.scale(role).cap)
     gone: set[str] = set()
     for member, reason in _ordered(turn, surplus):
         if member.token in gone or kept - 1 < max(least, need):

@@ -143,5 +143,6 @@ def _remembered(turn: Turn, number: int) -> LoopState:
         turn.short,
         turn.warned,
         turn.offers,
+        {machine.id: machine.offer for machine in turn.signals.machines},
         turn.now_s,
     )
