@@ -24,7 +24,7 @@ CHECKED = settings(
     phases=(
         Phase.explicit,
         Phase.generate,
-    ),  # a run takes long, and says itself where it went wrong
+    ),
 )
 LEVELS = st.lists(st.sampled_from([0.0, 50.0, 300.0, 900.0, 2500.0]), min_size=2, max_size=4)
 

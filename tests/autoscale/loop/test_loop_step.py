@@ -5,12 +5,14 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autoscale.catalog.offer import Offer
 from autoscale.loop.actions import Decision
 from autoscale.loop.forecast import SURGE, Forecast
-from autoscale.loop.record import decision_line
+from autoscale.loop.need import RoleMind
+from autoscale.loop.record import STEP, Step
 from autoscale.loop.signals import Held, RoleLoad, Signals, TrainingClaim
 from autoscale.loop.state import LoopState
 from autoscale.loop.step import Loop
@@ -66,7 +68,7 @@ def acts(decision: Decision, kind: str) -> list[Any]:
 
 def test_a_step_changes_nothing_that_it_was_given():
     """Equal arguments, equal bytes, for a memory that learns too."""
-    history = (__import__("numpy").random.default_rng(1).random((400, 1)) < 0.9).astype("int64") * 4
+    history = (np.random.default_rng(1).random((400, 1)) < 0.9).astype(np.int64) * 4
     risk = SpotRisk(fit(history, ("s",), ("r",), (1, 2, 4), 20.0))
     mixed = Loop(made(), MixedPolicy(20.0), risk, "t")
     state, before = mixed.start(), risk.beliefs.copy()
@@ -75,7 +77,7 @@ def test_a_step_changes_nothing_that_it_was_given():
         kept = copy.deepcopy(state)
         after, decision = mixed.step(state, signals)
         again, same = mixed.step(kept, signals)
-        assert decision_line(decision) == decision_line(same)
+        assert STEP.dump_json(Step(signals, decision)) == STEP.dump_json(Step(signals, same))
         assert again.asked == after.asked and again.minds == after.minds
         state = after
     assert (risk.beliefs == before).all()
@@ -98,8 +100,6 @@ def settled(machines: list[Held], policy: Any, cap: int = 16, **more: Any) -> De
 
 
 def _mind(need: int) -> Any:
-    from autoscale.loop.need import RoleMind
-
     return RoleMind(need, RATE)
 
 
@@ -163,7 +163,7 @@ def test_a_machine_that_never_comes_is_let_go():
     assert any("not there; let go" in act.reason for act in plant.acts("terminate"))
     plant.cloud.slow = set()
     plant.run(40)
-    assert plant.service.answering("decode") == 1
+    assert plant.service.answering("decode") >= 1
 
 
 def test_to_nothing_and_back():
