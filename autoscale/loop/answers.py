@@ -49,13 +49,14 @@ def _observe(turn: Turn, answers: list[Answer]) -> None:
 
 def _lost(turn: Turn) -> set[str]:
     """Pools that have taken a machine since the last step, or said that they will."""
-    doomed = {m.offer for m in turn.signals.machines if m.doomed_s and m.id not in turn.leaving}
+    before = turn.doomed
+    doomed = {m.offer for m in turn.signals.machines if m.doomed_s and m.id not in before}
     gone = {
         offer
         for machine, offer in turn.present.items()
-        if machine not in turn.held and machine not in turn.leaving
+        if machine not in turn.held and machine not in turn.leaving and machine not in before
     }
-    noticed = {turn.present.get(machine) for machine in turn.leaving}
+    noticed = {turn.present.get(machine) for machine in before}
     told = {event.pool for event in turn.signals.events if event.kind == "preempt"}
     return doomed | gone | (told - noticed)
 

@@ -45,7 +45,7 @@ class LoopState:
     """minds: by role. shut: by offer. leaving: by machine. lent: machine -> role, of those that
     training gave. short: role -> since when too few answer. warned: about -> when last. offers: all
     that were ever on sale, for machines that outlive their offer. present: machine -> offer, of
-    those that were there at the last step."""
+    those that were there at the last step; doomed: of them, those that the market had claimed."""
 
     memory: Memory
     number: int = 0
@@ -59,4 +59,5 @@ class LoopState:
     warned: Mapping[str, float] = field(default_factory=dict)
     offers: Mapping[str, Offer] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
+    doomed: frozenset[str] = frozenset()
     last_s: float | None = None

@@ -42,7 +42,7 @@ class Turn:
         self.asked = list(state.asked)
         self.shut = dict(state.shut)
         self.leaving = dict(state.leaving)
-        self.present = state.present
+        self.present, self.doomed = state.present, state.doomed
         self.lent = dict(state.lent)
         self.short = dict(state.short)
         self.warned = dict(state.warned)

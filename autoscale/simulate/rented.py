@@ -90,6 +90,7 @@ class MarketProvider:
         for pool, column in self._column.items():
             mine = [m for m in self.rented.values() if m.offer == pool and m.doomed_s is None]
             over = len(mine) - int(capacity[column])
+            self.preempted += max(0, over)
             for machine in mine[len(mine) - max(0, over) :]:
                 self.rented[machine.id] = replace(
                     machine, state="draining", doomed_s=now_s + self.notice_s
@@ -103,7 +104,6 @@ class MarketProvider:
         for machine in due:
             del self.rented[machine.id]
             del self._by_token[machine.token]
-            self.preempted += 1
         for pool in dict.fromkeys(machine.offer for machine in due):
             left = sum(machine.offer == pool for machine in self.rented.values())
             self._events.append(SpotEvent(now_s, pool, "preempt", left))

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from autoscale.catalog.offer import Offer
 from autoscale.loop.actions import Decision
@@ -22,6 +22,7 @@ from cluster.settings.autoscale import AutoscaleSettings, DecodeScale, RoleScale
 
 RATE = 100.0  # tokens/s of one replica
 PERIOD_S = 20.0
+T = TypeVar("T")
 Fault = Literal["fails", "hangs", "lost answer"]
 Load = Callable[[float], float]  # time -> tokens/s
 
@@ -72,7 +73,7 @@ class Cloud:
         return await self._answer("launch", lambda: self._made(offer, token))
 
     async def terminate(self, machine_id: str) -> None:
-        return await self._answer("terminate", lambda: self.rented.pop(machine_id, None))
+        await self._answer("terminate", lambda: self.rented.pop(machine_id, None))
 
     def lose(self, machine: str) -> None:
         self.rented.pop(machine)
@@ -103,11 +104,11 @@ class Cloud:
         self.rented[machine.id] = machine
         return machine
 
-    async def _answer(self, call: str, effect: Callable[[], Any]) -> Any:
+    async def _answer(self, call: str, effect: Callable[[], T]) -> T:
         return await faulty(self.faults, call, effect)
 
 
-async def faulty(faults: dict[str, list[Fault]], call: str, effect: Callable[[], Any]) -> Any:
+async def faulty(faults: dict[str, list[Fault]], call: str, effect: Callable[[], T]) -> T:
     """What the call does, or the next fault that is due for it."""
     due = faults.get(call)
     if not due:

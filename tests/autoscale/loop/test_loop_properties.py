@@ -220,6 +220,6 @@ def test_without_asking_again_a_lost_launch_would_stay(monkeypatch: pytest.Monke
 
 
 def _answering_after_a_failed_launch() -> int:
-    plant = Plant(lambda at_s: 50.0, made())
+    plant = Plant(lambda at_s: 50.0, made(decode=DecodeScale(floor=1, cap=1, tokens_per_s=RATE)))
     plant.cloud.faults["launch"] = ["fails"]
     return plant.run(30).service.answering("decode")
