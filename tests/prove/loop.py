@@ -35,6 +35,10 @@ SUITES = (
         ("tests/autoscale/loop/test_loop_log.py",),
     ),
     Suite(
+        "the driver's periods and deadlines on a virtual clock; a defect ends one step, not all",
+        ("tests/autoscale/loop/test_loop_drive.py",),
+    ),
+    Suite(
         "the simulated provider keeps the contract; the command and its files",
         ("tests/autoscale/loop/test_loop_simulated.py",),
     ),
