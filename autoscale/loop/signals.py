@@ -25,7 +25,8 @@ class RoleLoad:
     """Work of one role. arrived_tokens: since the last step, all tokens that its requests ask of
     it (for decode: prompts it computes itself, and answers as long as they are expected to get).
     queued_tokens: of them, what waits now and nobody computes yet. running: sequences computed now.
-    kv_used: share of the KV pages in use, 0 to 1. ttft, tpot: of requests since the last step."""
+    kv_used: share of the KV pages in use (not those that are only cached), 0 to 1. ttft, tpot: of
+    requests since the last step."""
 
     arrived_tokens: int
     queued_tokens: int

@@ -81,7 +81,7 @@ def test_every_request_is_served_once_and_what_is_paid_is_what_was_held():
 
 
 def test_the_course_does_not_grow():
-    report = world([], steps=900).run()
+    report = world([], steps=450).run()
     assert report.steps > 2 * POINTS
     assert POINTS <= len(report.course) <= 2 * POINTS
     gaps = np.diff([point.at_s for point in report.course])
@@ -89,7 +89,9 @@ def test_the_course_does_not_grow():
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(simulate, ["--loop", "--days", "2", "--requests", "3000", *arguments])
+    return CliRunner().invoke(
+        simulate, ["--loop", "--days", "2", "--fit", "0.8", "--requests", "900", *arguments]
+    )
 
 
 def test_the_command_prints_draws_logs_and_explains(tmp_path: Path):
