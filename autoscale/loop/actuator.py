@@ -38,7 +38,7 @@ class Actuator(Protocol):
         ...
 
     async def drain(self, machine_id: str, deadline_s: float) -> None:
-        """No new work for the machine; by deadline_s (of the shared clock) nothing may be left on
+        """Returns at once. No new work for the machine; by deadline_s (of the shared clock) nothing may be left on
         it: what cannot end there by then is moved. `idle` tells that it is done."""
         ...
 

@@ -7,6 +7,10 @@ one that holds on becomes trusted. A pool's factor goes on being learnt from its
 half-life; chance and time are the caller's.
 """
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +27,7 @@ class SpotRisk:
 
     def __init__(self, chain: Chain, start_s: float = 0.0) -> None:
         self.chain = chain
+        self._others: dict[str, int] = {}
         self._place = {pool: place for place, pool in enumerate(chain.pools)}
         self._levels = chain.state_levels
         self._steps = [round(start_s / chain.period_s)] * len(chain.pools)
@@ -56,8 +61,23 @@ class SpotRisk:
 
     def chance(self, pool: str, count: int) -> float:
         """That the pool would hold `count` machines now."""
+        count += self._others.get(pool, 0)
         level = sum(count >= threshold for threshold in self.chain.levels)
         return float(self.beliefs[self._place[pool]][self._levels >= level].sum())
+
+    def beside(self, others: Mapping[str, int]) -> "SpotRisk":
+        """The same beliefs for somebody who shares the pools with holders of so many machines:
+        `chance` then counts from there."""
+        shared = copy.copy(self)
+        shared._others = dict(others)
+        return shared
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpotRisk":
+        """One that observes on its own. The chain and what only it decides never change."""
+        other = copy.copy(self)
+        for name in ("_steps", "_held", "_drops", "_expected", "_factors", "_matrices", "beliefs"):
+            setattr(other, name, copy.copy(getattr(self, name)))
+        return other
 
     def survivors(self, horizon_s: float) -> Floats:
         """pools x levels asked x levels kept: chance that of a holding of level k (0..top), level j

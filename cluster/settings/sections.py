@@ -6,21 +6,17 @@ quote the bounds. The full list of names is frozen by tests/house/test_knobs.py.
 
 import hashlib
 import re
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+from cluster.settings.autoscale import AutoscaleSettings
+from cluster.settings.section import Seconds, Section
+
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d{1,3})?)$"
 MIB = 1 << 20
 GIB = 1 << 30
-
-
-class Section(BaseModel):
-    """A frozen table of settings that takes no unknown key and converts no types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
 
 class HttpSettings(Section):
@@ -300,3 +296,4 @@ class Settings(Section):
     handoff: HandoffSettings = HandoffSettings()
     controller: ControllerSettings = ControllerSettings()
     observe: ObserveSettings = ObserveSettings()
+    autoscale: AutoscaleSettings = AutoscaleSettings()

@@ -172,17 +172,20 @@ def test_the_dump_reads_back(tmp_path_factory: pytest.TempPathFactory, given: di
     assert resolve(file).settings == settings
 
 
+def names_in(tree: dict[str, Any], section: str = "") -> list[str]:
+    """Dotted names of the values of a TOML file."""
+    names = []
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and f"{section}{key}" not in KNOWN
+        names += names_in(value, f"{section}{key}.") if inner else [f"{section}{key}"]
+    return names
+
+
 def test_the_dump_names_origins_and_every_setting():
     text = resolve(sets=["http.port=8001"]).to_toml()
     assert "port = 8001  # from flag --set http.port=8001" in text
     assert text.count("# from ") == 1
-    flat = tomllib.loads(text)
-    names = [
-        f"{s}.{k}" if isinstance(v, dict) and s != k else s
-        for s, v in flat.items()
-        for k in (v if isinstance(v, dict) else [s])
-    ]
-    assert names == list(KNOWN)
+    assert names_in(tomllib.loads(text)) == list(KNOWN)
 
 
 def test_an_origin_cannot_break_out_of_its_comment():
