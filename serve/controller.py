@@ -138,28 +138,36 @@ class Controller:
             self._drain_later(replica_id, deadline_s)
         await self._fill()
 
-    async def place(self, role: Role, machines: Sequence[str]) -> None:
+    async def place(self, role: Role, machines: Sequence[str], drain_s: float = 0.0) -> None:
         """Want one replica of a role on each of these machines, and none elsewhere.
 
-        Those elsewhere send their requests away and stop; a draining one goes on draining, and a
-        machine that is named again gets a replica once it is empty.
+        Those elsewhere take nothing new, have drain_s to finish and stop. A draining one goes on
+        draining, and a machine that is named again gets a replica once it is empty.
         """
         self._machines[role] = tuple(dict.fromkeys(machines))
         self.wanted[role] = len(self._machines[role])
         for entry in list(self._entries.values()):
             if _counts(entry, role) and machine_of(entry.replica_id) not in self._machines[role]:
-                self._drain_later(entry.replica_id, 0.0)
+                self._drain_later(entry.replica_id, drain_s)
         await self._fill()
 
     async def leave(self, machine: str, deadline_s: float) -> None:
         """Place nothing on a machine any more, and drain what is there, if anything is. Returns at
-        once; idempotent."""
+        once. Idempotent; of several deadlines the first one counts."""
         for role, machines in self._machines.items():
             self._machines[role] = tuple(name for name in machines if name != machine)
             self.wanted[role] = len(self._machines[role])
         for entry in list(self._entries.values()):
-            if machine_of(entry.replica_id) == machine and entry.phase != "draining":
+            if machine_of(entry.replica_id) != machine:
+                continue
+            if entry.phase == "draining":  # it waits for the drain that goes on already
+                self._later(self._hurry(entry.replica_id, deadline_s))
+            else:
                 self._drain_later(entry.replica_id, deadline_s)
+
+    async def _hurry(self, replica_id: str, deadline_s: float) -> None:
+        with contextlib.suppress(Exception):  # whoever began the drain hears of it
+            await self.launcher.drain(replica_id, deadline_s)
 
     async def drain(self, replica_id: str, deadline_s: float) -> None:
         """Route nothing new to a replica, let it finish or move its work, then stop it.
