@@ -18,20 +18,28 @@ from autoscale.spot.events import EventKind, SpotEvent
 from cluster.clock import Clock
 
 WATCH_S = 0.1  # how long what is due may wait
-RETRY_S = 5.0  # how soon a refused launch may be asked again
+RETRY_S = 5.0  # how soon a refused launch may be asked again, if nothing else is said
 
 
 class LocalProvider:
     """One caller at a time; a second one with the same ledger goes on where the first ended."""
 
     def __init__(
-        self, ledger: Ledger, market: LocalMarket, bodies: Bodies, clock: Clock, seed: int = 0
+        self,
+        ledger: Ledger,
+        market: LocalMarket,
+        bodies: Bodies,
+        clock: Clock,
+        *,
+        seed: int = 0,
+        retry_s: float = RETRY_S,
     ) -> None:
         self.ledger = ledger
         self.market = market
         self.bodies = bodies
         self.clock = clock
         self.seed = seed
+        self.retry_s = retry_s
         self.opened_s = ledger.opened_s(clock.now_s())
         self._reached_s = clock.now_s()
         self._find_started()
@@ -146,11 +154,15 @@ class LocalProvider:
             raise LaunchRefused("invalid", math.inf, f"no offer {offer.name!r}; there are {names}")
         held = len(self._held(offer.name))
         if known.quota is not None and held >= known.quota:
-            raise LaunchRefused("quota", RETRY_S, f"{offer.name}: {held} is all the quota allows")
+            raise LaunchRefused(
+                "quota", self.retry_s, f"{offer.name}: {held} is all the quota allows"
+            )
         there = self.market.capacity(offer.name, self.clock.now_s() - self.opened_s)
         if there is not None and held >= there:
             self._tell("launch_fail", offer.name, held)
-            raise LaunchRefused("capacity", RETRY_S, f"{offer.name}: no more than {held} there now")
+            raise LaunchRefused(
+                "capacity", self.retry_s, f"{offer.name}: no more than {held} there now"
+            )
 
     def _held(self, pool: str | None = None) -> list[Machine]:
         """What is paid for, of one offer or of all."""

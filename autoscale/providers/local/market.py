@@ -4,8 +4,8 @@ A trace is steps: from `t_s` on, a pool has so many machines. Times count from t
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,11 @@ class LocalMarket:
         until_s = from_s + self.notice_s + ROUNDING_S
         return [s for s in self.steps if s.pool == pool and from_s < s.t_s <= until_s]
 
+    def later(self, by_s: float) -> "LocalMarket":
+        """The same market, whose steps after its beginning come by so much later."""
+        moved = (s._replace(t_s=s.t_s + by_s) if s.t_s > 0 else s for s in self.steps)
+        return replace(self, steps=tuple(moved))
+
     def instants(self, after_s: float, until_s: float) -> list[float]:
         """Times in (after_s, until_s] at which something may be told or taken."""
         told = [step.t_s - self.notice_s for step in self.steps]
@@ -60,15 +65,18 @@ class LocalMarket:
         return sorted(t for t in both if after_s < t <= until_s)
 
 
-def read_spotserve(path: Path) -> list[tuple[float, int]]:
+def read_spotserve(
+    path: Path, counts_node: Callable[[str], bool] = lambda _: True
+) -> list[tuple[float, int]]:
     """(seconds, machines from then on) of a trace in SpotServe's format: a JSON list a line,
-    `[milliseconds, "add" | "remove" | "DONE", {"nodes": [names]}]`. ValueError names the line."""
+    `[milliseconds, "add" | "remove" | "DONE", {"nodes": [names]}]`. counts_node: which of the nodes
+    are counted. ValueError names the line."""
     there: set[str] = set()
     counts: list[tuple[float, int]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             at_ms, act, body = json.loads(line)
-            nodes = set(body["nodes"])
+            nodes = {name for name in body["nodes"] if counts_node(name)}
             known = {"add": there | nodes, "remove": there - nodes, "DONE": there}
             there = known[act]
             counts.append((float(at_ms) / 1000, len(there)))
@@ -90,9 +98,3 @@ def scaled(
         if not steps or steps[-1].machines != step.machines:
             steps.append(step)
     return steps
-
-
-def merged(pools: Mapping[str, Iterable[tuple[float, int]]]) -> tuple[Step, ...]:
-    """Series of several pools as one trace."""
-    steps = [Step(at, pool, count) for pool, series in pools.items() for at, count in series]
-    return tuple(sorted(steps, key=lambda step: step.t_s))

@@ -176,6 +176,8 @@ def test_spotserve_traces_are_read_and_scaled(tmp_path: Path):
     file.write_text("\n".join(lines))
     counts = read_spotserve(file)
     assert counts == [(0, 3), (60, 5), (120, 4), (180, 2), (240, 2)]
+    some = read_spotserve(file, lambda node: node in "ae")
+    assert some == [(0, 1), (60, 2), (120, 1), (180, 0), (240, 0)]
     assert scaled(counts, "p", most=5, compress=10) == [
         Step(0, "p", 3),
         Step(6, "p", 5),
