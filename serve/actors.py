@@ -18,6 +18,7 @@ from serve.controller import Controller, Patience
 from serve.directory import Directory
 from serve.follow import follow
 from serve.kv import shared
+from serve.places import MACHINE_LABEL, machine_of
 from serve.state import ReplicaState, Role
 
 if TYPE_CHECKING:  # the ingress and the controller run this file without torch
@@ -198,6 +199,12 @@ class ControllerActor:
     async def scale(self, role: Role, replicas: int, deadline_s: float) -> None:
         await self.controller.scale(role, replicas, deadline_s)
 
+    async def place(self, role: Role, machines: list[str], drain_s: float) -> None:
+        await self.controller.place(role, machines, drain_s)
+
+    async def leave(self, machine: str, deadline_s: float) -> None:
+        await self.controller.leave(machine, deadline_s)
+
     async def drain(self, replica_id: str, deadline_s: float) -> None:
         await self.controller.drain(replica_id, deadline_s)
 
@@ -275,13 +282,15 @@ class RayLauncher:
 
     async def start(self, role: Role, replica_id: str) -> None:
         chosen = self.settings.prefill if role == "prefill" else self.settings.decode
+        machine = machine_of(replica_id)
+        labels = {**chosen.labels, MACHINE_LABEL: machine} if machine else chosen.labels
         start_named(
             PrefillActor if role == "prefill" else DecodeActor,
             REPLICA_PREFIX + replica_id,
             self.settings_json,
             self.run_id,
             replica_id,
-            needs=Needs(chosen.cpus, chosen.memory_bytes, chosen.labels),
+            needs=Needs(chosen.cpus, chosen.memory_bytes, labels),
         )
 
     async def ping(self, replica_id: str) -> ReplicaState:

@@ -1,10 +1,10 @@
 """Proof rows of the live drill: the control loop serves SmolLM2 on machines that a recorded trace
 takes away (SpotServe's As, ten times as fast), each ended by SIGKILL at its deadline.
 
-The trace's nodes are two zones here, by even and odd numbers, of at most two machines each, so that
-two cores can serve it. Nothing is sold on demand: as in the trace's own experiment, what is taken is
-missing until the market has more. Notices are of SpotServe's 30 s, as fast as the rest. The same
-requests are then asked of machines that stay.
+The trace's nodes are two zones here, by even and odd numbers, of at most two machines each, so
+that two cores can serve it. Nothing is sold on demand: as in the trace's own experiment, what is
+taken is missing until the market has more. Notices are of SpotServe's 30 s, as fast as the rest.
+The same requests are then asked of machines that stay.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ AUTOSCALE = {
     "period_s": 0.5,
     "up_delay_s": 4.0,
     "down_delay_s": 60.0,
-    "give_up_s": 60.0,
+    "give_up_s": 300.0,
     "drain_s": 6.0,
     "decode": {"floor": 4, "cap": 4},
     "prefill": {"cap": 0},

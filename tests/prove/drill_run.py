@@ -91,8 +91,8 @@ async def disturbed(scene: Scene, folder: Path) -> Outcome:
         stop = asyncio.Event()
         driving = asyncio.create_task(driver.run(stop))
         try:
-            ready = service.ingress.directory.ready
-            await _until(lambda: len(ready("decode")) >= scene.begin_with)
+            ingress = service.ingress
+            await _until(lambda: len(ingress.directory.ready("decode")) >= scene.begin_with)
             provider.market = market.later(clock.now_s() - provider.opened_s)
             await _load(scene, service, outcome, clock.now_s() + scene.lasts_s)
         finally:

@@ -152,17 +152,13 @@ class LocalProvider:
         if known is None:
             names = ", ".join(each.name for each in self.market.offers)
             raise LaunchRefused("invalid", math.inf, f"no offer {offer.name!r}; there are {names}")
-        held = len(self._held(offer.name))
+        held, name = len(self._held(offer.name)), offer.name
         if known.quota is not None and held >= known.quota:
-            raise LaunchRefused(
-                "quota", self.retry_s, f"{offer.name}: {held} is all the quota allows"
-            )
-        there = self.market.capacity(offer.name, self.clock.now_s() - self.opened_s)
+            raise LaunchRefused("quota", self.retry_s, f"{name}: {held} is all the quota allows")
+        there = self.market.capacity(name, self.clock.now_s() - self.opened_s)
         if there is not None and held >= there:
-            self._tell("launch_fail", offer.name, held)
-            raise LaunchRefused(
-                "capacity", self.retry_s, f"{offer.name}: no more than {held} there now"
-            )
+            self._tell("launch_fail", name, held)
+            raise LaunchRefused("capacity", self.retry_s, f"{name}: no more than {held} there now")
 
     def _held(self, pool: str | None = None) -> list[Machine]:
         """What is paid for, of one offer or of all."""
