@@ -87,8 +87,9 @@ class Departure:
             if made is None:
                 break
             begun = begun or left_s < max(deadline_s / 2, LEAD * made.link_s)
-            moved += await self._move(made, end_s) if begun else 0
-            await clock.sleep(0 if begun and self._room() else LOOK_S)
+            gone = await self._move(made, end_s) if begun else 0
+            moved += gone
+            await clock.sleep(0 if gone else LOOK_S)
         moved += await jobs.send_away(list(jobs))
         await self._wait_for_takers(end_s)
         return moved

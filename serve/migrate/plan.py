@@ -21,6 +21,9 @@ Choice = Literal["finish", "pages", "kept", "int8", "int4", "replay"]
 Carried = Literal["pages", "kept", "int8", "int4"]
 
 EXACT = 10  # sequences; 4 ways each make a frontier of at most a million states, usually hundreds
+# What bits lost count as, in shares of the work of computing the KV again: int4 is believed ten
+# times as bad as int8, about what each did to perplexity as a cache format (docs/operations.md).
+LOST = {"int8": 0.01, "int4": 0.1}
 QUANTA = 8192  # of the link time that the largest way of every sequence would take
 
 
@@ -52,7 +55,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class Step:
-    """What happens to one sequence: seconds of the link, and of compute that is spent again."""
+    """What happens to one sequence: seconds of the link, and of compute that is spent again or, by
+    lost bits, in part in vain."""
 
     request_id: str
     choice: Choice
@@ -84,10 +88,11 @@ def ways(sequence: Movable, terms: Terms, deadline_s: float) -> list[Step]:
         found.append(Step(sequence.request_id, "finish", 0.0, 0.0))
     for choice, size_bytes in sequence.carried_bytes.items():
         link_s = terms.move_s + size_bytes / terms.link_bytes_per_s
-        packed = choice in ("int8", "int4")
-        unpacked_bytes = sequence.carried_bytes.get("pages", 0)
-        codec_s = unpacked_bytes / terms.codec_bytes_per_s if packed else 0.0
-        found.append(Step(sequence.request_id, choice, link_s, codec_s))
+        cost_s = 0.0
+        if choice in LOST:
+            codec_s = sequence.carried_bytes.get("pages", 0) / terms.codec_bytes_per_s
+            cost_s = codec_s + LOST[choice] * again_s
+        found.append(Step(sequence.request_id, choice, link_s, cost_s))
     return found
 
 
