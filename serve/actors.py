@@ -24,7 +24,7 @@ from serve.state import ReplicaState, Role
 if TYPE_CHECKING:  # the ingress and the controller run this file without torch
     from serve.decode import DecodeReplica
     from serve.prefill import PrefillReplica
-    from serve.transport import PrefillReply
+    from serve.transport import Offer, PrefillReply
 
 CONTROLLER = "controller"
 REPLICA_PREFIX = "replica/"
@@ -134,7 +134,7 @@ class PrefillActor(_Shell):
 
 
 class DecodeActor(_Shell):
-    """See DecodeReplica; it also follows the directory to know the prefill replicas."""
+    """See DecodeReplica; it also follows the directory to know the other replicas."""
 
     replica: "DecodeReplica"
 
@@ -144,16 +144,18 @@ class DecodeActor(_Shell):
     def _build(self) -> "DecodeReplica":
         from serve import build
 
+        segment = segment_prefix(self.run_id) + self.replica_id
+        connect = build.Connect(RayPrefillClient, RayDecodeClient)
         return build.decode_replica(
-            self.settings, self.model, self.replica_id, RayPrefillClient, WallClock()
+            self.settings, self.model, self.replica_id, segment, connect, WallClock()
         )
 
     async def _start(self) -> None:
         first = not self._started
         await super()._start()
         if first:
-            peers = self.replica.peers
-            self._follower = asyncio.create_task(follow(watch, peers.update, WallClock()))
+            update = self.replica.update
+            self._follower = asyncio.create_task(follow(watch, update, WallClock()))
 
     async def ping(self, ingress_id: str | None = None) -> ReplicaState:
         await self._start()
@@ -170,6 +172,12 @@ class DecodeActor(_Shell):
         await self._start()
         async for message in self.replica.tokens(ingress_id):
             yield message
+
+    async def export(self, lease_id: str, skip_tokens: int) -> "Offer":
+        return await self.replica.export(lease_id, skip_tokens)
+
+    async def acknowledge(self, lease_id: str) -> bool:
+        return await self.replica.acknowledge(lease_id)
 
 
 class ControllerActor:
@@ -244,7 +252,7 @@ class RayPrefillClient:
 
 
 class RayDecodeClient:
-    """See serve.clients.DecodeClient."""
+    """See serve.clients.DecodeClient and ParkingClient."""
 
     def __init__(self, replica_id: str) -> None:
         self.replica_id = replica_id
@@ -267,6 +275,12 @@ class RayDecodeClient:
         while True:
             reference = await reply(anext(stream))
             yield cast(bytes, await reply(reference))
+
+    async def export(self, lease_id: str, skip_tokens: int) -> "Offer":
+        return cast("Offer", await reply(self.actor.export.remote(lease_id, skip_tokens)))
+
+    async def acknowledge(self, lease_id: str) -> bool:
+        return cast(bool, await reply(self.actor.acknowledge.remote(lease_id)))
 
     async def ping(self, ingress_id: str | None = None) -> ReplicaState:
         return cast(ReplicaState, await reply(self.actor.ping.remote(ingress_id)))
