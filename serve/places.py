@@ -1,7 +1,8 @@
 """Replicas on named machines: which machine a replica is on stands in its id.
 
 So a controller that comes back after a crash learns it with the names of the replicas that run, and
-whoever reads a log sees it.
+whoever reads a log sees it. Names of shared memory are made of such ids, so they hold a dot and
+nothing stranger.
 """
 
 MACHINE_LABEL = "sanderling/machine"
@@ -10,9 +11,9 @@ MACHINE_LABEL = "sanderling/machine"
 
 def on_machine(name: str, machine: str) -> str:
     """`name` on a machine; without one (""), the name alone."""
-    return f"{name}@{machine}" if machine else name
+    return f"{name}.{machine}" if machine else name
 
 
 def machine_of(replica_id: str) -> str:
     """The machine that a replica was placed on; "" for one that may be anywhere."""
-    return replica_id.partition("@")[2]
+    return replica_id.partition(".")[2]

@@ -17,7 +17,8 @@ from autoscale.spot.fleet import Memory, SpotPolicy
 from cluster.settings.autoscale import AutoscaleSettings
 
 ROLES = ("decode", "prefill")  # the role without which nothing is answered buys first
-SEQUENCE = ("yield", "launch", "serve", "drain", "terminate", "return", "warn")
+# Drains before "serve": a replica that the new list leaves out has its deadline by then.
+SEQUENCE = ("yield", "launch", "drain", "serve", "terminate", "return", "warn")
 STARTUP_S = 180.0  # where nothing is on sale
 
 

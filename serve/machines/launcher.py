@@ -1,47 +1,20 @@
-"""Replicas on machines that are worker processes: the controller's launcher and the ingress's
-clients, both over one connection to each machine."""
+"""The controller's launcher over machines that are worker processes."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import hashlib
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from cluster.settings import Settings
 from serve.clients import ReplicaLost
-from serve.engine.stats import EngineStats
-from serve.machines.channel import Channel
-from serve.places import machine_of
+from serve.directory import Directory
+from serve.kv import shared
+from serve.machines.clients import Machines, RemoteDecodeClient
 from serve.state import ReplicaState, Role
 
 ANSWER_S = 5.0  # for a machine to take an order that needs no work of it
-
-
-class RemoteDecodeClient:
-    """See serve.clients.DecodeClient."""
-
-    def __init__(self, channel: Channel, replica_id: str) -> None:
-        self.channel = channel
-        self.replica_id = replica_id
-
-    async def submit(self, payload: bytes, ingress_id: str) -> None:
-        await self.channel.call(
-            "submit", payload, replica_id=self.replica_id, ingress_id=ingress_id
-        )
-
-    async def abort(self, request_ids: list[str]) -> int:
-        given: dict[str, Any] = {"replica_id": self.replica_id, "request_ids": request_ids}
-        return cast(int, (await self.channel.call("abort", **given)).head["value"])
-
-    async def tokens(self, ingress_id: str) -> AsyncIterator[bytes]:
-        given: dict[str, Any] = {"replica_id": self.replica_id, "ingress_id": ingress_id}
-        async with contextlib.aclosing(self.channel.stream("tokens", **given)) as items:
-            async for item in items:
-                yield item
-
-    async def ping(self, ingress_id: str | None = None) -> ReplicaState:
-        given: dict[str, Any] = {"replica_id": self.replica_id, "ingress_id": ingress_id}
-        return _state((await self.channel.call("ping", **given)).head["value"])
 
 
 class MachineLauncher:
@@ -53,8 +26,10 @@ class MachineLauncher:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
         self.folder = folder
+        self.machines = Machines(folder)
         self.seen: dict[str, ReplicaState] = {}
-        self._channels: dict[str, Channel] = {}
+        self._told: tuple[tuple[str, str, str], ...] = ()
+        self._background: set[asyncio.Task[None]] = set()
 
     async def start(self, role: Role, replica_id: str) -> None:
         if role != "decode":
@@ -63,8 +38,11 @@ class MachineLauncher:
                 "prefill.replicas = 0 is accepted here"
             )
         settings = self.settings.model_dump_json().encode()
+        segment = self._segment(replica_id)
         async with asyncio.timeout(ANSWER_S):
-            await self._channel(replica_id).call("start", settings, replica_id=replica_id)
+            await self.machines.of(replica_id).call(
+                "start", settings, replica_id=replica_id, segment=segment
+            )
 
     async def ping(self, replica_id: str) -> ReplicaState:
         state = await self.connect_decode(replica_id).ping()
@@ -73,44 +51,56 @@ class MachineLauncher:
 
     async def drain(self, replica_id: str, deadline_s: float) -> int:
         given: dict[str, Any] = {"replica_id": replica_id, "deadline_s": deadline_s}
-        moved = (await self._channel(replica_id).call("drain", **given)).head["value"]
+        moved = (await self.machines.of(replica_id).call("drain", **given)).head["value"]
         await self.ping(replica_id)  # what it had counted in the end
         return cast(int, moved)
 
     async def stop(self, replica_id: str) -> None:
         with contextlib.suppress(ReplicaLost):  # the machine is gone, and so is the replica
-            await self._channel(replica_id).call("stop", replica_id=replica_id)
+            await self.machines.of(replica_id).call("stop", replica_id=replica_id)
+        shared.unlink(self._segment(replica_id))
 
     async def running(self) -> Mapping[str, Role]:
         found: list[str] = []
         for socket in sorted(self.folder.glob("*.sock")):
             with contextlib.suppress(ReplicaLost, TimeoutError):
                 async with asyncio.timeout(ANSWER_S):
-                    found += (await self._to(socket.stem).call("running")).head["value"]
+                    found += (await self.machines.to(socket.stem).call("running")).head["value"]
         return dict.fromkeys(found, "decode")
+
+    def update(self, directory: Directory) -> None:
+        """Tell the machines who serves, when that has changed: replicas that drain need to know
+        whether somebody is there to take over."""
+        entries = tuple((e.replica_id, e.role, e.phase) for e in directory.entries)
+        if entries == self._told:
+            return
+        self._told = entries
+        for replica_id, _, _ in entries:
+            given: dict[str, Any] = {"version": directory.version, "entries": entries}
+            self._later(self._tell(replica_id, given))
 
     def connect_decode(self, replica_id: str) -> RemoteDecodeClient:
         """Connecting always works; calls may fail."""
-        return RemoteDecodeClient(self._channel(replica_id), replica_id)
+        return RemoteDecodeClient(self.machines.of(replica_id), replica_id)
 
     async def close(self) -> None:
         """Leave all machines."""
-        for channel in self._channels.values():
-            await channel.close()
+        for task in self._background:
+            task.cancel()
+        await self.machines.close()
+        shared.sweep(self._segment(""))
 
-    def _channel(self, replica_id: str) -> Channel:
-        return self._to(machine_of(replica_id))
+    async def _tell(self, replica_id: str, given: dict[str, Any]) -> None:
+        with contextlib.suppress(ReplicaLost, TimeoutError):
+            async with asyncio.timeout(ANSWER_S):
+                await self.machines.of(replica_id).call("update", **given)
 
-    def _to(self, machine: str) -> Channel:
-        if machine not in self._channels:
-            self._channels[machine] = Channel(socket_of(self.folder, machine))
-        return self._channels[machine]
+    def _segment(self, replica_id: str) -> str:
+        """The shared memory of a replica, known again by whoever comes back to this folder."""
+        mark = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:8]
+        return f"sanderling-{mark}-{replica_id}"
 
-
-def socket_of(folder: Path, machine: str) -> Path:
-    """Where a machine answers."""
-    return folder / f"{machine}.sock"
-
-
-def _state(value: dict[str, Any]) -> ReplicaState:
-    return ReplicaState(**{**value, "stats": EngineStats(**value["stats"])})
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

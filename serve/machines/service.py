@@ -7,6 +7,7 @@ from cluster.clock import WallClock
 from cluster.settings import Settings
 from serve.backlog import Backlog
 from serve.controller import Controller, Patience
+from serve.directory import Directory
 from serve.follow import follow
 from serve.ingress import Ingress
 from serve.machines.launcher import MachineLauncher
@@ -43,9 +44,13 @@ class MachineService:
     async def __aenter__(self) -> "MachineService":
         await self.controller.start()
         self._follower = asyncio.create_task(
-            follow(self.controller.watch, self.ingress.update, self.clock)
+            follow(self.controller.watch, self._update, self.clock)
         )
         return self
+
+    def _update(self, directory: Directory) -> None:
+        self.launcher.update(directory)
+        self.ingress.update(directory)
 
     async def __aexit__(self, *_: object) -> None:
         self._follower.cancel()

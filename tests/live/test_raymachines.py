@@ -75,7 +75,7 @@ async def _play(provider: LocalProvider, controller: Any) -> None:
         """Machines with a ready replica, by the controller's word, and of those the ones where
         such a process runs, by the machine's."""
         directory = ray.get(controller.watch.remote(0, 0.0))
-        ready = [e.replica_id.partition("@")[2] for e in directory.ready("decode")]
+        ready = [e.replica_id.partition(".")[2] for e in directory.ready("decode")]
         return [name for name in ready if "ray::DecodeActor" in titles(provider, name)]
 
     await controller.place.remote("decode", names, 0.0)

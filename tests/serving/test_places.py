@@ -147,14 +147,14 @@ def test_a_lost_replica_of_a_named_machine_is_started_there_again():
 def test_a_controller_that_comes_back_knows_where_replicas_are():
     async def work():
         launcher = ScriptedLauncher()
-        launcher.alive = {"decode-1@a": "decode", "decode-2@b": "decode"}
+        launcher.alive = {"decode-1.a": "decode", "decode-2.b": "decode"}
         async with Placed(launcher) as house:
             await house.clock.advance(2)
             assert house.phases() == {"a": "ready", "b": "ready"} and launcher.started == []
             await house.controller.place("decode", ["b", "c"])
             await house.clock.advance(2)
             assert sorted(map(machine_of, launcher.alive)) == ["b", "c"]
-            assert house.on("b") == "decode-2@b"
+            assert house.on("b") == "decode-2.b"
 
     run(work())
 

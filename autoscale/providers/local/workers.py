@@ -6,7 +6,7 @@ from pathlib import Path
 
 from autoscale.catalog.offer import Offer
 from autoscale.providers.local.bodies import ProcessBodies, Start
-from serve.machines.launcher import socket_of
+from serve.machines.clients import socket_of
 from serve.runfiles import own_python_path
 
 
