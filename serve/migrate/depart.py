@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serve.engine.engine import Engine, movable_tokens
-from serve.engine.sequence import Sequence
+from serve.engine.sequence import Parked, Sequence
 from serve.jobs import Jobs
 from serve.kv.device import Storage
 from serve.migrate import codec
@@ -24,9 +24,9 @@ from serve.migrate.plan import Carried, Movable, Plan, Step, Terms, plan
 from serve.replica import between_steps
 
 LOOK_S = 0.02
-UNDER_WAY = 3  # moves at a time: the messages of one travel while another's pages are copied
+UNDER_WAY = 4  # moves at a time: the messages of one travel while another's pages are copied
 STUCK_S = 2.0  # a move that takes longer has nobody to take it yet, and holds up no other
-MOVE_S = 0.02  # of messages for each move, until some have been seen
+MOVE_S = 0.02  # of messages for each move, beside a step
 LEAD = 3.0  # times the planned link time: when to begin at the latest
 LAST_SHARE = 0.1  # of the time, at most LAST_S: kept for whatever is late
 LAST_S = 1.0
@@ -106,11 +106,11 @@ class Departure:
         return plan(movable, terms, left_s - pending_s)
 
     def _terms(self) -> Terms:
-        slowness = self._link.slowness
-        token_s = self._token_s()
+        """Each move waits for a step here and there, and several are under way: about one each."""
+        slowness, token_s = self._link.slowness, self._token_s()
         return Terms(
             self.rules.link_bytes_per_s / slowness,
-            MOVE_S * slowness,
+            (MOVE_S + self.jobs.loop.pace.recent_s) * slowness,
             1 / token_s,
             CODEC_BYTES_PER_S,
         )
@@ -145,32 +145,35 @@ class Departure:
         return Movable(request.request_id, again, to_come, 1 / step_s, carried)
 
     async def _move(self, made: Plan, end_s: float) -> int:
-        """Send away what has nothing to take along, and the next move of the plan on its way."""
+        """Send away what has nothing to take along, and the next moves of the plan on their way."""
         planned = {step.request_id for step in made.steps}
         empty = [r for r in self.jobs if r not in planned]
-        moved = await self.jobs.send_away(empty) if empty else 0
-        if not made.moves or not self._room():
-            return moved
-        step, clock = made.moves[0], self.jobs.clock
-        assert step.choice in ("pages", "kept", "int8", "int4")
-        choice: Carried = step.choice
-        lease_s = end_s - clock.now_s()
-        parked = await between_steps(
-            self.jobs.loop,
-            lambda engine: self.parking.park(engine, step.request_id, choice, lease_s),
+        gone = await self.jobs.send_away(empty) if empty else 0
+        steps, clock = made.moves[: self._room()], self.jobs.clock
+        if not steps:
+            return gone
+        began_s = clock.now_s()
+        every = await between_steps(
+            self.jobs.loop, lambda engine: [self._park(engine, step, end_s) for step in steps]
         )
-        if parked is None:
-            return moved  # it has finished, or lost its pages
-        if self._link.began_s is None:
-            self._link.began_s = clock.now_s()
-        self._under_way[parked.lease_id] = (step, clock.now_s())
-        self.jobs.leave(step.request_id, parked)
-        return moved + 1
+        self._link.began_s = began_s if self._link.began_s is None else self._link.began_s
+        for step, parked in zip(steps, every, strict=True):
+            if parked is not None:  # else it has finished meanwhile, or lost its pages
+                self._under_way[parked.lease_id] = (step, clock.now_s())
+                self.jobs.leave(step.request_id, parked)
+                gone += 1
+        return gone
 
-    def _room(self) -> bool:
+    def _park(self, engine: Engine, step: Step, end_s: float) -> Parked | None:
+        assert step.choice in ("pages", "kept", "int8", "int4"), step
+        lease_s = end_s - self.jobs.clock.now_s()
+        return self.parking.park(engine, step.request_id, step.choice, lease_s)
+
+    def _room(self) -> int:
+        """How many more moves may be under way."""
         now_s = self.jobs.clock.now_s()
         fresh = sum(now_s - at_s < STUCK_S for _, at_s in self._under_way.values())
-        return fresh < UNDER_WAY
+        return max(0, UNDER_WAY - fresh)
 
     def _note_ended(self) -> None:
         """Learn from the moves that have ended since the last look."""
