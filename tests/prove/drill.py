@@ -69,12 +69,13 @@ def compared(hit: Outcome, quiet: Outcome, kills: int) -> Iterator[Row]:
     first = "".join(f"; {number}: {why}" for number, why in list(hit.lost.items())[:2])
     ok = begun > 0 and not hit.lost and not quiet.lost
     yield Row("drill: requests lost", "0", f"{len(hit.lost)} of {begun}{first}", ok)
-    yield Row("drill: requests that went on elsewhere", "> 0", f"{hit.moved}", hit.moved > 0)
+    text = f"{hit.moved}, {hit.with_pages} of them with their pages"
+    yield Row("drill: requests that went on elsewhere", "> 0", text, hit.moved > 0)
     different = [n for n, tokens in hit.tokens.items() if tokens != quiet.tokens.get(n)]
     ok = bool(hit.tokens) and not different
     text = f"{len(different)} different of {len(hit.tokens)}"
     yield Row("drill: tokens = undisturbed", "0 different", text, ok)
-    more = hit.prompt_tokens - quiet.prompt_tokens
+    more = max(hit.prompt_tokens - quiet.prompt_tokens, hit.recomputed_tokens)
     share = more / quiet.computed_tokens
     text = f"{share:.1%} ({more} of {quiet.computed_tokens})"
     yield Row("drill: tokens recomputed", "<= 10 %", text, share <= 0.1)

@@ -47,6 +47,17 @@ class Scene:
         return head_of(self.autoscale, "drill", pools=spot)
 
 
+class Stays(LocalProvider):
+    """A machine that was told is not given back early: the market's SIGKILL has to end it, with
+    whatever is on it then."""
+
+    async def terminate(self, machine_id: str) -> None:
+        self.advance()
+        machine = self.ledger.machines.get(machine_id)
+        if machine is None or machine.doomed_s is None:
+            await super().terminate(machine_id)
+
+
 @dataclass
 class Outcome:
     """tokens: by request's number. lost: what went wrong, by number. seen: the last state of every
@@ -67,6 +78,16 @@ class Outcome:
     def prompt_tokens(self) -> int:
         """Computed as prompts, by all replicas."""
         return sum(state.stats.prompt_tokens for state in self.seen.values())
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Of them, what another replica had computed before, by their own count."""
+        return sum(state.stats.recomputed_tokens for state in self.seen.values())
+
+    @property
+    def with_pages(self) -> int:
+        """Requests that were taken over with their KV."""
+        return sum(state.migrated.requests for state in self.seen.values())
 
     @property
     def computed_tokens(self) -> int:
