@@ -158,9 +158,8 @@ def replayed(log: Sequence[bytes]) -> tuple[int, int]:
 @contextlib.asynccontextmanager
 async def _market(market: LocalMarket, folder: Path) -> AsyncIterator[LocalProvider]:
     bodies = worker_bodies(folder / "machines")
-    provider = LocalProvider(
-        Ledger(folder / "market"), market, bodies, WallClock(), retry_s=RETRY_S
-    )
+    ledger = Ledger(folder / "market")
+    provider = Stays(ledger, market, bodies, WallClock(), retry_s=RETRY_S)
     watch = asyncio.create_task(provider.watch())
     try:
         yield provider
