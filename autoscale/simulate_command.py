@@ -1,4 +1,4 @@
-"""The command `simulate`: a policy over a recorded or made spot market, beside the others.
+"""The command `simulate`: policies, or the whole control loop, over a recorded or made spot market.
 
 Imported by the CLI when it is called; imports neither Ray nor torch.
 """
@@ -15,6 +15,7 @@ from autoscale.simulate.plot import draw, refuse_without_library
 from autoscale.simulate.replay import Logged
 
 if TYPE_CHECKING:
+    from autoscale.simulate.market import Market
     from autoscale.simulate.replay import Report
     from autoscale.simulate.study import Study
 
@@ -51,41 +52,41 @@ CURVE = (3.0, 12.0, 25.0, 50.0, 100.0, 200.0)
 )
 @click.option("--days", type=COUNT, default=7, show_default=True, help="Of a made-up market.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of a made-up market.")
-@click.option("--log", type=FILE, help="Write each action with its reason to this CSV.")
+@click.option("--log", type=FILE, help="Each action with its reason: CSV, with --loop JSON lines.")
 @click.option("--plot", type=FILE, help="Draw curves and course to this PNG.")
+@click.option("--loop", is_flag=True, help="Run the control loop over requests and market.")
+@click.option("--requests", type=COUNT, default=100_000, show_default=True, help="For --loop.")
+@click.option("--cap", type=COUNT, default=32, show_default=True, help="Most machines of --loop.")
+@click.option("--period-s", type=PRICE, default=60.0, show_default=True, help="Of --loop's steps.")
+@click.option(
+    "--notice-s",
+    type=click.FloatRange(min=0),
+    default=120.0,
+    show_default=True,
+    help="How long ahead a machine of --loop is told to go.",
+)
 def simulate(
     trace: Path | None, policy: str, need: int, target: float, over: int, fit_share: float,
     spot_usd: float, on_demand_usd: float, startup_s: float, depth: int, days: int, seed: int,
-    log: Path | None, plot: Path | None,
+    log: Path | None, plot: Path | None, loop: bool, requests: int, cap: int, period_s: float,
+    notice_s: float,
 ) -> None:  # fmt: skip
-    """Run spot policies over a market: learn from its first part, score on the rest."""
+    """Run spot policies over a market, or with --loop the control loop over requests as well: learn
+    from its first part, score on the rest."""
     from autoscale.simulate.bound import bound
-    from autoscale.simulate.market import made_market, read_market
     from autoscale.simulate.study import POLICIES, Study
 
     if policy not in POLICIES:
         raise ValueError(f"--policy {policy!r} is not known; known are {', '.join(POLICIES)}")
     if plot:
         refuse_without_library()
-    if trace:
-        market = read_market(
-            trace,
-            spot_usd_per_h=spot_usd,
-            on_demand_usd_per_h=on_demand_usd,
-            startup_s=startup_s,
-            depth=depth,
-        )
-    else:
-        zones = ("east-1a", "east-1b", "east-2a", "west-1a")
-        market = made_market(
-            days * 288,
-            zones,
-            depth=depth,
-            seed=seed,
-            startup_s=startup_s,
-            spot_usd_per_h=spot_usd,
-            on_demand_usd_per_h=on_demand_usd,
-        )
+    market = _market(trace, (spot_usd, on_demand_usd, startup_s), depth, days * 288, seed)
+    if loop:
+        from autoscale.simulate_loop import LoopRun, run_loop
+
+        asked = LoopRun(policy, over, fit_share, requests, cap, period_s, notice_s, seed)
+        run_loop(market, asked, log, plot)
+        return
     study = Study(market, need, int(fit_share * market.steps))
     reports = run_all(study, target, over)
     least = bound(market.part(study.fitted, market.steps), need)
@@ -98,6 +99,32 @@ def simulate(
     if plot:
         draw(curves(study, reports), shown, least, plot)
         console.print(f"drawn to {plot}")
+
+
+def _market(
+    trace: Path | None, terms: tuple[float, float, float], depth: int, steps: int, seed: int
+) -> "Market":
+    """The recorded one, or one made up. terms: spot and on-demand price, seconds to start."""
+    from autoscale.simulate.market import made_market, read_market
+
+    spot_usd_per_h, on_demand_usd_per_h, startup_s = terms
+    if trace:
+        return read_market(
+            trace,
+            spot_usd_per_h=spot_usd_per_h,
+            on_demand_usd_per_h=on_demand_usd_per_h,
+            startup_s=startup_s,
+            depth=depth,
+        )
+    return made_market(
+        steps,
+        ("east-1a", "east-1b", "east-2a", "west-1a"),
+        depth=depth,
+        seed=seed,
+        startup_s=startup_s,
+        spot_usd_per_h=spot_usd_per_h,
+        on_demand_usd_per_h=on_demand_usd_per_h,
+    )
 
 
 def run_all(study: "Study", target: float, over: int) -> "dict[str, Report]":

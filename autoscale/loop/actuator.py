@@ -38,8 +38,8 @@ class Actuator(Protocol):
         ...
 
     async def drain(self, machine_id: str, deadline_s: float) -> None:
-        """Returns at once. No new work for the machine; by deadline_s (of the shared clock) nothing may be left on
-        it: what cannot end there by then is moved. `idle` tells that it is done."""
+        """Returns at once. No new work for the machine; by deadline_s (of the shared clock) nothing
+        may be left on it: what cannot end there by then is moved. `idle` tells that it is done."""
         ...
 
     async def yield_machine(self, job: str, machine_id: str) -> None:

@@ -23,6 +23,7 @@ def hear(turn: Turn) -> None:
     for one in before.values():
         if one.token not in seen:
             _settle(turn, one, answers.get(one.token))
+    turn.changed()
     _let_go(turn)
     for machine in turn.signals.machines:
         if not turn.role_of(machine):
@@ -30,20 +31,34 @@ def hear(turn: Turn) -> None:
 
 
 def _observe(turn: Turn, answers: list[Answer]) -> None:
-    """Everything at the time of this step: a memory hears events in the order of their times."""
-    for event in turn.signals.events:
-        if event.kind in ("notice", "preempt", "price"):
-            _tell(turn, event.pool, event.kind, event.value)
+    """Everything at the time of this step: a memory hears events in the order of their times. A
+    machine counts as lost when it is doomed, for that is when the market has no more."""
     counts = {offer.name: 0 for offer in turn.signals.offers if offer.market == "spot"}
     for machine in turn.signals.machines:
-        if machine.phase != "pending" and machine.offer in counts:
+        if machine.phase != "pending" and machine.doomed_s is None and machine.offer in counts:
             counts[machine.offer] += 1
+    for pool in sorted(_lost(turn) & counts.keys()):
+        _tell(turn, pool, "preempt", counts[pool])
     for pool, count in counts.items():
         _tell(turn, pool, "held", count)
     for answer in answers:
         if answer.offer in counts and answer.kind in ("launched", "capacity"):
             kind: EventKind = "launch_ok" if answer.kind == "launched" else "launch_fail"
             _tell(turn, answer.offer, kind, counts[answer.offer])
+
+
+def _lost(turn: Turn) -> set[str]:
+    """Pools that have taken a machine since the last step, or said that they will."""
+    before = turn.doomed
+    doomed = {m.offer for m in turn.signals.machines if m.doomed_s and m.id not in before}
+    gone = {
+        offer
+        for machine, offer in turn.present.items()
+        if machine not in turn.held and machine not in turn.leaving and machine not in before
+    }
+    noticed = {turn.present.get(machine) for machine in before}
+    told = {event.pool for event in turn.signals.events if event.kind == "preempt"}
+    return doomed | gone | (told - noticed)
 
 
 def _tell(turn: Turn, pool: str, kind: EventKind, value: float) -> None:

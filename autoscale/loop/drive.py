@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from autoscale.catalog.offer import Offer
 from autoscale.loop.actions import Action, Decision, Drain, Launch, Return, Serve, Terminate, Yield
 from autoscale.loop.actuator import Actuator, Service
-from autoscale.loop.signals import Answer, Held, Phase, Signals
+from autoscale.loop.signals import Answer, Held, Phase, RoleLoad, Signals
 from autoscale.loop.step import ROLES, Loop
 from autoscale.loop.turn import TRAINING
 from autoscale.providers.provider import LaunchRefused, Machine, Provider
@@ -76,6 +76,10 @@ class Driver:
             for one in waiting:
                 one.cancel()
 
+    def load(self, role: str) -> RoleLoad | None:
+        """The role's load as last heard of."""
+        return self._service.load.get(role)
+
     async def once(self) -> Decision | None:
         """One step; None where the machines could not be listed."""
         signals = await self._signals()
@@ -114,7 +118,7 @@ class Driver:
         return Signals(
             self._clock.now_s(),
             load,
-            tuple(held(machine, self._service) for machine in there),
+            held(there, self._service),
             tuple(self._untold),
             self._offers,
             self._answers,
@@ -194,9 +198,13 @@ async def in_time(clock: Clock, deadline_s: float, call: Coroutine[Any, Any, T])
         timer.cancel()  # type: ignore[attr-defined]
 
 
-def held(machine: Machine, service: Service) -> Held:
-    """The machine as the loop sees it: what the provider says of it, and what the service does."""
-    job = next((one.job for one in service.training if machine.id in one.machines), None)
+def held(machines: Sequence[Machine], service: Service) -> tuple[Held, ...]:
+    """Machines as the loop sees them: what the provider says of them, and what the service does."""
+    jobs = {machine: claim.job for claim in service.training for machine in claim.machines}
+    return tuple(_held(machine, service, jobs.get(machine.id)) for machine in machines)
+
+
+def _held(machine: Machine, service: Service, job: str | None) -> Held:
     role = f"{TRAINING}{job}" if job is not None else service.roles.get(machine.id, "")
     phase: Phase = "pending" if machine.state == "pending" else "starting"
     if machine.id in service.draining:

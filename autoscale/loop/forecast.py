@@ -1,8 +1,10 @@
 """How many tokens per second will arrive when a machine bought now could answer.
 
-Holt's method (level and damped trend) over uneven steps, and on top of it the given quantile of
-what it was wrong by lately, at just that horizon. Without a season: over the minutes that a machine
-takes to start, a day's swing is a straight line. Values are immutable: observing makes a new one.
+A smoothed level and a smoothed slope that is damped ahead (as in Holt's method, but the level does
+not follow the slope: it would swing through after a jump), over uneven steps; on top of it the
+given quantile of what that was wrong by lately, at just that horizon. Without a season: over the
+minutes that a machine takes to start, a day's swing is a straight line. Values are immutable:
+observing makes a new one.
 """
 
 import math
@@ -35,8 +37,7 @@ class Forecast:
         rate = tokens / step_s
         if self.level is None:
             return Forecast(rate, 0.0, now_s, ((now_s + horizon_s, rate),), (), (rate,))
-        expected = self.level + self._drift(step_s)
-        level = expected + (1 - math.exp(-step_s / LEVEL_S)) * (rate - expected)
+        level = self.level + (1 - math.exp(-step_s / LEVEL_S)) * (rate - self.level)
         share = 1 - math.exp(-step_s / TREND_S)
         trend = self.trend + share * ((level - self.level) / step_s - self.trend)
         due = bisect_left(self.made, (now_s, math.inf))
@@ -57,8 +58,9 @@ class Forecast:
         return max(0.0, (self.level or 0.0) + self._drift(horizon_s))
 
     def upper(self, horizon_s: float, quantile: float) -> float:
-        """What arrivals stay below with about this chance; at most SURGE times what was seen, so
-        that one surprise cannot buy without end."""
+        """What arrivals stay below with about this chance. At least what arrives now, for machines
+        that are there need not be foreseen; at most SURGE times what was seen, so that one surprise
+        cannot buy without end."""
         if self.level is None:
             return 0.0
         margin = 0.0
@@ -66,7 +68,7 @@ class Forecast:
             ordered = sorted(self.errors)
             margin = max(0.0, ordered[min(len(ordered) - 1, int(quantile * len(ordered)))])
         most = SURGE * max(self.level, *self.rates)
-        return min(most, self.expected(horizon_s) + margin)
+        return min(most, max(self.level, self.expected(horizon_s) + margin))
 
     def _drift(self, ahead_s: float) -> float:
         """What the trend adds, each second of it worth less than the one before."""

@@ -121,12 +121,13 @@ def _measured(
 def _wanted(
     mind: RoleMind, load: RoleLoad, at: Moment, scale: RoleScale, settings: AutoscaleSettings
 ) -> Wanted:
-    """Replicas for this step's view of what comes and what waits, before any delay."""
+    """Replicas for this step's view of what comes and what waits, before any delay. What waits
+    counts for no more than what comes: those bought for that will work it off as well."""
     if not mind.rate:
         one = 1 if load.queued_tokens else -1
         return Wanted(at.now_s, mind.need + max(0, one), mind.need + one)
     coming = mind.forecast.upper(at.horizon_s, settings.quantile)
-    waiting = load.queued_tokens / settings.backlog_s
+    waiting = min(load.queued_tokens / settings.backlog_s, max(coming, mind.rate))
     each = mind.rate * settings.filled
     up = (coming + waiting) / each
     down = (coming * (1 + settings.band) + waiting) / each

@@ -15,13 +15,17 @@ MARGIN = 0.1  # of a notice, kept free before its end
 
 
 def doomed(turn: Turn) -> None:
-    """What the market will take is drained at once, whatever is needed: it goes anyway."""
+    """What the market will take counts no more, so that a replacement is bought at once, and serves
+    on as long as its work can still leave it in time. Then it is drained, whatever is needed."""
     for machine in turn.signals.machines:
         if machine.doomed_s is None or machine.id in turn.leaving or not turn.serves(machine):
             continue
         left_s = machine.doomed_s - turn.now_s
+        drain_s = turn.settings.drain_s
+        if machine.phase == "ready" and left_s > drain_s * (1 + MARGIN) + turn.settings.period_s:
+            continue
         empty = machine.phase in ("pending", "starting")
-        wait_s = min(turn.settings.drain_s, max(0.0, left_s * (1 - MARGIN)))
+        wait_s = min(drain_s, max(0.0, left_s * (1 - MARGIN)))
         deadline_s = turn.now_s + (0.0 if empty else wait_s)
         turn.leave(machine.id, deadline_s, f"the market takes it in {left_s:.0f} s")
 
@@ -32,10 +36,12 @@ def part(turn: Turn, role: str, wish: Wish) -> None:
     answering = sum(member.stage == "ready" for member in members)
     kept = len(members)
     over = kept - turn.scale(role).cap
+    least = min(wish.target, turn.scale(role).cap)
+    if kept <= max(least, need):
+        return
     surplus = list(wish.surplus)
     if over > 0:
         surplus.insert(0, Surplus(members, over, f"above the cap of {turn.scale(role).cap}"))
-    least = min(wish.target, turn.scale(role).cap)
     gone: set[str] = set()
     for member, reason in _ordered(turn, surplus):
         if member.token in gone or kept - 1 < max(least, need):

@@ -85,12 +85,11 @@ def make_loop(head: Head) -> Loop:
 def _chain(plain: dict[str, Any]) -> Chain:
     arrays = ("drop", "rise", "drop_to", "rise_to", "scarce", "drops", "expected")
     names = ("pools", "regions", "levels")
-    return Chain(
-        **{
-            key: np.array(value) if key in arrays else tuple(value) if key in names else value
-            for key, value in plain.items()
-        }
-    )
+    fields: dict[str, Any] = {
+        key: np.array(value) if key in arrays else tuple(value) if key in names else value
+        for key, value in plain.items()
+    }
+    return Chain(**fields)
 
 
 class FileLog:

@@ -16,7 +16,7 @@ Answered = Literal["launched", "capacity", "quota", "throttled", "invalid", "fai
 
 def refuse_not_finite(value: object, *fields: float | None) -> None:
     """ValueError where a number is infinite or none at all: nothing could be decided with it."""
-    if not all(field is None or math.isfinite(field) for field in fields):
+    if not math.isfinite(sum(filter(None, fields))):
         raise ValueError(f"{value}: a number is not finite; finite ones are accepted, or none")
 
 
@@ -94,8 +94,8 @@ class TrainingClaim:
 @dataclass(frozen=True, slots=True)
 class Signals:
     """One step's input. load: by role; a role that is absent could not be asked. events: of the
-    provider since the last step; of them the loop reads notices, losses and prices (its launches it
-    knows from `answers`). machines: in the order of their launches."""
+    provider since the last step; of them the loop reads losses (notices it sees on the machines,
+    its launches it knows from `answers`). machines: in the order of their launches."""
 
     now_s: float
     load: Mapping[str, RoleLoad]

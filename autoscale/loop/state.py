@@ -44,7 +44,8 @@ class Leaving:
 class LoopState:
     """minds: by role. shut: by offer. leaving: by machine. lent: machine -> role, of those that
     training gave. short: role -> since when too few answer. warned: about -> when last. offers: all
-    that were ever on sale, for machines that outlive their offer."""
+    that were ever on sale, for machines that outlive their offer. present: machine -> offer, of
+    those that were there at the last step; doomed: of them, those that the market had claimed."""
 
     memory: Memory
     number: int = 0
@@ -57,4 +58,6 @@ class LoopState:
     short: Mapping[str, float] = field(default_factory=dict)
     warned: Mapping[str, float] = field(default_factory=dict)
     offers: Mapping[str, Offer] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    doomed: frozenset[str] = frozenset()
     last_s: float | None = None

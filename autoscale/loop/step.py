@@ -110,7 +110,16 @@ def _note_short(turn: Turn, role: str) -> None:
 def _serve(turn: Turn, role: str) -> None:
     """The role's machines that are there and stay, if the service counts on others."""
     members = turn.members(role)
-    wanted = tuple(member.id for member in members if member.stage in ("starting", "ready"))
+    staying = {member.id for member in members if member.stage in ("starting", "ready")}
+    staying |= {
+        machine.id
+        for machine in turn.signals.machines
+        if machine.doomed_s is not None
+        and machine.phase == "ready"
+        and machine.id not in turn.leaving
+        and turn.role_of(machine) == role
+    }
+    wanted = tuple(machine.id for machine in turn.signals.machines if machine.id in staying)
     counted = {
         machine.id
         for machine in turn.signals.machines
@@ -144,5 +153,7 @@ def _remembered(turn: Turn, number: int) -> LoopState:
         turn.short,
         turn.warned,
         turn.offers,
+        {machine.id: machine.offer for machine in turn.signals.machines},
+        frozenset(m.id for m in turn.signals.machines if m.doomed_s is not None),
         turn.now_s,
     )

@@ -31,6 +31,7 @@ def take(turn: Turn, role: str) -> None:
             return
         machine = _left(turn, giver)[-1]
         turn.lent[machine] = role
+        turn.changed()
         reason = (
             f"{role} lacks {lacking}: ${giver.shrink_usd:.2f} is no more than the "
             f"${worth_usd:.2f} of waiting for a new machine"

@@ -4,6 +4,7 @@ Made at the beginning of a step and thrown away at its end; nothing outside a st
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,7 @@ class Turn:
         self.asked = list(state.asked)
         self.shut = dict(state.shut)
         self.leaving = dict(state.leaving)
+        self.present, self.doomed = state.present, state.doomed
         self.lent = dict(state.lent)
         self.short = dict(state.short)
         self.warned = dict(state.warned)
@@ -48,13 +50,15 @@ class Turn:
         self.actions: list[Action] = []
         self.trouble: dict[str, str] = {}  # role -> why something it wanted was not had
         self.held = {machine.id: machine for machine in signals.machines}
+        self._by_role: dict[str, list[Member]] = {}  # forgotten whenever something changes
+        self._bought = Counter(machine.offer for machine in signals.machines)
 
     def scale(self, role: str) -> RoleScale:
         found: RoleScale = getattr(self.settings, role)
         return found
 
     def role_of(self, machine: Held) -> str:
-        return self.lent.get(machine.id, machine.role)
+        return self.lent.get(machine.id, machine.role) if self.lent else machine.role
 
     def serves(self, machine: Held) -> bool:
         """It is a machine of one of our roles: not training's, and not a stranger."""
@@ -68,6 +72,15 @@ class Turn:
 
     def members(self, role: str) -> list[Member]:
         """In the order of their launches, those only asked for last."""
+        if role not in self._by_role:
+            self._by_role[role] = self._members(role)
+        return self._by_role[role]
+
+    def changed(self) -> None:
+        """Members have come or gone."""
+        self._by_role.clear()
+
+    def _members(self, role: str) -> list[Member]:
         there = [
             Member(
                 machine.id,
@@ -93,8 +106,7 @@ class Turn:
 
     def bought(self, offer: str) -> int:
         """Machines of an offer that are held, on their way out, or asked for."""
-        held = sum(machine.offer == offer for machine in self.signals.machines)
-        return held + sum(one.offer == offer for one in self.asked)
+        return self._bought[offer] + sum(one.offer == offer for one in self.asked)
 
     def is_open(self, offer: Offer) -> bool:
         """It may be asked for now: not shut, and within its quota."""
@@ -106,12 +118,16 @@ class Turn:
         self.tokens += 1
         token = f"{role}/{self.name}/{self.tokens}"
         self.asked.append(Asked(token, offer.name, role, self.now_s, reason))
+        if role in self._by_role:
+            member = Member("", token, offer, "asked", self.now_s)
+            self._by_role[role] = [*self._by_role[role], member]
         self.actions.append(Launch(offer.name, role, token, reason))
 
     def part(self, member: Member, reason: str, job: str = "") -> None:
         """Send a member away: what was only asked for is forgotten, what does not answer yet is
         given back, what does is drained first."""
         if member.stage == "asked":
+            self.changed()
             self.asked = [one for one in self.asked if one.token != member.token]
             self.actions = [
                 act
@@ -126,6 +142,7 @@ class Turn:
     def leave(self, machine: str, deadline_s: float, reason: str, job: str = "") -> None:
         self.leaving[machine] = Leaving(deadline_s, reason, job)
         self.lent.pop(machine, None)
+        self.changed()
         if deadline_s <= self.now_s:
             self.actions.append(Terminate(machine, reason))
         elif self.held[machine].phase != "draining":

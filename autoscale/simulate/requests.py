@@ -19,12 +19,18 @@ from autoscale.spot.fleet import Node
 
 
 class Request(NamedTuple):
-    """arrival_s, tokens in and out; done_tokens: of the output, what is there already."""
+    """arrival_s, tokens in and out; done_tokens: of the output, what is there already; first_s:
+    when the first of it was, None before."""
 
     arrival_s: float
     input_tokens: int
     output_tokens: int
     done_tokens: float = 0.0
+    first_s: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Quantiles:
     total: int = 0
 
     def add(self, duration_s: float) -> None:
-        cell = max(0, int(math.log(max(duration_s, FIRST_S) / FIRST_S) / CELL))
+        cell = int(math.log(duration_s / FIRST_S) / CELL) if duration_s > FIRST_S else 0
         self.counts[cell] = self.counts.get(cell, 0) + 1
         self.total += 1
 
@@ -96,9 +102,12 @@ class RequestLoad:
         memory_steps: int = 6,
     ) -> None:
         self.speed = speed
-        self.first_s, self.whole_s = Quantiles(), Quantiles()
+        self.first_s, self.whole_s, self.token_s = Quantiles(), Quantiles(), Quantiles()
+        self.recent_first_s = Quantiles()  # of those that ended since somebody last emptied it
         self.served = self.moved = self.restarted = 0
         self.lost_tokens = 0.0
+        self.arrived_tokens = self.queued_tokens = 0
+        self.draining: set[int] = set()  # machines that take no new work
         self._arrivals, self._next = arrivals, next(arrivals, None)
         self._queue: deque[Request] = deque()
         self._slots: list[tuple[float, int]] = []  # free from, machine
@@ -121,7 +130,7 @@ class RequestLoad:
         self._join(nodes)
         self._from_s, self._busy_s = from_s, 0.0
         while (self._queue or self._take(until_s)) and self._start(self._queue[0], until_s):
-            self._queue.popleft()
+            self.queued_tokens -= self._queue.popleft().tokens
         while self._take(until_s):
             pass
         self._recent.append(self._busy_s)
@@ -134,6 +143,8 @@ class RequestLoad:
             return False
         self._busy_s += self.speed.takes_s(self._next)
         self._queue.append(self._next)
+        self.arrived_tokens += self._next.tokens
+        self.queued_tokens += self._next.tokens
         self._next = next(self._arrivals, None)
         return True
 
@@ -142,9 +153,16 @@ class RequestLoad:
         if one.end_s > by_s:
             return False
         self.served += 1
-        self.first_s.add(one.first_s - one.request.arrival_s)
-        self.whole_s.add(one.end_s - one.request.arrival_s)
+        request = one.request
+        self.first_s.add(one.first_s - request.arrival_s)
+        self.recent_first_s.add(one.first_s - request.arrival_s)
+        self.whole_s.add(one.end_s - request.arrival_s)
+        self.token_s.add((one.end_s - one.first_s) / max(1, request.output_tokens - 1))
         return True
+
+    def running(self, node: int) -> int:
+        """Requests that it is serving."""
+        return len(self._running.get(node, ()))
 
     def lost(self, now_s: float, nodes: Sequence[Node]) -> None:
         """Machines that the market took: what they were serving is served elsewhere, first."""
@@ -154,12 +172,15 @@ class RequestLoad:
                 if not self._ended(one, now_s):
                     back.append(self._taken_up(one, now_s))
         self._queue.extendleft(sorted(back, key=lambda request: -request.arrival_s))
+        self.queued_tokens += sum(request.tokens for request in back)
 
     def _taken_up(self, one: _Running, now_s: float) -> Request:
         """The request as it goes on elsewhere."""
         request = one.request
         prompt_s = request.input_tokens / self.speed.prompt_tokens_per_s
         made = max(0.0, now_s - one.start_s - prompt_s) / self.speed.token_s
+        if made >= 1:
+            request = request._replace(first_s=one.first_s)
         if self.speed.hand_over_s is None or made < 1:
             self.restarted += 1
             self.lost_tokens += made
@@ -171,7 +192,8 @@ class RequestLoad:
 
     def _join(self, nodes: Sequence[Node]) -> None:
         held = {node.id for node in nodes}
-        self._slots = [slot for slot in self._slots if slot[1] in held]
+        free = held - self.draining
+        self._slots = [slot for slot in self._slots if slot[1] in free]
         for node in nodes:
             if node.id not in self._running:
                 self._running[node.id] = []
@@ -192,7 +214,9 @@ class RequestLoad:
         if start_s >= until_s:
             return False
         end_s = start_s + self.speed.takes_s(request)
-        first_s = start_s + request.input_tokens / self.speed.prompt_tokens_per_s
+        first_s = request.first_s
+        if first_s is None:
+            first_s = start_s + request.input_tokens / self.speed.prompt_tokens_per_s
         heapq.heapreplace(self._slots, (end_s, node))
         self._running[node].append(_Running(end_s, start_s, first_s, request))
         return True
