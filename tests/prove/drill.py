@@ -29,7 +29,7 @@ LASTS_S = 1320 / COMPRESS
 NOTICE_S = 30 / COMPRESS
 STARTUP_S = 6.0
 MOST = 2  # machines of a zone
-STREAMS = 4
+STREAMS = 8
 KILLS = 3  # one at 600 s, one of each zone at 1200 s
 SETTINGS = {
     "engine": {"kv_tokens": 4096},
@@ -109,7 +109,7 @@ def _scene() -> Scene:
         lines = " ".join(f"Letter {n} has {chance.randrange(99)} words." for n in range(8))
         text = f"{number}. {lines} Write to a friend, first of {topics}."
         seeded = Sampling(chance.choice([0.0, 0.8]), seed=number)
-        limits = Limits(chance.randint(48, 128), ignore_eos=True)
+        limits = Limits(chance.randint(64, 160), ignore_eos=True)
         prompt = tuple(tokenizer.encode(text))
         return Request(f"drill-{number}", prompt, seeded, limits, CacheKey("drill", "", ""))
 

@@ -25,7 +25,6 @@ from serve.state import ReplicaState
 
 READY_S = 120.0
 RETRY_S = 1.0
-QUIET_MACHINES = 2  # of the undisturbed run
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Scene:
     streams: int
     lasts_s: float
     begin_with: int = 2
+    quiet_machines: int = 2
 
     def head(self) -> Head:
         """What the loop is made of."""
@@ -135,10 +135,10 @@ async def undisturbed(scene: Scene, folder: Path, numbers: Sequence[int]) -> Out
     calm = LocalMarket(scene.market.offers, (), scene.market.notice_s)
     offer = calm.offers[0]
     async with _market(calm, folder) as provider, _served(scene, folder) as service:
-        made = [await provider.launch(offer, f"{n}") for n in range(QUIET_MACHINES)]
+        made = [await provider.launch(offer, f"{n}") for n in range(scene.quiet_machines)]
         await _until(lambda: all(m.state == "running" for m in provider.ledger.machines.values()))
         await service.controller.place("decode", [machine.id for machine in made])
-        await _until(lambda: len(service.ingress.directory.ready("decode")) == QUIET_MACHINES)
+        await _until(lambda: len(service.ingress.directory.ready("decode")) == scene.quiet_machines)
         waiting = iter(numbers)
         await asyncio.gather(
             *(_stream(scene, service, outcome, waiting) for _ in range(scene.streams))

@@ -20,7 +20,6 @@ from serve.machines.channel import Channel
 from serve.machines.clients import socket_of
 from serve.machines.launcher import MachineLauncher
 from serve.machines.service import MachineService
-from serve.record import Record
 from tests.models.tiny import write_byte_level
 from tests.serving.tiny import collect, mixed_requests, request, settings, solo_tokens, until
 
@@ -72,8 +71,15 @@ async def served(
             yield service, processes
 
 
-def under_way(records: dict[str, Record], count: int) -> bool:
+def on(service: MachineService, name: str) -> str:
+    """The replica on a machine."""
+    entries = service.controller.directory().entries
+    return next(e.replica_id for e in entries if e.replica_id.endswith(f".{name}"))
+
+
+def under_way(service: MachineService, count: int) -> bool:
     """Whether so many long answers have begun."""
+    records = service.ingress._records
     found = [r for name, r in records.items() if name.startswith("long")]
     return len(found) == count and all(len(r.sequence.output) > 5 for r in found)
 
@@ -92,82 +98,82 @@ def ready(service: MachineService) -> list[str]:
     return [entry.replica_id for entry in service.ingress.directory.ready("decode")]
 
 
-def test_tokens_are_those_of_one_process_whatever_is_killed(
-    tmp_path: Path, chosen: Settings, model: build.Model
-):
-    """One machine is killed under load; no request notices."""
-    requests = of_model(mixed_requests(16, seed=5), model)
-    long = [request(f"long-{n}", [*range(10 + n, 40)], 120, ignore_eos=True) for n in range(4)]
+def test_one_life_on_three_machines(tmp_path: Path, chosen: Settings, model: build.Model):
+    """Found again, drained, killed, hung: every request gets the tokens of one process. One test,
+    for a machine takes seconds of torch to start."""
 
     async def work() -> None:
-        async with served(tmp_path, chosen, ["a", "b"]) as (service, processes):
-            tasks = [asyncio.create_task(collect(service, r)) for r in (*long, *requests)]
-            records = service.ingress._records
-            await until(lambda: under_way(records, len(long)), START_S)
-            processes["a"].kill()
-            await service.controller.place("decode", ["b"])
-            made = await asyncio.gather(*tasks)
-            assert service.ingress.resumed > 0
-            for one, tokens in zip((*long, *requests), made, strict=True):
-                assert tokens == solo_tokens(model, one)
-            assert [name.split(".")[1] for name in ready(service)] == ["b"]
+        async with served(tmp_path, chosen, ["a", "b", "c"]) as (service, processes):
+            await errors_cross_as_what_they_are(service, tmp_path)
+            await a_drained_machine_hands_its_pages_on(service, model)
+            await a_killed_machine_is_not_noticed(service, model, processes["b"])
+            await a_hung_machine_that_dies_is_lost(service, processes["c"])
 
     play(work())
 
 
-def test_what_a_drained_machine_has_goes_on_elsewhere_with_its_pages(
-    tmp_path: Path, chosen: Settings, model: build.Model
-):
-    """Nothing is computed again, though the two share no process and the drain has no time to
-    wait for an end."""
-    long = [request(f"long-{n}", [*range(10 + n, 40)], 200, ignore_eos=True) for n in range(2)]
-
-    async def work() -> None:
-        async with served(tmp_path, chosen, ["a", "b"]) as (service, _):
-            tasks = [asyncio.create_task(collect(service, one)) for one in long]
-            records = service.ingress._records
-            await until(lambda: under_way(records, len(long)), START_S)
-            await service.controller.leave("a", 0.5)
-            made = await asyncio.gather(*tasks)
-            for one, tokens in zip(long, made, strict=True):
-                assert tokens == solo_tokens(model, one)
-            await until(lambda: [name.split(".")[1] for name in ready(service)] == ["b"])
-            seen = {name.split(".")[1]: state for name, state in service.launcher.seen.items()}
-            assert seen["a"].draining and not seen["a"].stats.running
-            await service.launcher.ping(ready(service)[0])
-            seen = {name.split(".")[1]: state for name, state in service.launcher.seen.items()}
-            assert seen["b"].migrated.requests == service.ingress.resumed == 1
-            assert seen["b"].migrated.tokens > 30 and seen["b"].migrated.failed == 0
-            assert seen["b"].stats.recomputed_tokens == 0
-
-    play(work())
+async def errors_cross_as_what_they_are(service: MachineService, folder: Path) -> None:
+    known = ready(service)
+    other = MachineLauncher(service.launcher.settings, folder)
+    socket_of(folder, "gone").touch()
+    assert await other.running() == dict.fromkeys(known, "decode")
+    await other.close()
+    with pytest.raises(ReplicaLost, match="decode-9 is not here"):
+        await Channel(socket_of(folder, "a")).call("ping", replica_id="decode-9")
+    with pytest.raises(ValueError, match="no call 'dance'"):
+        await Channel(socket_of(folder, "a")).call("dance", replica_id=on(service, "a"))
+    with pytest.raises(ReplicaLost, match="lease x has ended"):
+        await service.launcher.connect_decode(on(service, "a")).export("x", 0)
+    with pytest.raises(ValueError, match=r"prefill\.replicas = 0 is accepted"):
+        await service.launcher.start("prefill", "prefill-1.a")
 
 
-def test_replicas_are_found_again_and_errors_cross(tmp_path: Path, chosen: Settings):
-    async def work() -> None:
-        async with served(tmp_path, chosen, ["a"]) as (service, processes):
-            [known] = ready(service)
-            client = service.launcher.connect_decode(known)
-            other = MachineLauncher(chosen, tmp_path)
-            socket_of(tmp_path, "gone").touch()
-            assert await other.running() == {known: "decode"}
-            await other.close()
-            with pytest.raises(ReplicaLost, match="decode-9 is not here"):
-                await Channel(socket_of(tmp_path, "a")).call("ping", replica_id="decode-9")
-            with pytest.raises(ValueError, match="no call 'dance'"):
-                await Channel(socket_of(tmp_path, "a")).call("dance", replica_id=known)
-            with pytest.raises(ReplicaLost, match="cannot be reached"):
-                await Channel(socket_of(tmp_path, "z")).call("running")
-            with pytest.raises(ValueError, match=r"prefill\.replicas = 0 is accepted"):
-                await service.launcher.start("prefill", "prefill-1.a")
-            await service.launcher.drain(known, 0.0)
-            with pytest.raises(Draining):
-                await client.submit(b"", "ingress-1")
-            os.kill(processes["a"].pid, signal.SIGSTOP)
-            hung = asyncio.create_task(client.abort(["x"]))
-            await asyncio.sleep(0.05)
-            processes["a"].kill()
-            with pytest.raises(ReplicaLost):
-                await hung
+async def a_drained_machine_hands_its_pages_on(service: MachineService, model: build.Model) -> None:
+    """Nothing is computed again, though the replicas share no process and half a second is too
+    short for an end."""
+    long = [request(f"long-{n}", [*range(10 + n, 40)], 150, ignore_eos=True) for n in range(3)]
+    tasks = [asyncio.create_task(collect(service, one)) for one in long]
+    await until(lambda: under_way(service, len(long)), START_S)
+    client, was = service.launcher.connect_decode(on(service, "a")), on(service, "a")
+    await service.controller.leave("a", 0.5)
+    await until(lambda: was not in ready(service))
+    with pytest.raises((Draining, ReplicaLost)):
+        await client.submit(b"", "ingress-1")
+    for one, task in zip(long, tasks, strict=True):
+        assert await task == solo_tokens(model, one)
+    await until(lambda: service.controller.directory().find(was) is None)
+    states = [await service.launcher.ping(replica_id) for replica_id in ready(service)]
+    assert sum(s.migrated.requests for s in states) == service.ingress.resumed == 1
+    assert sum(s.migrated.tokens for s in states) > 30
+    assert sum(s.stats.recomputed_tokens for s in states) == 0
+    left = service.launcher.seen[was]
+    assert left.draining and left.stats.running == 0 < left.stats.generated_tokens
 
-    play(work())
+
+async def a_killed_machine_is_not_noticed(
+    service: MachineService, model: build.Model, process: subprocess.Popen[bytes]
+) -> None:
+    requests = of_model(mixed_requests(8, seed=5), model)
+    long = [request(f"long-{n}", [*range(20 + n, 50)], 80, ignore_eos=True) for n in range(4)]
+    resumed = service.ingress.resumed
+    tasks = [asyncio.create_task(collect(service, r)) for r in (*long, *requests)]
+    await until(lambda: under_way(service, len(long)), START_S)
+    process.kill()
+    await service.controller.place("decode", ["c"])
+    for one, task in zip((*long, *requests), tasks, strict=True):
+        assert await task == solo_tokens(model, one)
+    assert service.ingress.resumed > resumed
+    assert ready(service) == [on(service, "c")]
+
+
+async def a_hung_machine_that_dies_is_lost(
+    service: MachineService, process: subprocess.Popen[bytes]
+) -> None:
+    client = service.launcher.connect_decode(on(service, "c"))
+    os.kill(process.pid, signal.SIGSTOP)
+    hung = asyncio.create_task(client.abort(["x"]))
+    await asyncio.sleep(0.05)
+    assert not hung.done()
+    process.kill()
+    with pytest.raises(ReplicaLost):
+        await hung
