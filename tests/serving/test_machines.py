@@ -16,12 +16,21 @@ from cluster.settings import Settings
 from serve import build
 from serve.clients import Draining, ReplicaLost
 from serve.engine.sequence import Request
-from serve.machines.channel import Channel
-from serve.machines.clients import socket_of
+from serve.machines.channel import Channel, listen
+from serve.machines.clients import Machines, socket_of
 from serve.machines.launcher import MachineLauncher
 from serve.machines.service import MachineService
+from serve.machines.worker import Worker
 from tests.models.tiny import write_byte_level
-from tests.serving.tiny import collect, mixed_requests, request, settings, solo_tokens, until
+from tests.serving.tiny import (
+    collect,
+    mixed_requests,
+    request,
+    settings,
+    slow,
+    solo_tokens,
+    until,
+)
 
 START_S = 60.0
 
@@ -98,18 +107,45 @@ def ready(service: MachineService) -> list[str]:
     return [entry.replica_id for entry in service.ingress.directory.ready("decode")]
 
 
-def test_one_life_on_three_machines(tmp_path: Path, chosen: Settings, model: build.Model):
-    """Found again, drained, killed, hung: every request gets the tokens of one process. One test,
-    for a machine takes seconds of torch to start."""
+def test_real_machines(tmp_path: Path, chosen: Settings, model: build.Model):
+    """Killed, and hung until killed. One test, for a machine takes seconds of torch to start."""
 
     async def work() -> None:
-        async with served(tmp_path, chosen, ["a", "b", "c"]) as (service, processes):
-            await errors_cross_as_what_they_are(service, tmp_path)
-            await a_drained_machine_hands_its_pages_on(service, model)
+        async with served(tmp_path, chosen, ["b", "c"]) as (service, processes):
             await a_killed_machine_is_not_noticed(service, model, processes["b"])
             await a_hung_machine_that_dies_is_lost(service, processes["c"])
 
     play(work())
+
+
+def test_workers_in_this_process(tmp_path: Path, chosen: Settings, model: build.Model):
+    """The same calls over the same sockets, without the wait for torch."""
+
+    async def work() -> None:
+        async with beside(tmp_path, chosen, ["a", "b"]) as (service, workers):
+            await errors_cross_as_what_they_are(service, tmp_path)
+            for worker in workers:
+                for replica in worker._replicas.values():
+                    slow(replica.result())
+            await a_drained_machine_hands_its_pages_on(service, model)
+
+    play(work())
+
+
+@asynccontextmanager
+async def beside(
+    folder: Path, chosen: Settings, names: list[str]
+) -> AsyncIterator[tuple[MachineService, list[Worker]]]:
+    """As `served`, over workers of this process."""
+    workers = {name: Worker(Machines(folder)) for name in names}
+    servers = [await listen(socket_of(folder, name), worker) for name, worker in workers.items()]
+    async with MachineService(chosen, folder) as service:
+        await service.controller.place("decode", names)
+        await until(lambda: len(ready(service)) == len(names), START_S)
+        yield service, list(workers.values())
+    for server, worker in zip(servers, workers.values(), strict=True):
+        server.close()
+        await worker.machines.close()
 
 
 async def errors_cross_as_what_they_are(service: MachineService, folder: Path) -> None:
@@ -129,25 +165,23 @@ async def errors_cross_as_what_they_are(service: MachineService, folder: Path) -
 
 
 async def a_drained_machine_hands_its_pages_on(service: MachineService, model: build.Model) -> None:
-    """Nothing is computed again, though the replicas share no process and half a second is too
-    short for an end."""
-    long = [request(f"long-{n}", [*range(10 + n, 40)], 150, ignore_eos=True) for n in range(3)]
+    """Nothing is computed again, though the drain ends long before the answers would."""
+    long = [request(f"long-{n}", [*range(10 + n, 40)], 200, ignore_eos=True) for n in range(2)]
     tasks = [asyncio.create_task(collect(service, one)) for one in long]
     await until(lambda: under_way(service, len(long)), START_S)
     client, was = service.launcher.connect_decode(on(service, "a")), on(service, "a")
-    await service.controller.leave("a", 0.5)
-    await until(lambda: was not in ready(service))
+    await service.controller.leave("a", 2.0)
+    await until(lambda: was not in ready(service), START_S)
     with pytest.raises((Draining, ReplicaLost)):
         await client.submit(b"", "ingress-1")
     for one, task in zip(long, tasks, strict=True):
         assert await task == solo_tokens(model, one)
-    await until(lambda: service.controller.directory().find(was) is None)
-    states = [await service.launcher.ping(replica_id) for replica_id in ready(service)]
-    assert sum(s.migrated.requests for s in states) == service.ingress.resumed == 1
-    assert sum(s.migrated.tokens for s in states) > 30
-    assert sum(s.stats.recomputed_tokens for s in states) == 0
-    left = service.launcher.seen[was]
-    assert left.draining and left.stats.running == 0 < left.stats.generated_tokens
+    await until(lambda: service.controller.directory().find(was) is None, START_S)
+    [left] = [await service.launcher.ping(replica_id) for replica_id in ready(service)]
+    assert left.migrated.requests == service.ingress.resumed == 1 and left.migrated.failed == 0
+    assert left.migrated.tokens > 30 and left.stats.recomputed_tokens == 0
+    gone = service.launcher.seen[was]
+    assert gone.draining and gone.stats.running == 0 < gone.stats.generated_tokens
 
 
 async def a_killed_machine_is_not_noticed(
