@@ -1,6 +1,7 @@
 """The command `plan`: what to buy for a workload, why, and what else there is.
 
-Imported by the CLI when it is called. Exit codes: 0 a plan that its check confirms, 1 there is none
+Given the log of a control loop instead, it says what was decided and why. Imported by the CLI when
+it is called. Exit codes: 0 a plan that its check confirms, 1 there is none
 (or the check finds fault with it), 2 a mistake in the workload or the options.
 """
 
@@ -39,7 +40,11 @@ class Report:
 @click.command()
 @click.argument("workload", type=FILE)
 @click.option("--planner", "name", metavar="NAME", help=f"One of {', '.join(PLANNERS.names())}.")
-@click.option("--explain", metavar="DECISION", help="An offer's name, or a bucket as 512x128.")
+@click.option(
+    "--explain",
+    metavar="DECISION",
+    help="An offer's name, or a bucket as 512x128; of a control loop's log, a decision's number.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--picture", type=FILE, help="Also draw the plan to this PNG.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the simulated arrivals.")
@@ -51,7 +56,12 @@ def plan(
     picture: Path | None,
     seed: int,
 ) -> None:
-    """What to buy for the load in WORKLOAD (TOML), at what price, and what binds it."""
+    """What to buy for the load in WORKLOAD (TOML), at what price, and what binds it. For the log of
+    a control loop (.jsonl): what it did, and why."""
+    if workload.suffix == ".jsonl":
+        from autoscale.loop_view import explain_decision
+
+        sys.exit(explain_decision(workload, explain))
     from autoscale.placement.picture import draw, refuse_without_library
 
     if picture is not None:

@@ -16,6 +16,8 @@ from cluster.settings.autoscale import AutoscaleSettings, RoleScale
 
 RATE_SHARE = 0.3  # how much one measurement of a replica's rate moves what is believed
 SLOWER = 0.9  # a replica is reckoned so much slower when the promise was missed
+BUSY_SHARE = 0.25  # of what a step served, what has to wait at both its ends to call it busy
+BUSY_S = 5.0  # and so many seconds of what all serve
 EPSILON = 1e-9
 
 
@@ -106,7 +108,7 @@ def _measured(
         settled_s = mind.settled_s if mind.settled_s is not None else at.now_s
     mind = replace(mind, settled_s=settled_s)
     served = load.arrived_tokens + mind.queued_tokens - load.queued_tokens
-    if steady and mind.queued_tokens and load.queued_tokens and served > 0:
+    if steady and served > 0 and _busy(mind, load, served):
         seen = served / (at.now_s - at.since_s) / at.ready
         rate = mind.rate + RATE_SHARE * (seen - mind.rate) if mind.rate else seen
         return replace(mind, rate=rate)
@@ -116,6 +118,16 @@ def _measured(
     if late and long_enough and mind.rate:
         return replace(mind, rate=mind.rate * SLOWER, slower_s=at.now_s)
     return mind
+
+
+def _busy(mind: RoleMind, load: RoleLoad, served: int) -> bool:
+    """No replica can have been idle: at both ends of the step a good part of what was served in it
+    waited, some seconds' worth, and all have something to do. One request that happens to wait
+    whenever somebody looks says nothing, and taken for more it would make replicas look slower,
+    their number grow, and each look slower still."""
+    waited = min(mind.queued_tokens, load.queued_tokens)
+    enough = max(BUSY_SHARE * served, BUSY_S * mind.rate * mind.ready)
+    return waited >= enough and load.running >= mind.ready
 
 
 def _wanted(

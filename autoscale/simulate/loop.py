@@ -138,7 +138,7 @@ class World:
             )
         )
         if len(self.report.course) > 2 * POINTS:
-            self.report.course = self.report.course[::2]
+            self.report.course = self.report.course[1::2]
             self._every *= 2
 
     def _ended(self) -> LoopReport:

@@ -32,9 +32,11 @@ class Change(NamedTuple):
 class Site:
     """Machines of `accelerators` each, how long ahead a loss is told, how fast weights come from
     storage and from a peer (bytes per second of one machine), and seconds to take up a new
-    configuration with everything in place."""
+    configuration with everything in place. planned: machines that rerouting chooses the shape of
+    its pipelines for, which it then keeps (0: those of the beginning)."""
 
     accelerators: int = 4
+    planned: int = 0
     notice_s: float = 30.0
     storage_bytes_per_s: float = 1e9
     peer_bytes_per_s: float = 6.25e9
@@ -153,7 +155,7 @@ class Serving:
 
     def _reroute(self, now_s: float, staying: list[str]) -> None:
         if self._shape is None:
-            count = len(staying) * self.site.accelerators
+            count = (self.site.planned or len(staying)) * self.site.accelerators
             self._shape = best_config(self.times, count, self.requests_per_s, self.tokens)
             if self._shape is None:
                 raise ValueError(f"{count} accelerators do not hold the weights")

@@ -48,16 +48,12 @@ class Question:
 def choose(question: Question) -> Choice:
     """The cheapest of all combinations; of equals the one with fewest machines. Equal questions, of
     which a quiet market asks many, are answered once."""
-    q, pools, many = question, len(question.usd_per_h), len(question.levels)
-    kept, extras = np.array(q.kept), np.array(q.extra_usd_per_h)
-    asked = np.indices((many,) * pools).reshape(pools, -1).T  # combinations x pools
-    levels = np.array(q.levels)
-    machines = levels[asked]
+    q, pools, extras = question, len(question.usd_per_h), np.array(question.extra_usd_per_h)
+    asked, below = _below(q.kept, q.levels, q.regions, q.together)
+    machines = np.array(q.levels)[asked]
     cost = machines @ np.array(q.usd_per_h)
     for pool in range(pools):
         cost = cost + extras[pool, asked[:, pool]]
-    left = left_distribution(asked, kept, levels, q.regions, q.together)
-    below = np.concatenate([np.zeros((len(asked), 1)), np.cumsum(left, axis=1)], axis=1)
     on_demand = np.arange(q.need + 1)
     short = below[:, np.clip(q.need - on_demand, 0, below.shape[1] - 1)]
     total = cost[:, None] + on_demand * q.on_demand_usd_per_h + q.short_usd_per_h * short
@@ -69,6 +65,17 @@ def choose(question: Question) -> Choice:
         float(paid),
         float(short[row, extra]),
     )
+
+
+@lru_cache(maxsize=4)
+def _below(
+    kept: Table, levels: tuple[int, ...], regions: tuple[str, ...], together: float
+) -> tuple[Ints, Floats]:
+    """Every combination (combinations x pools), and the chances that fewer than 0, 1, ... machines
+    are left of it. The same for every need, and a load changes more often than a market."""
+    asked = np.indices((len(levels),) * len(kept)).reshape(len(kept), -1).T
+    left = left_distribution(asked, np.array(kept), np.array(levels), regions, together)
+    return asked, np.concatenate([np.zeros((len(asked), 1)), np.cumsum(left, axis=1)], axis=1)
 
 
 def left_distribution(

@@ -110,3 +110,17 @@ def test_only_rerouting_computes_again():
     rerouting, migrating = served("rerouting", changes, 0.3), served("migrating", changes, 0.3)
     assert rerouting.recomputed_tokens > 0 == migrating.recomputed_tokens
     assert np.percentile(rerouting.latencies_s, 99) > np.percentile(migrating.latencies_s, 99)
+
+
+def test_rerouting_keeps_the_shape_it_was_planned_with():
+    """On two machines: one accelerator group each when planned for them, one pipeline over both
+    when planned for four; migrating takes no notice of it."""
+
+    def pipelines(way: Way, planned: int) -> list[tuple[int, int]]:
+        serving = Serving(way, TIMES, Site(planned=planned), 6.0, 64)
+        serving.run([0.0], [Change(0.0, ("a", "b"), ())], 10.0)
+        return [(p.config.tensor, p.config.pipeline) for p in serving.pipelines]
+
+    assert pipelines("rerouting", 0) == pipelines("rerouting", 2) == [(4, 1), (4, 1)]
+    assert pipelines("rerouting", 4) == [(4, 2)]
+    assert pipelines("migrating", 4) == pipelines("migrating", 0) == [(4, 1), (4, 1)]

@@ -164,6 +164,7 @@ MODELS = {
     "30B": Model("megatron_h7168", 16, 111.8e9, 0.2, "query_tpt0.2_cv6"),
 }
 SITES = {"As": "trace_0304_real", "Bs": "trace_0506_real"}
+HOSTS = 10  # the artifact's rerouting fixes its pipelines for all hosts that it was given
 SPOT_USD, ON_DEMAND_USD = 1.9, 3.912  # g4dn.12xlarge, per hour
 FOLDER = DATA / "spotserve"
 
@@ -183,7 +184,7 @@ def _pair(name: str, model: Model, times: LayerTimes, arrivals_s: list[float], f
     changes, end_s = _changes(file)
     p99, spot_usd = {}, 0.0
     for way in ("rerouting", "migrating"):
-        made = Serving(way, times, Site(), model.requests_per_s, 128)
+        made = Serving(way, times, Site(planned=HOSTS), model.requests_per_s, 128)
         made.run(arrivals_s, changes, end_s)
         p99[way] = float(np.percentile(made.latencies_s, 99))
         spot_usd = made.machine_s / 3600 * SPOT_USD

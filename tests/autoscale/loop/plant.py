@@ -184,9 +184,8 @@ class Served:
     def _service(self) -> Service:
         load = {}
         for role, pool in self.pools.items():
-            load[role] = RoleLoad(
-                round(pool.arrived), round(pool.queued), int(pool.queued > 0), 0.0
-            )
+            running = self.answering(role) if pool.queued > 0 else 0
+            load[role] = RoleLoad(round(pool.arrived), round(pool.queued), running, 0.0)
             pool.arrived = 0.0
         there = {name: role for name, role in self.roles.items() if name in self.cloud.rented}
         ready = {name for name in there if self.ready_s[name] <= self.cloud.clock.time_s}

@@ -258,6 +258,23 @@ def test_a_new_loop_over_old_machines_takes_them_over():
     assert not [a for _, decision in kept.steps for a in decision.actions if a.act == "launch"]
 
 
+def rates_after(load: RoleLoad, steps: int = 20) -> float:
+    """What a replica is believed to serve after so many equal steps of two of them, from 40."""
+    scale = DecodeScale(floor=2, cap=8, tokens_per_s=40.0)
+    one = loop(decode=scale)
+    state, machines = one.start(), [held("a"), held("b")]
+    for number in range(1, steps + 1):
+        state, _ = one.step(state, seen(number * PERIOD_S, machines, {"decode": load}))
+    return state.minds["decode"].rate
+
+
+def test_the_rate_of_a_replica_is_measured_while_work_waits_and_only_then():
+    """Two serve 20 s x 2 x 25 tokens in each step while 2000 wait; one that waits says nothing."""
+    assert rates_after(RoleLoad(1000, 2000, 8, 0.5)) == pytest.approx(25.0, rel=0.01)
+    assert rates_after(RoleLoad(100, 50, 2, 0.1)) == 40.0
+    assert rates_after(RoleLoad(1000, 2000, 1, 0.1)) == 40.0
+
+
 def test_the_forecast_follows_a_ramp_and_is_bounded():
     """A ramp of 1 token/s each second, seen for 20 minutes: 200 s ahead, within 10 %."""
     forecast = Forecast()
