@@ -22,10 +22,10 @@ from tests.live.service import wait_for
 from tests.models.tiny import write_byte_level
 from tests.prove.raynodes import RayNodes, ray_nodes
 
-pytestmark = [pytest.mark.live, pytest.mark.slow]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SPOT = Offer("spot-a", "t4", 2, "here", "a", "spot", 0.2, startup_s=1.0)
-READY_S = 120.0
+READY_S = 180.0
 
 
 @pytest.fixture
@@ -65,9 +65,7 @@ def test_replicas_are_where_they_were_placed_and_go_with_their_machine(
 async def _play(provider: LocalProvider, controller: Any) -> None:
     import ray
 
-    made = [await provider.launch(SPOT, token) for token in "ab"]
-    names = [machine.id for machine in made]
-    wait_for(lambda: states(provider) == ["running", "running"], "two Ray nodes", READY_S)
+    names = await two_machines(provider)
     offered = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     assert [r["accelerator:t4"] for r in offered if "accelerator:t4" in r] == [2.0, 2.0]
 
@@ -88,6 +86,19 @@ async def _play(provider: LocalProvider, controller: Any) -> None:
     left = [name for name in names if name != gone]
     wait_for(lambda: placed_on() == left, "the one that is left", READY_S)
     assert titles(provider, gone) == []
+
+
+async def two_machines(provider: LocalProvider) -> list[str]:
+    """Ask again for one that is gone: on a busy machine Ray gives up a node that starts slowly."""
+    for token in "abcdefgh":
+        there = [m.id for m in await provider.machines() if m.state != "gone"]
+        if len(there) < 2:
+            there.append((await provider.launch(SPOT, token)).id)
+        if len(there) == 2:
+            wait_for(lambda: "pending" not in states(provider), "what becomes of nodes", READY_S)
+        if states(provider).count("running") == 2:
+            return there
+    raise AssertionError("Ray started no two nodes")
 
 
 def states(provider: LocalProvider) -> list[str]:
