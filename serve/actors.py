@@ -18,12 +18,13 @@ from serve.controller import Controller, Patience
 from serve.directory import Directory
 from serve.follow import follow
 from serve.kv import shared
+from serve.places import MACHINE_LABEL, machine_of
 from serve.state import ReplicaState, Role
 
 if TYPE_CHECKING:  # the ingress and the controller run this file without torch
     from serve.decode import DecodeReplica
     from serve.prefill import PrefillReplica
-    from serve.transport import PrefillReply
+    from serve.transport import Offer, PrefillReply
 
 CONTROLLER = "controller"
 REPLICA_PREFIX = "replica/"
@@ -133,7 +134,7 @@ class PrefillActor(_Shell):
 
 
 class DecodeActor(_Shell):
-    """See DecodeReplica; it also follows the directory to know the prefill replicas."""
+    """See DecodeReplica; it also follows the directory to know the other replicas."""
 
     replica: "DecodeReplica"
 
@@ -143,16 +144,18 @@ class DecodeActor(_Shell):
     def _build(self) -> "DecodeReplica":
         from serve import build
 
+        segment = segment_prefix(self.run_id) + self.replica_id
+        connect = build.Connect(RayPrefillClient, RayDecodeClient)
         return build.decode_replica(
-            self.settings, self.model, self.replica_id, RayPrefillClient, WallClock()
+            self.settings, self.model, self.replica_id, segment, connect, WallClock()
         )
 
     async def _start(self) -> None:
         first = not self._started
         await super()._start()
         if first:
-            peers = self.replica.peers
-            self._follower = asyncio.create_task(follow(watch, peers.update, WallClock()))
+            update = self.replica.update
+            self._follower = asyncio.create_task(follow(watch, update, WallClock()))
 
     async def ping(self, ingress_id: str | None = None) -> ReplicaState:
         await self._start()
@@ -169,6 +172,12 @@ class DecodeActor(_Shell):
         await self._start()
         async for message in self.replica.tokens(ingress_id):
             yield message
+
+    async def export(self, lease_id: str, skip_tokens: int) -> "Offer":
+        return await self.replica.export(lease_id, skip_tokens)
+
+    async def acknowledge(self, lease_id: str) -> bool:
+        return await self.replica.acknowledge(lease_id)
 
 
 class ControllerActor:
@@ -197,6 +206,12 @@ class ControllerActor:
 
     async def scale(self, role: Role, replicas: int, deadline_s: float) -> None:
         await self.controller.scale(role, replicas, deadline_s)
+
+    async def place(self, role: Role, machines: list[str], drain_s: float) -> None:
+        await self.controller.place(role, machines, drain_s)
+
+    async def leave(self, machine: str, deadline_s: float) -> None:
+        await self.controller.leave(machine, deadline_s)
 
     async def drain(self, replica_id: str, deadline_s: float) -> None:
         await self.controller.drain(replica_id, deadline_s)
@@ -237,7 +252,7 @@ class RayPrefillClient:
 
 
 class RayDecodeClient:
-    """See serve.clients.DecodeClient."""
+    """See serve.clients.DecodeClient and ParkingClient."""
 
     def __init__(self, replica_id: str) -> None:
         self.replica_id = replica_id
@@ -261,6 +276,12 @@ class RayDecodeClient:
             reference = await reply(anext(stream))
             yield cast(bytes, await reply(reference))
 
+    async def export(self, lease_id: str, skip_tokens: int) -> "Offer":
+        return cast("Offer", await reply(self.actor.export.remote(lease_id, skip_tokens)))
+
+    async def acknowledge(self, lease_id: str) -> bool:
+        return cast(bool, await reply(self.actor.acknowledge.remote(lease_id)))
+
     async def ping(self, ingress_id: str | None = None) -> ReplicaState:
         return cast(ReplicaState, await reply(self.actor.ping.remote(ingress_id)))
 
@@ -275,13 +296,15 @@ class RayLauncher:
 
     async def start(self, role: Role, replica_id: str) -> None:
         chosen = self.settings.prefill if role == "prefill" else self.settings.decode
+        machine = machine_of(replica_id)
+        labels = {**chosen.labels, MACHINE_LABEL: machine} if machine else chosen.labels
         start_named(
             PrefillActor if role == "prefill" else DecodeActor,
             REPLICA_PREFIX + replica_id,
             self.settings_json,
             self.run_id,
             replica_id,
-            needs=Needs(chosen.cpus, chosen.memory_bytes, chosen.labels),
+            needs=Needs(chosen.cpus, chosen.memory_bytes, labels),
         )
 
     async def ping(self, replica_id: str) -> ReplicaState:

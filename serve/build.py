@@ -13,7 +13,7 @@ from cluster.clock import Clock
 from cluster.settings import Settings
 from cluster.settings.losses import quality_cost
 from models.detokenize import Detokenizer
-from serve.clients import ConnectPrefill
+from serve.clients import ConnectParking, ConnectPrefill
 from serve.computing import Computing, computing, on_cpu
 from serve.engine.cost import StepCost
 from serve.engine.engine import Engine
@@ -24,6 +24,7 @@ from serve.kv.device import DeviceStorage, Storage
 from serve.kv.pool import PagePool
 from serve.kv.prefix import PrefixTree
 from serve.kv.storage import KVShape, KVStorage
+from serve.migrate.keep import open_policy
 from serve.peers import PrefillPeers
 from serve.prefixes import placed_prefixes
 from serve.transport import open_transport
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from models.packed import PackedDecoder
     from serve.decode import DecodeReplica
     from serve.engine.device_runner import DeviceRunner
+    from serve.migrate.depart import Rules
     from serve.prefill import PrefillReplica
 
 log = logging.getLogger(__name__)
@@ -211,26 +213,50 @@ def prefill_replica(
     )
 
 
+class Connect(NamedTuple):
+    """How a decode replica reaches others by id: prefill ones, and what is parked elsewhere."""
+
+    prefill: ConnectPrefill
+    parking: ConnectParking
+
+
 def decode_replica(
-    settings: Settings, model: Model, replica_id: str, connect: ConnectPrefill, clock: Clock
+    settings: Settings,
+    model: Model,
+    replica_id: str,
+    segment: str,
+    connect: Connect,
+    clock: Clock,
 ) -> "DecodeReplica":
-    """A decode replica, not yet started; `connect` reaches prefill replicas by id."""
+    """A decode replica, not yet started. segment: the shared memory of its pages, for others to
+    take over what it parks; private where they never do or the bytes travel otherwise."""
     from serve.decode import DecodeReplica
 
-    made, storage = engine(settings, model, None)
+    shared = settings.migrate.pages and settings.handoff.transport == "shared_memory"
+    made, storage = engine(settings, model, segment if shared else None)
     return DecodeReplica(
         replica_id,
         made,
         storage,
         open_transport(settings.handoff.transport),
         PrefillPeers(
-            connect,
+            connect.prefill,
             prefixes=placed_prefixes(settings),
             deadline_s=settings.handoff.deadline_s,
         ),
         min_remote_tokens=settings.handoff.min_tokens,
+        connect=connect.parking,
+        rules=migration_rules(settings),
         clock=clock,
     )
+
+
+def migration_rules(settings: Settings) -> "Rules":
+    """What a drain may do. ValueError for a KV policy that does not exist."""
+    from serve.migrate.depart import Rules
+
+    chosen = settings.migrate
+    return Rules(chosen.pages, chosen.lossy, open_policy(chosen.keep), chosen.link_bytes_per_s)
 
 
 def _detokenizer(model: Model) -> Callable[[], Detokenizer]:

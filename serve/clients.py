@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from serve.state import ReplicaState
 
 if TYPE_CHECKING:
-    from serve.transport import PrefillReply
+    from serve.transport import Offer, PrefillReply
 
 
 class ReplicaLost(Exception):
@@ -40,5 +40,14 @@ class DecodeClient(Protocol):
     async def ping(self, ingress_id: str | None = None) -> ReplicaState: ...
 
 
+class ParkingClient(Protocol):
+    """A decode replica that drains, seen from the one that takes a sequence over. See Parking."""
+
+    async def export(self, lease_id: str, skip_tokens: int) -> "Offer": ...
+
+    async def acknowledge(self, lease_id: str) -> bool: ...
+
+
 ConnectPrefill = Callable[[str], PrefillClient]
 ConnectDecode = Callable[[str], DecodeClient]
+ConnectParking = Callable[[str], ParkingClient]

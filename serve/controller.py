@@ -3,21 +3,24 @@
 One task watches each replica; a replica that dies, hangs or fails is removed and another started,
 later and later when those of a role keep failing. It holds no state that it could not find again:
 after a crash of its own it lists the replicas that run and goes on. Whatever a launcher raises is
-taken as the trouble of the replica in question. No Ray here; actors.py gives it a launcher and a
-process.
+taken as the trouble of the replica in question. A role may be placed on named machines instead of
+counted: then it has one replica on each, and none elsewhere. No Ray here; actors.py gives it a
+launcher and a process.
 """
 
 import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import Coroutine, Mapping
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cluster.clock import Clock
 from serve.clients import ReplicaLost
 from serve.directory import Directory, Entry
+from serve.places import machine_of, on_machine
 from serve.state import ReplicaState, Role
 
 FIRST_BACKOFF_S = 0.5
@@ -31,7 +34,8 @@ class Launcher(Protocol):
     """Starts and stops replicas somewhere: Ray actors, or objects of this process."""
 
     async def start(self, role: Role, replica_id: str) -> None:
-        """Begin to start a replica; it is up when its first ping is answered."""
+        """Begin to start a replica, on the machine that its id names if it does (serve.places); it
+        is up when its first ping is answered."""
         ...
 
     async def ping(self, replica_id: str) -> ReplicaState:
@@ -49,6 +53,13 @@ class Launcher(Protocol):
     async def running(self) -> Mapping[str, Role]:
         """Every replica of this service that exists, whoever started it."""
         ...
+
+
+class Slot(NamedTuple):
+    """Where replicas fail and are waited for: a role, on a machine where it is placed on some."""
+
+    role: Role
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,9 @@ class Controller:
         self._ready_s: dict[str, float] = {}
         self._version = 1
         self._published = asyncio.Event()
-        self._failures: dict[Role, int] = {"prefill": 0, "decode": 0}
-        self._start_at_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}
+        self._machines: dict[Role, tuple[str, ...]] = {}
+        self._failures: Counter[Slot] = Counter()  # in a row
+        self._start_at_s: dict[Slot, float] = {}
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
@@ -120,10 +132,42 @@ class Controller:
     async def scale(self, role: Role, replicas: int, deadline_s: float) -> None:
         """Want so many replicas of a role; those too many, newest first, are drained."""
         self.wanted[role] = replicas
+        self._machines.pop(role, None)
         serving = [e.replica_id for e in self._entries.values() if _counts(e, role)]
         for replica_id in serving[replicas:]:
             self._drain_later(replica_id, deadline_s)
         await self._fill()
+
+    async def place(self, role: Role, machines: Sequence[str], drain_s: float = 0.0) -> None:
+        """Want one replica of a role on each of these machines, and none elsewhere.
+
+        Those elsewhere take nothing new, have drain_s to finish and stop. A draining one goes on
+        draining, and a machine that is named again gets a replica once it is empty.
+        """
+        self._machines[role] = tuple(dict.fromkeys(machines))
+        self.wanted[role] = len(self._machines[role])
+        for entry in list(self._entries.values()):
+            if _counts(entry, role) and machine_of(entry.replica_id) not in self._machines[role]:
+                self._drain_later(entry.replica_id, drain_s)
+        await self._fill()
+
+    async def leave(self, machine: str, deadline_s: float) -> None:
+        """Place nothing on a machine any more, and drain what is there, if anything is. Returns at
+        once. Idempotent; of several deadlines the first one counts."""
+        for role, machines in self._machines.items():
+            self._machines[role] = tuple(name for name in machines if name != machine)
+            self.wanted[role] = len(self._machines[role])
+        for entry in list(self._entries.values()):
+            if machine_of(entry.replica_id) != machine:
+                continue
+            if entry.phase == "draining":  # it waits for the drain that goes on already
+                self._later(self._hurry(entry.replica_id, deadline_s))
+            else:
+                self._drain_later(entry.replica_id, deadline_s)
+
+    async def _hurry(self, replica_id: str, deadline_s: float) -> None:
+        with contextlib.suppress(Exception):  # whoever began the drain hears of it
+            await self.launcher.drain(replica_id, deadline_s)
 
     async def drain(self, replica_id: str, deadline_s: float) -> None:
         """Route nothing new to a replica, let it finish or move its work, then stop it.
@@ -174,12 +218,14 @@ class Controller:
         except Exception as error:
             self.trouble = f"{replica_id}: {_sentence(error)}"
         self._watchers.pop(replica_id, None)
-        self.replaced += 1
-        if self._served_s(replica_id) >= STEADY_S:
-            self._failures[entry.role] = 0
-        self._count_failure(entry.role)
+        slot = _slot(entry)
+        if self._is_wanted(slot):
+            self.replaced += 1
+            if self._served_s(replica_id) >= STEADY_S:
+                self._failures[slot] = 0
+            self._count_failure(slot)
         await self._remove(replica_id)
-        await self._fill_in_time(entry.role)
+        await self._fill_in_time(slot)
 
     def _saw(self, replica_id: str, state: ReplicaState) -> None:
         """Take in an answer; ReplicaLost when it says that the replica can serve no more."""
@@ -217,53 +263,68 @@ class Controller:
         now_s = self.clock.now_s()
         return now_s - self._ready_s.get(replica_id, now_s)
 
-    def _count_failure(self, role: Role) -> None:
+    def _is_wanted(self, slot: Slot) -> bool:
+        """Whether a replica is missed there: on a machine that is given up, none is."""
+        return not slot.machine or slot.machine in self._machines.get(slot.role, ())
+
+    def _count_failure(self, slot: Slot) -> None:
         """The first failure is made good at once; each further one in a row waits twice as long."""
-        failures = self._failures[role]
-        self._failures[role] += 1
+        failures = self._failures[slot]
+        self._failures[slot] += 1
         if failures:
             delay_s = min(FIRST_BACKOFF_S * 2 ** min(failures, 10), LONGEST_BACKOFF_S)
-            self._start_at_s[role] = self.clock.now_s() + delay_s
+            self._start_at_s[slot] = self.clock.now_s() + delay_s
 
-    def _wait_s(self, role: Role) -> float:
-        """Until replicas of the role may be started again; 0 when they may now."""
-        left_s = self._start_at_s[role] - self.clock.now_s()
+    def _wait_s(self, slot: Slot) -> float:
+        """Until a replica may be started there again; 0 when it may now."""
+        left_s = self._start_at_s.get(slot, -math.inf) - self.clock.now_s()
         return left_s if left_s > 1e-3 else 0.0  # a sum of floats may fall short by a hair
 
-    async def _fill_in_time(self, role: Role) -> None:
-        """Start what is missing once the role has waited long enough after its failures."""
-        while (left_s := self._wait_s(role)) > 0:
+    async def _fill_in_time(self, slot: Slot) -> None:
+        """Start what is missing once it was waited long enough after the failures there."""
+        while (left_s := self._wait_s(slot)) > 0:
             await self.clock.sleep(left_s)
         await self._fill()
 
     async def _fill(self) -> None:
-        """Start what is missing, but nothing of a role that has to wait (`_fill_in_time` will)."""
+        """Start what is missing, but nothing where it has to wait (`_fill_in_time` will)."""
         for role in self.wanted:
-            while self._serving(role) < self.wanted[role] and not self._wait_s(role):
-                await self._start(role)
+            while (slot := self._missing(role)) is not None:
+                await self._start(slot)
+
+    def _missing(self, role: Role) -> Slot | None:
+        """Where a replica of the role is to be started next; None where there is nothing to do."""
+        if role not in self._machines:
+            slot = Slot(role, "")
+            short = self._serving(role) < self.wanted[role]
+            return slot if short and not self._wait_s(slot) else None
+        taken = {machine_of(replica_id) for replica_id in self._entries}
+        slots = (Slot(role, name) for name in self._machines[role] if name not in taken)
+        return next((slot for slot in slots if not self._wait_s(slot)), None)
 
     def _serving(self, role: Role) -> int:
         return sum(_counts(entry, role) for entry in self._entries.values())
 
-    async def _start(self, role: Role) -> None:
-        replica_id = self._new_id(role)
-        self._entries[replica_id] = Entry(replica_id, role, "starting")
+    async def _start(self, slot: Slot) -> None:
+        replica_id = self._new_id(slot)
+        self._entries[replica_id] = Entry(replica_id, slot.role, "starting")
         try:
-            await self.launcher.start(role, replica_id)
+            await self.launcher.start(slot.role, replica_id)
         except Exception as error:
             self.trouble = f"{replica_id} could not be started: {_sentence(error)}"
-            self._count_failure(role)
+            self._count_failure(slot)
             await self._remove(replica_id)
-            self._later(self._fill_in_time(role))
+            self._later(self._fill_in_time(slot))
             return
         if replica_id in self._entries:
             self._watch(self._entries[replica_id])
         else:  # drained or stopped while it was being started
             await self._stop(replica_id)
 
-    def _new_id(self, role: Role) -> str:
+    def _new_id(self, slot: Slot) -> str:
         """A name that no replica that we know of has."""
-        return next(name for n in self._numbers if (name := f"{role}-{n}") not in self._entries)
+        names = (on_machine(f"{slot.role}-{n}", slot.machine) for n in self._numbers)
+        return next(name for name in names if name not in self._entries)
 
     def _publish(self) -> None:
         self._version += 1
@@ -279,6 +340,10 @@ class Controller:
 def _counts(entry: Entry, role: Role) -> bool:
     """Whether an entry counts towards the replicas wanted of a role."""
     return entry.role == role and entry.phase != "draining"
+
+
+def _slot(entry: Entry) -> Slot:
+    return Slot(entry.role, machine_of(entry.replica_id))
 
 
 def _sentence(error: Exception) -> str:

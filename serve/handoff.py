@@ -1,4 +1,4 @@
-"""Leases on pages lent from a prefill replica to a decode replica.
+"""Leases on pages lent from a prefill replica, or one that drains, to a decode replica.
 
 A lease ends by the receiver's acknowledgement, by an abort, or by time; whichever comes first frees
 the pages, and any later end is a no-op. The sender owns the table; `sweep` is called by its own
@@ -43,10 +43,17 @@ class LeaseTable:
     counts: LeaseCounts = field(default_factory=LeaseCounts)
     _leases: dict[str, Lease] = field(default_factory=dict)
 
-    def grant(self, lease_id: str, request_id: str, free: Callable[[], object]) -> Lease:
-        """Lend what `free` gives back when the lease ends."""
+    def grant(
+        self,
+        lease_id: str,
+        request_id: str,
+        free: Callable[[], object],
+        lease_s: float | None = None,
+    ) -> Lease:
+        """Lend what `free` gives back when the lease ends; None: after the table's own time."""
         assert lease_id not in self._leases, lease_id
-        lease = Lease(lease_id, request_id, self.clock.now_s() + self.lease_s, free)
+        left_s = self.lease_s if lease_s is None else lease_s
+        lease = Lease(lease_id, request_id, self.clock.now_s() + left_s, free)
         self._leases[lease_id] = lease
         self.counts.granted += 1
         return lease
@@ -65,6 +72,10 @@ class LeaseTable:
         """End every lease whose time is up; returns how many there were."""
         now_s = self.clock.now_s()
         return self._end_all(lambda lease: lease.expires_s <= now_s, "expired")
+
+    def holds(self, lease_id: str) -> bool:
+        """Whether the lease has not ended yet."""
+        return lease_id in self._leases
 
     def __len__(self) -> int:
         return len(self._leases)

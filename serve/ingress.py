@@ -229,6 +229,7 @@ class Ingress:
             async with asyncio.timeout(ANSWER_S):
                 payload = replace(record.sequence, request=named).to_bytes()
                 await link.client.submit(payload, link.name)
+            record.sequence.parked = None  # it is that replica's to take now
             self.prefixes.note(replica_id, hashes)
             if hashes:  # a prompt of less than a page has no prefix to find
                 self.guesses.placed(choice.cached_tokens)
@@ -301,6 +302,7 @@ class Ingress:
         if record is None:
             return  # finished, given up, or resumed elsewhere meanwhile
         if isinstance(item, Moved):
+            record.sequence.parked = item.parked
             self._release(record)
             record.events.put_nowait(None)
             return
@@ -311,8 +313,7 @@ class Ingress:
             return  # delivered before
         assert item.index <= len(output), "a replica skipped a token"
         output.extend(fresh)
-        record.futile_moves = 0
-        record.sequence.cached_tokens = item.delta.cached_tokens
+        record.futile_moves, record.sequence.cached_tokens = 0, item.delta.cached_tokens
         if record.expected_tokens is not None:
             self.guesses.found(record.expected_tokens, item.delta.cached_tokens)
             record.expected_tokens = None

@@ -25,7 +25,7 @@ from serve.ingress import Ingress
 from serve.prefill import PrefillReplica
 from serve.prefixes import placed_prefixes
 from serve.state import ReplicaState, Role
-from serve.transport import PrefillReply
+from serve.transport import Offer, PrefillReply
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class LocalPrefillClient:
 
 @dataclass
 class LocalDecodeClient:
-    """See serve.clients.DecodeClient. `find` gives the replica, or raises ReplicaLost."""
+    """See serve.clients.DecodeClient and ParkingClient. `find` as above."""
 
     find: Callable[[], _Member]
 
@@ -99,6 +99,14 @@ class LocalDecodeClient:
         with contextlib.suppress(StopAsyncIteration):
             while True:
                 yield await member.call(_next(messages))
+
+    async def export(self, lease_id: str, skip_tokens: int) -> Offer:
+        member, replica = self._reach()
+        return await member.call(replica.export(lease_id, skip_tokens))
+
+    async def acknowledge(self, lease_id: str) -> bool:
+        member, replica = self._reach()
+        return await member.call(replica.acknowledge(lease_id))
 
     async def ping(self, ingress_id: str | None = None) -> ReplicaState:
         member, replica = self._reach()
@@ -126,17 +134,20 @@ class LocalLauncher:
 
     async def start(self, role: Role, replica_id: str) -> None:
         replica: PrefillReplica | DecodeReplica
+        segment = f"sanderling-{os.getpid()}-{id(self):x}-{replica_id}"
         if role == "prefill":
-            segment = f"sanderling-{os.getpid()}-{id(self):x}-{replica_id}"
             replica = build.prefill_replica(
                 self.settings, self.model, replica_id, segment, self.clock
             )
         else:
-            connect = partial(self.connect_prefill, caller_id=replica_id)
-            replica = build.decode_replica(
-                self.settings, self.model, replica_id, connect, self.clock
+            connect = build.Connect(
+                partial(self.connect_prefill, caller_id=replica_id),
+                partial(self.connect_parking, caller_id=replica_id),
             )
-            replica.peers.update(self.directory)
+            replica = build.decode_replica(
+                self.settings, self.model, replica_id, segment, connect, self.clock
+            )
+            replica.update(self.directory)
         await replica.start()
         self.members[replica_id] = _Member(role, replica)
 
@@ -163,13 +174,11 @@ class LocalLauncher:
 
     def connect_prefill(self, replica_id: str, caller_id: str) -> LocalPrefillClient:
         """For the decode replica `caller_id`. Connecting always works; calls may fail."""
+        return LocalPrefillClient(partial(self._find_for, caller_id, replica_id))
 
-        def find() -> _Member:
-            if self._find(caller_id).dead.is_set():
-                raise ReplicaLost(f"the caller {caller_id} was killed")
-            return self._find(replica_id)
-
-        return LocalPrefillClient(find)
+    def connect_parking(self, replica_id: str, caller_id: str) -> LocalDecodeClient:
+        """As connect_prefill, to a decode replica that parks what the caller takes over."""
+        return LocalDecodeClient(partial(self._find_for, caller_id, replica_id))
 
     def connect_decode(self, replica_id: str) -> LocalDecodeClient:
         """Connecting always works; calls may fail."""
@@ -180,7 +189,12 @@ class LocalLauncher:
         self.directory = directory
         for member in self.members.values():
             if isinstance(member.replica, DecodeReplica):
-                member.replica.peers.update(directory)
+                member.replica.update(directory)
+
+    def _find_for(self, caller_id: str, replica_id: str) -> _Member:
+        if self._find(caller_id).dead.is_set():
+            raise ReplicaLost(f"the caller {caller_id} was killed")
+        return self._find(replica_id)
 
     def _find(self, replica_id: str) -> _Member:
         if replica_id not in self.members:

@@ -67,6 +67,17 @@ STATUS_METRICS = {
     "handoff_bytes": _own(CounterMetricFamily, "KV bytes received by decode replicas."),
     "remote_prefills": _own(CounterMetricFamily, "Prompts computed by prefill replicas."),
     "local_prefills": _own(CounterMetricFamily, "Prompts computed by decode replicas."),
+    "migrated_requests": _own(
+        CounterMetricFamily, "Requests of drained replicas that went on from their KV."
+    ),
+    "migrated_failed": _own(
+        CounterMetricFamily, "Requests whose KV was offered but could not be had in time."
+    ),
+    "migrated_tokens": _own(CounterMetricFamily, "Tokens whose KV crossed for such requests."),
+    "migrated_bytes": _own(CounterMetricFamily, "KV bytes that crossed for such requests."),
+    "migrated_recomputed_tokens": _own(
+        CounterMetricFamily, "Tokens computed a second time after a request went on elsewhere."
+    ),
 }
 
 # Per replica, from its engine's stats.

@@ -59,4 +59,9 @@ def _counters(state: ReplicaState) -> dict[str, float]:
         "handoff_bytes": float(state.handed_bytes),
         "remote_prefills": float(state.remote_prefills),
         "local_prefills": float(state.local_prefills),
+        "migrated_requests": float(state.migrated.requests),
+        "migrated_failed": float(state.migrated.failed),
+        "migrated_tokens": float(state.migrated.tokens),
+        "migrated_bytes": float(state.migrated.bytes),
+        "migrated_recomputed_tokens": float(stats.recomputed_tokens),
     }

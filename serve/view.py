@@ -19,7 +19,7 @@ def status_tables(status: dict[str, Any], data_dir: Path) -> list[Table]:
 
 def replica_table(status: dict[str, Any]) -> Table:
     """One row per replica, from GET /status."""
-    table = Table(title=f"{status['requests']} requests open, {status['resumed']} resumed so far")
+    table = Table(title=f"{status['requests']} requests open{_went_on(status)}")
     for name in (
         "replica",
         "phase",
@@ -45,9 +45,25 @@ def replica_table(status: dict[str, Any]) -> Table:
             str(stats["waiting"] + stats["reserved"]),
             f"{busy} + {stats['evictable_pages']} cached of {stats['pages']}",
             f"{hits / asked:.0%} of {asked} tokens" if asked else "-",
-            f"{state['handed_bytes'] / MIB:.1f} MiB" if state["role"] == "decode" else "-",
+            f"{_received_bytes(state) / MIB:.1f} MiB" if state["role"] == "decode" else "-",
         )
     return table
+
+
+def _went_on(status: dict[str, Any]) -> str:
+    """How requests went on when a replica went."""
+    counted = status["metrics"]
+    with_pages, again = (
+        counted.get(f"migrated_{name}", 0.0) for name in ("requests", "recomputed_tokens")
+    )
+    return (
+        f", {status['resumed']} resumed so far ({with_pages:.0f} from their KV, "
+        f"{again:.0f} tokens computed again)"
+    )
+
+
+def _received_bytes(state: dict[str, Any]) -> int:
+    return int(state["handed_bytes"] + state["migrated"]["bytes"])
 
 
 def kernels_table(report: "Report", threads: int) -> Table:

@@ -6,15 +6,20 @@ pickle). Called by decode.py to write and ingress.py to read.
 
 import json
 from collections.abc import Iterable
+from dataclasses import astuple
 from typing import Any, NamedTuple, cast
 
-from serve.engine.sequence import Delta, Finish, Output, TokenLogprob
+from serve.engine.sequence import Delta, Finish, Output, Parked, TokenLogprob
 
 
 class Moved(NamedTuple):
-    """The replica will not go on with this request; whoever keeps its record resumes elsewhere."""
+    """The replica will not go on with this request; whoever keeps its record resumes elsewhere.
+
+    parked: where the KV it had waits for the next replica; None when that is gone.
+    """
 
     request_id: str
+    parked: Parked | None = None
 
 
 def failed(request_id: str, index: int, error: Exception) -> Output:
@@ -35,7 +40,7 @@ def unpack(message: bytes) -> list[Output | Moved]:
 
 def _row(item: Output | Moved) -> list[Any]:
     if isinstance(item, Moved):
-        return [item.request_id]
+        return [item.request_id, item.parked and astuple(item.parked)]
     d = item.delta
     reported = [[[entry.logprob, entry.top] for entry in each] for each in (d.logprobs, d.scores)]
     terms = [d.finish, d.stop, d.cached_tokens, d.error, *reported, d.embedding]
@@ -43,8 +48,8 @@ def _row(item: Output | Moved) -> list[Any]:
 
 
 def _item(row: list[Any]) -> Output | Moved:
-    if len(row) == 1:
-        return Moved(row[0])
+    if len(row) == 2:
+        return Moved(row[0], row[1] and Parked(*row[1]))
     request_id, index, ids, finish, stop, cached, error, reported, scored, embedding = row
     logprobs, scores = _logprobs(reported), _logprobs(scored)
     end = cast(Finish | None, finish)

@@ -22,6 +22,7 @@ class Machine:
     pending: asked for, not usable yet. running: usable. draining: usable, but its provider takes it
     back at `doomed_s`. gone: no more, and no more paid for; it may drop out of the listing later.
     launched_s, ready_s, doomed_s: seconds on the provider's clock; None where not so (yet).
+    doomed_s is set as soon as a notice is known, also while the machine is pending.
     token: the launch that it answers to.
     """
 

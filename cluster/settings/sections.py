@@ -226,6 +226,31 @@ class HandoffSettings(Section):
     )
 
 
+class MigrateSettings(Section):
+    """What a draining replica does with requests that cannot finish in time."""
+
+    pages: bool = Field(
+        True,
+        description="Whether their KV pages go on to the next replica; if not, it computes them "
+        "again.",
+    )
+    lossy: bool = Field(
+        False,
+        description="Whether KV of floats may cross in int8 or int4 where time is short; the "
+        "tokens that follow may then differ.",
+    )
+    keep: Literal["all"] = Field(
+        "all", description="Which pages of a sequence cross: those that this KV policy keeps."
+    )
+    link_bytes_per_s: float = Field(
+        1e9,
+        gt=0,
+        le=1e15,
+        allow_inf_nan=False,
+        description="What a replica can send, for the first plan of a drain; then it is measured.",
+    )
+
+
 class ControllerSettings(Section):
     """The actor that starts, watches and replaces replicas."""
 
@@ -294,6 +319,7 @@ class Settings(Section):
     )
     decode: DecodeSettings = DecodeSettings()
     handoff: HandoffSettings = HandoffSettings()
+    migrate: MigrateSettings = MigrateSettings()
     controller: ControllerSettings = ControllerSettings()
     observe: ObserveSettings = ObserveSettings()
     autoscale: AutoscaleSettings = AutoscaleSettings()

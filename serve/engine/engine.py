@@ -1,8 +1,9 @@
 """One model on one replica: schedule, run, sample, commit. Single-threaded; knows no Ray, no HTTP.
 
 `step()` is the whole inner loop. Sequences enter by `add` (this replica computes their prompt) or
-by `reserve` then `adopt` (another replica computed it and its pages were copied in between), and
-leave in the step that ends them. A `hold` sequence makes one token and leaves; its pages stay until
+by `reserve` then `adopt` (another replica computed it and its pages were copied in between) or
+`resume` (another replica was in the middle of it), and leave in the step that ends them, or by
+`park`. A `hold` sequence makes one token and leaves; its pages, like a parked one's, stay until
 `free_held`.
 """
 
@@ -65,13 +66,15 @@ class Engine:
         self._matchers: dict[str, Matcher] = {}
         self.scores = Scores()
         self._arrivals = 0
-        self.prompt_tokens = self.generated_tokens = self.steps = 0
+        self.prompt_tokens = self.generated_tokens = self.steps = self.recomputed_tokens = 0
+        self.step_cost = 0.0  # of the last step, in the scheduler's tokens
         self.progressed = True  # False when the last step found sequences but no pages for them
 
     def step(self) -> list[Output]:
         """Compute one batch and return what it added; [] when there is nothing to do."""
         slices = self.scheduler.schedule()
         self.progressed = bool(slices)
+        self.step_cost = sum(self.scheduler.cost.of(s.start, s.stop) for s in slices)
         if not slices:
             return []
         logits, states = self.scores.take(slices, self.runner.run(slices))
@@ -126,6 +129,23 @@ class Engine:
         self.prompt_tokens += len(sequence)
         return self._emit(sequence, token, logprob)
 
+    def resume(self, request_id: str, computed_tokens: int) -> None:
+        """Run a reserved sequence whose pages hold its first `computed_tokens` tokens."""
+        sequence = self.reserved.pop(request_id)
+        assert computed_tokens < len(sequence), "a token must be left to compute"
+        sequence.computed_tokens = max(sequence.computed_tokens, computed_tokens)
+        self.scheduler.remember(sequence)
+        self.scheduler.running.append(sequence)
+
+    def park(self, request_id: str) -> Sequence | None:
+        """Take a sequence out between two steps and hold its pages (`free_held`); None when it is
+        not here or nothing of it is computed that could go on elsewhere."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None or request_id in self.reserved or not movable_tokens(sequence):
+            return None
+        self._leave(sequence, keep_pages=True)
+        return sequence
+
     def give_up_reservation(self, request_id: str) -> None:
         """Turn a reservation into an ordinary sequence that is computed here."""
         sequence = self.reserved.pop(request_id, None)
@@ -164,6 +184,7 @@ class Engine:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             steps=self.steps,
+            recomputed_tokens=self.recomputed_tokens,
         )
 
     def check(self) -> None:
@@ -235,10 +256,18 @@ class Engine:
         """Account for the K/V that the step wrote, and share finished prompts."""
         for piece in slices:
             piece.sequence.computed_tokens = piece.stop
+            self._count_again(piece)
             if piece.stop - piece.start > 1 or not piece.sequence.output:
                 self.prompt_tokens += piece.stop - piece.start
                 if piece.samples:
                     self.scheduler.remember(piece.sequence)
+
+    def _count_again(self, piece: Slice) -> None:
+        """Count what had been computed before the sequence came here, once."""
+        sequence = piece.sequence
+        self.recomputed_tokens += max(0, min(piece.stop, sequence.known_tokens) - piece.start)
+        if piece.stop >= sequence.known_tokens:
+            sequence.known_tokens = 0
 
     def _emit(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
         """Append a token, decide whether it ends the sequence, and say so."""
@@ -296,3 +325,11 @@ class Engine:
             self.held[request_id] = sequence
         else:
             self.scheduler.release(sequence)
+
+
+def movable_tokens(sequence: Sequence) -> int:
+    """Leading tokens whose KV another replica could go on from. None of a prompt that is scored:
+    what it has found out so far is not in the KV."""
+    if sequence.table is None or sequence.request.score is not None:
+        return 0
+    return sequence.computed_tokens

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from cluster.clock import Clock
 from serve.engine.engine import Engine
+from serve.engine.pace import Pace
 from serve.engine.sequence import Output
 
 IDLE_S = 1.0  # between looks at an engine without work
@@ -63,6 +64,7 @@ class EngineLoop:
         self.clock = clock
         self.failure: str | None = None
         self.last_alive_s = clock.now_s()
+        self.pace = Pace()
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()
@@ -99,7 +101,10 @@ class EngineLoop:
             self._die(why)
 
     def _step(self) -> None:
+        began_s = self.clock.now_s()
         outputs = self.engine.step()
+        if self.engine.progressed:
+            self.pace.note(self.engine.step_cost, self.clock.now_s() - began_s)
         # Without progress only pages that a hand-off will free are worth waiting for.
         if self.engine.progressed or self.engine.reserved or self.engine.held:
             self.last_alive_s = self.clock.now_s()

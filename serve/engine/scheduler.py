@@ -144,11 +144,12 @@ class Scheduler:
             sequence.table.release()
         sequence.table = None
         sequence.computed_tokens = 0
+        sequence.exact = True  # what comes next is computed here
 
     def remember(self, sequence: Sequence) -> None:
-        """Offer the sequence's full, computed pages to the prefix tree."""
+        """Offer the sequence's full, computed pages to the prefix tree, if they are exact."""
         table = sequence.table
-        if not self.prefix_cache or table is None:
+        if not self.prefix_cache or table is None or not sequence.exact:
             return
         full = sequence.computed_tokens // self.pool.page_tokens
         if full:

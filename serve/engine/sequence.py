@@ -2,8 +2,9 @@
 
 `Request` is what was asked and never changes; `Sequence` adds what has come out so far and, on the
 replica that runs it, the pages that hold its KV. `to_bytes` carries request and output, not pages:
-KV moves by a hand-off or is computed again, and the same tokens follow either way, since every
-random draw depends on (seed, position) alone. Used by the engine, the replicas and the ingress.
+KV moves by a hand-off, is fetched from where it is parked or is computed again, and the same tokens
+follow either way, since every random draw depends on (seed, position) alone. Used by the engine,
+the replicas and the ingress.
 """
 
 from dataclasses import dataclass, field
@@ -117,13 +118,30 @@ class Output:
     delta: Delta
 
 
+@dataclass(frozen=True)
+class Parked:
+    """KV of a sequence's first `tokens` tokens, kept by a draining replica for `lease_s` more.
+
+    digest: of the cache key and those tokens, so that it is never taken for another sequence's.
+    """
+
+    replica_id: str
+    lease_id: str
+    tokens: int
+    digest: str
+    lease_s: float
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request under way: `output` so far and its pages while it runs here. Equal to itself only.
 
     computed_tokens: leading tokens whose KV is in `table`. arrival: order of arrival on this
     replica (ties, preemption). hold: keep the pages after the end, for a hand-off to take.
-    waited_steps: steps of this replica in which it had to wait, which raise its rank.
+    waited_steps: steps of this replica in which it had to wait, which raise its rank. parked: where
+    its KV waits, for the replica that takes it next. known_tokens: leading tokens that had been
+    computed before it came here. exact: False when its KV lost bits on the way, so that nobody else
+    may use it.
     """
 
     request: Request
@@ -134,6 +152,9 @@ class Sequence:
     arrival: int = 0
     hold: bool = False
     waited_steps: int = 0
+    parked: Parked | None = None
+    known_tokens: int = 0
+    exact: bool = True
 
     @property
     def request_id(self) -> str:
@@ -156,23 +177,25 @@ class Sequence:
 
     def to_bytes(self) -> bytes:
         """Everything that another replica needs to go on, as versioned JSON (never pickle)."""
-        return _BODY.dump_json(_Body(1, self.request, self.output, self.cached_tokens))
+        body = _Body(2, self.request, self.output, self.cached_tokens, self.parked)
+        return _BODY.dump_json(body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Sequence":
         """The inverse of `to_bytes`; ValueError for another format or a malformed body."""
         body = _BODY.validate_json(data, strict=True, extra="forbid")
-        return cls(body.request, body.output, cached_tokens=body.cached_tokens)
+        return cls(body.request, body.output, body.cached_tokens, parked=body.parked)
 
 
 @dataclass(frozen=True)
 class _Body:
     """A sequence as it crosses between processes."""
 
-    format: Literal[1]
+    format: Literal[2]
     request: Request
     output: list[int]
     cached_tokens: int
+    parked: Parked | None
 
 
 _BODY = TypeAdapter(_Body)

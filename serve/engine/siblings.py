@@ -53,7 +53,7 @@ class Siblings:
     def _lead(self, sequence: Sequence) -> Sequence | None:
         """The sibling that is furthest with the prompt."""
         group = self._groups.get(sequence.request.group, ())
-        others = (s for s in group if s is not sequence and s.table is not None)
+        others = (s for s in group if s is not sequence and s.table is not None and s.exact)
         return max(others, key=lambda s: s.computed_tokens, default=None)
 
 

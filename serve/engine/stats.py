@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters and gauges of one engine; tokens and pages since start."""
+    """Counters and gauges of one engine; tokens and pages since start.
+
+    recomputed_tokens: computed here though another replica had computed them before.
+    """
 
     running: int
     waiting: int
@@ -23,3 +26,4 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steps: int
+    recomputed_tokens: int = 0

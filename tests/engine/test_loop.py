@@ -170,7 +170,7 @@ def test_a_leak_is_found_when_the_engine_rests(monkeypatch):
 class Stuck:
     """An engine that has work and never gets anywhere."""
 
-    has_work, progressed = True, False
+    has_work, progressed, step_cost = True, False, 0.0
 
     def __init__(self, reserved: dict[str, object]) -> None:
         self.reserved = reserved

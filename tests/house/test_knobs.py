@@ -12,6 +12,7 @@ KNOBS = {
     "prefill": "replicas cpus memory_bytes labels threads",
     "decode": "replicas cpus memory_bytes labels threads",
     "handoff": "transport min_tokens lease_s deadline_s",
+    "migrate": "pages lossy keep link_bytes_per_s",
     "controller": "period_s ping_deadline_s start_deadline_s",
     "observe": "log_format log_level otlp_endpoint",
     "autoscale": "policy history short_price over period_s call_deadline_s up_delay_s down_delay_s "

@@ -8,7 +8,7 @@ import sys
 
 from tests.prove.table import main
 
-MODULES = ("spot", "loop")
+MODULES = ("spot", "loop", "migrate", "drill")
 
 if __name__ == "__main__":
     sys.exit(main("prove-autoscale", MODULES))

@@ -37,6 +37,10 @@ def free(replica):
     return idle and stats.free_pages + stats.evictable_pages == stats.pages
 
 
+def _nobody(replica_id):
+    raise AssertionError(f"nothing is parked at {replica_id}")
+
+
 class Gate:
     """Stops an engine before its next step until it is opened."""
 
@@ -75,11 +79,13 @@ class Pair:
             await replica.stop()
 
     async def decode(self, connect=None):
+        connect = build.Connect(connect or (lambda _: self.lender), _nobody)
+        segment = f"sanderling-test-{os.getpid()}-decode-{len(self.replicas)}"
         replica = build.decode_replica(
-            self.settings, self.model, "decode-1", connect or (lambda _: self.lender), self.clock
+            self.settings, self.model, "decode-1", segment, connect, self.clock
         )
         await replica.start()
-        replica.peers.update(Directory(1, (Entry("prefill-1", "prefill", "ready"),)))
+        replica.update(Directory(1, (Entry("prefill-1", "prefill", "ready"),)))
         self.replicas.append(replica)
         return replica
 
@@ -207,7 +213,7 @@ def test_a_silent_ingress_is_forgotten_and_told_so(model):
                 await replica.ping("i/2")
                 await pair.pass_time(SILENT_INGRESS_S / 3)
             await reader  # it ends, so that an ingress that was merely slow connects again
-            assert set(replica._jobs) == {"b"} and set(replica._channels) == {"i/2"}
+            assert set(replica._jobs) == {"b"} and set(replica._jobs.channels) == {"i/2"}
             gate.open.set()
             await until(lambda: not replica._jobs)
             await until(lambda: free(replica))

@@ -69,7 +69,7 @@ async def scrapes() -> list[Scrape]:
         "handoff": {"min_tokens": 8},
         "controller": {"period_s": 0.05},
     }
-    model = tiny.random_model()
+    model, six = tiny.random_model(), {"max_tokens": 6, "ignore_eos": True}
     async with LocalService(Settings.model_validate(sections), model) as service:
         app = build_app(service.ingress, model.text, EdgeSettings(model="m"))
         transport = httpx.ASGITransport(app)
@@ -78,7 +78,7 @@ async def scrapes() -> list[Scrape]:
             found = [read((await client.get("/metrics")).text)]
             for _ in range(3):
                 body = {"model": "m", "prompt": "a prompt worth a hand-off, and again" * 2}
-                answer = await client.post("/v1/completions", json={**body, "max_tokens": 6})
+                answer = await client.post("/v1/completions", json={**body, **six})
                 assert answer.status_code == 200, answer.text
             await client.post("/v1/completions", json={"model": "other", "prompt": "x"})
             await asyncio.sleep(0.3)  # a few pings, which carry the counters

@@ -34,6 +34,7 @@ from serve.engine.sequence import Delta, Limits, Request, Sampling
 from serve.kv.prefix import CacheKey
 from serve.kv.storage import KVShape, KVStorage
 from serve.local import LocalService
+from serve.machines.service import MachineService
 from serve.prefill import PrefillReplica
 
 PAGE_TOKENS = 4
@@ -291,7 +292,7 @@ def prefill(service: LocalService, replica_id: str | None = None) -> Any:
     return replica
 
 
-async def collect(service: LocalService, one: Request) -> list[int]:
+async def collect(service: LocalService | MachineService, one: Request) -> list[int]:
     """All tokens of a request; deltas must have exactly one finish, at the end."""
     deltas: list[Delta] = []
     async with aclosing(service.ingress.generate(one)) as stream:
