@@ -11,7 +11,6 @@ class Pace:
     """Steps noted so far; before the first, everything is believed to take no time."""
 
     def __init__(self) -> None:
-        self.recent_s = 0.0  # what a step takes on average
         self._weight = self._cost = self._seconds = self._cost_2 = self._cost_seconds = 0.0
 
     def note(self, cost: float, seconds: float) -> None:
@@ -21,7 +20,6 @@ class Pace:
         self._seconds = self._seconds * DECAY + seconds
         self._cost_2 = self._cost_2 * DECAY + cost * cost
         self._cost_seconds = self._cost_seconds * DECAY + cost * seconds
-        self.recent_s = self._seconds / self._weight
 
     def step_s(self, cost: float) -> float:
         """How long a step of that cost should take."""

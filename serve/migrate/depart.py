@@ -108,9 +108,10 @@ class Departure:
     def _terms(self) -> Terms:
         """Each move waits for a step here and there, and several are under way: about one each."""
         slowness, token_s = self._link.slowness, self._token_s()
+        step_s = self.jobs.loop.pace.step_s(len(self.jobs))
         return Terms(
             self.rules.link_bytes_per_s / slowness,
-            (MOVE_S + self.jobs.loop.pace.recent_s) * slowness,
+            (MOVE_S + step_s) * slowness,
             1 / token_s,
             CODEC_BYTES_PER_S,
         )

@@ -25,7 +25,8 @@ BACKGROUND |= {
 # What an engine without work does, and the watchers' view of it.
 IDLE = {"_take_calls", "_patience_s", "_rest", "has_work", "check", "stats", "update", "_sweep"}
 IDLE |= {"ping", "_forget_silent", "directory", "find", "_keep_alive", "sweep", "clear", "_step"}
-IDLE |= {"_end_all"}  # of leases, which a sweep does
+IDLE |= {"_end_all", "__len__"}  # of leases, which a sweep and a ping do
+IDLE |= {"heard", "_open", "forget_silent", "close_silent"}  # of channels, likewise
 
 
 class Tracer:
