@@ -248,13 +248,14 @@ def attention(
     *,
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """One layer's attention, as `layers` computes it: [N, heads * head_dim] float32.
 
     qkv [N, (heads + 2 kv_heads) * head_dim] float32: queries and keys are rotated in place; then
     keys and values are written to the layer's kv [2, pages, page_tokens, kv_heads, elements].
     """
-    made = _ops().attention(qkv, kv, heads, *step, threads, isa)
+    made = _ops().attention(qkv, kv, heads, *step, threads, isa, batch_invariant)
     return cast(torch.Tensor, made)
 
 
