@@ -1,5 +1,6 @@
-"""Attention by the matrix units (batch_invariant = False) against float64 on what a cache stores, and
-against itself in other pages, chunks and company. Single bfloat16 numbers would miss the bounds."""
+"""Attention by the matrix units (batch_invariant = False) against float64 on what a cache stores,
+and against itself in other pages, chunks and company. Single bfloat16 numbers would miss the
+bounds."""
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def stored(cache: Cache, qkv: torch.Tensor, heads: int) -> torch.Tensor:
     return attended(queries, *cache.read(0))
 
 
-@pytest.mark.parametrize("tokens", [17, 64, 257, 530])
-@pytest.mark.parametrize("heads", [2, 6, 14])
+@pytest.mark.parametrize("tokens", [17, 257, 530])
+@pytest.mark.parametrize("heads", [2, 14])
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_it_is_float64_s_attention(tokens: int, heads: int, kv_format: str):
     qkv = drawn(tokens, heads)
@@ -43,7 +44,7 @@ def test_numbers_of_eight_bits_would_miss_the_bound():
     assert error(attended(queries, keys, values), attended(*rotated(qkv.double()))) > 20 * BOUND
 
 
-@pytest.mark.parametrize("page_tokens", [1, 7, 64])
+@pytest.mark.parametrize("page_tokens", [7, 64])
 @pytest.mark.parametrize("cut", [40, 255, 300, 513])
 def test_pages_chunks_threads_and_company_change_no_bit(page_tokens: int, cut: int):
     """As long as a chunk has queries enough for the units."""
