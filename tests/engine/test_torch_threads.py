@@ -1,5 +1,5 @@
-"""What a step on a CPU asks of torch: nothing that torch might share among threads of its own, which
-would wait for cores on which the kernels' threads still spin."""
+"""What a step on a CPU asks of torch: nothing that torch might share among threads of its own,
+which would wait for cores on which the kernels' threads still spin."""
 
 from types import TracebackType
 

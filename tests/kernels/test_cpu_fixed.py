@@ -14,7 +14,7 @@ ROWS = 40  # two whole tiles and a half
 FORMS = tuple(ops.KINDS)
 COUNTS = [1, 2, 3, 6, 8, 9, 15, 16, 17, 31, 33, 64, 100, 512]
 BOUND = 1e-3
-ACTIVATIONS = ("accurate", "fast")
+ACTIVATIONS: tuple[ops.Activations, ...] = ("accurate", "fast")
 LARGEST = np.float32(30000)
 
 needs_amx = pytest.mark.skipif(not ops.has_matrix_units(), reason="this machine has no AMX")
