@@ -7,10 +7,12 @@ asks of a decoder (`states`, `logits`, `config`, `dtype`).
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kernels.cpu import ops
 from kernels.reference.rope import inverse_frequencies
+from models.angles import Angles
 from models.batch import TokenBatch
 from models.config import ModelConfig
 
@@ -39,7 +41,7 @@ class PackedDecoder:
         self.head = head
         self.activations = activations
         self.batch_invariant = batch_invariant
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._angles = Angles(inverse_frequencies(config.rope, config.head_dim))
         self._shape = ops.LayerShape(config.heads, config.ff, config.rms_eps)
 
     @property
@@ -88,17 +90,15 @@ class PackedDecoder:
         )
 
     def _step(self, batch: TokenBatch) -> ops.LayerStep:
-        angles = batch.positions[:, None].float() * self.frequencies.inverse
-        starts = torch.tensor(batch.query_starts)
-        sequences = torch.repeat_interleave(
-            torch.arange(len(starts) - 1), starts.diff(), output_size=len(batch.ids)
-        )
-        scale = self.frequencies.scale
+        """NumPy, where torch would go to threads of its own: ours spin for a while after every op
+        and want the same cores, so each side would wait for the other."""
+        cosines, sines = self._angles.of(batch.positions.numpy(), max(batch.context_tokens))
+        lengths = np.diff(batch.query_starts)
         return ops.LayerStep(
             batch.positions,
             batch.slots,
-            sequences,
+            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             batch.page_tables,
-            angles.cos() * scale,
-            angles.sin() * scale,
+            torch.from_numpy(cosines),
+            torch.from_numpy(sines),
         )

@@ -108,8 +108,9 @@ class EngineSettings(Section):
     batch_invariant: bool = Field(
         True,
         description="Whether a request's bits are the same in any company. If not, the CPU "
-        "kernels compute steps of several tokens in 16-bit fixed point where a processor has AMX: "
-        "faster, and a close decision may fall differently when it is busy.",
+        "kernels compute steps of several tokens in 16-bit fixed point where a processor has AMX, "
+        "and attend to prompts by it: faster, and a close decision may fall differently when it is "
+        "busy.",
     )
     kv_dtype: Literal["auto", "float32", "float16", "int8", "int4"] = Field(
         "auto",

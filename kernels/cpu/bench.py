@@ -17,7 +17,7 @@ from kernels.cpu import ops
 READ_BYTES = 256 << 20  # more than any cache that two cores share
 PEAK_ROUNDS = 1 << 19
 PASSES = {"accurate": 2, "fast": 1}  # products of bytes for one of a weight and an activation
-FIXED_PASSES = {"accurate": 4, "fast": 3}  # in 16-bit fixed point, see ops
+FIXED_PASSES = 3  # in 16-bit fixed point, see ops
 
 
 class Limits(NamedTuple):
@@ -96,7 +96,7 @@ def _passes(m: int, activations: str, isa: str, batch_invariant: bool) -> int:
     fixed = (
         not batch_invariant and m >= ops.FEWEST_FIXED_ROWS[activations] and isa in ("auto", "amx")
     )
-    return FIXED_PASSES[activations] if fixed and ops.has_matrix_units() else PASSES[activations]
+    return FIXED_PASSES if fixed and ops.has_matrix_units() else PASSES[activations]
 
 
 def _linears(

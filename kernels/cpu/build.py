@@ -34,7 +34,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 INSTRUCTION_SETS = {
     "x86_64": (
-        InstructionSet("amx", (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8")),
+        InstructionSet("amx", (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
         InstructionSet("vnni", (*AVX512, "-mavx512vnni")),
         InstructionSet("avx512", AVX512),
         InstructionSet("avx2", AVX2),

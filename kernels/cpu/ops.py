@@ -7,8 +7,8 @@ of threads, nor on the instruction set.
 
 With batch_invariant = False it may depend on how many rows there are: from FEWEST_FIXED_ROWS on, a
 processor with AMX multiplies in 16-bit fixed point, with one scale for each row of activations and
-of weights. That is faster; `fast` then leaves out the product of the low bytes. float32 and other
-processors do as with True.
+of weights, and attends to prompts with pairs of bfloat16 numbers. That is faster; `accurate` and
+`fast` are then one and the same. float32 and other processors do as with True.
 """
 
 from collections.abc import Sequence
@@ -248,13 +248,15 @@ def attention(
     *,
     threads: int = 1,
     isa: str = "auto",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """One layer's attention, as `layers` computes it: [N, heads * head_dim] float32.
 
     qkv [N, (heads + 2 kv_heads) * head_dim] float32: queries and keys are rotated in place; then
     keys and values are written to the layer's kv [2, pages, page_tokens, kv_heads, elements].
+    batch_invariant: False lets matrix units have what brings 16 queries of a key head or more.
     """
-    made = _ops().attention(qkv, kv, heads, *step, threads, isa)
+    made = _ops().attention(qkv, kv, heads, *step, threads, isa, batch_invariant)
     return cast(torch.Tensor, made)
 
 

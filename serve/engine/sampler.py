@@ -38,7 +38,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """One token id per row of `logits` [R, vocab] float32; `draws` has R entries."""
     assert logits.shape[0] == len(draws), (logits.shape, len(draws))
     logits = adjusted(restricted(logits, draws), draws)
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = _largest(logits)
     rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature != 0]
     if rows and not logits.is_cpu:
         made = drawn(logits[rows], [draws[row] for row in rows])
@@ -47,6 +47,16 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     for row, token in zip(rows, made, strict=True):
         tokens[row] = token
     return tokens
+
+
+def _largest(logits: Tensor) -> list[int]:
+    """The first largest of each row. NumPy on a CPU: torch would share the rows among threads,
+    which have to wait for cores on which the kernels' own are still spinning."""
+    if logits.is_cpu:
+        best: list[int] = logits.numpy().argmax(axis=1).tolist()
+        return best
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    return chosen
 
 
 def restricted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

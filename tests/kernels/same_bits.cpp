@@ -99,7 +99,7 @@ void attention(const Table& table, Pool& pool, Chance& chance) {
         std::vector<float> qkv = chance.reals(Sequence::TOKENS * 8 * Sequence::DIM);
         std::vector<uint8_t> kv(size_t(2 * shape.half_bytes()));
         std::vector<float> out(size_t(Sequence::TOKENS * 4 * Sequence::DIM));
-        table.attention(pool, shape, sequence.step(), qkv.data(), kv.data(), out.data());
+        table.attention(pool, shape, sequence.step(), qkv.data(), kv.data(), out.data(), true);
         say("attention", format, 0, out);
         say("kv", format, 0, kv.data(), kv.size());
     }

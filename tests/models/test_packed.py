@@ -133,8 +133,8 @@ def test_float32_activations_are_not_rounded(plain_twins: Twins):
 
 
 @pytest.mark.skipif(not ops.has_matrix_units(), reason="this machine has no AMX")
-@pytest.mark.parametrize("activations,near", [("accurate", 2e-3), ("fast", 1e-2)])
-def test_fixed_point_is_near_and_single_tokens_are_computed_as_ever(activations, near, monkeypatch):
+@pytest.mark.parametrize("activations", ["accurate", "fast"])
+def test_fixed_point_is_near_and_single_tokens_are_computed_as_ever(activations, monkeypatch):
     twins = Twins(LARGER, "mixed")
     monkeypatch.setattr(twins.packed, "activations", activations)
     exact = Sequences(twins.packed, 1, 60)
@@ -142,7 +142,8 @@ def test_fixed_point_is_near_and_single_tokens_are_computed_as_ever(activations,
     wanted = Sequences(twins.reference, 1, 60).step([(0, ids(40))])
     monkeypatch.setattr(twins.packed, "batch_invariant", False)
     made = Sequences(twins.packed, 1, 60).step([(0, ids(40))])
-    assert torch.allclose(made, wanted, atol=near) and not torch.equal(made, whole)
+    assert not torch.equal(made, whole)
+    assert (made - wanted).square().mean().sqrt() < 1e-3 * wanted.square().mean().sqrt()
     # From the same keys and values, a token alone has the same bits.
     alone = Sequences(twins.packed, 1, 60)
     monkeypatch.setattr(twins.packed, "batch_invariant", True)

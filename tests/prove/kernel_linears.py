@@ -2,7 +2,7 @@
 
 Limits and kernels are measured in turns in one run, medians; see kernels/cpu/bench.py. Each
 instruction set is held against its own limit; the matrix units (amx) are used from 64 rows on, and
-from two on with batch_invariant = False (together), which takes four products of bytes for one.
+from two on with batch_invariant = False (together), which takes three products of bytes for one.
 There few rows are bound by neither limit, but by unpacking the weights: their share is told.
 """
 

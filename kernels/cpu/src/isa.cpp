@@ -179,6 +179,7 @@ void gather(Pool& pool, const Matrix& w, const int64_t* ids, int64_t m, float* o
 
 #include "kv_write.inc"
 #include "attention_tiles.inc"
+#include "attention_units.inc"
 #include "kv_read.inc"
 #include "attention_block.inc"
 #include "attention.inc"

@@ -184,7 +184,7 @@ uint8_t* bytes_of(at::Tensor& kv) { return static_cast<uint8_t*>(kv.data_ptr());
 // kv: one layer's, without the dimension of layers.
 at::Tensor attention(at::Tensor& qkv, at::Tensor& kv, int64_t heads, const at::Tensor& positions,
                      const at::Tensor& slots, const at::Tensor& sequences, const at::Tensor& tables_,
-                     const at::Tensor& cosines, const at::Tensor& sines, int64_t threads, std::string isa) {
+                     const at::Tensor& cosines, const at::Tensor& sines, int64_t threads, std::string isa, bool invariant) {
     check_float(qkv, "qkv");
     TORCH_CHECK_VALUE(kv.dim() == 5 && kv.size(0) == 2, "kv should be [2, pages, page_tokens, heads, elements]");
     const int64_t dim = 2 * cosines.size(-1);
@@ -200,7 +200,7 @@ at::Tensor attention(at::Tensor& qkv, at::Tensor& kv, int64_t heads, const at::T
     std::lock_guard<std::mutex> lock(computing());
     if (step.tokens > 0)
         table.attention(pool_of(threads), shape, step, qkv.data_ptr<float>(), bytes_of(kv),
-                        out.data_ptr<float>());
+                        out.data_ptr<float>(), invariant);
     return out;
 }
 
@@ -293,7 +293,7 @@ TORCH_LIBRARY(sanderling_cpu, m) {
         "str activations, int threads, str isa, bool invariant=True) -> ()");
     m.def(
         "attention(Tensor(a!) qkv, Tensor(b!) kv, int heads, Tensor positions, Tensor slots, Tensor sequences, "
-        "Tensor tables, Tensor cosines, Tensor sines, int threads, str isa) -> Tensor");
+        "Tensor tables, Tensor cosines, Tensor sines, int threads, str isa, bool invariant=True) -> Tensor");
     m.def("instruction_sets() -> str[]", sanderling::instruction_sets);
     m.def("multiply_bytes(int rounds, int threads, str isa) -> int", sanderling::multiply_bytes);
     m.def("read_bytes(Tensor data, int threads, str isa) -> int");

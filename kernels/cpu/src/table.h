@@ -51,9 +51,9 @@ struct Matrix {
     }
 };
 
-// Of activations in a product: rounded to 15 bits, rounded to 8, or as they are. The two fixed ones nobody
-// asks for: accurate and fast become them, see fixed.inc.
-enum class Precision { accurate, fast, float32, accurate_fixed, fast_fixed };
+// Of activations in a product: rounded to 15 bits, rounded to 8, or as they are. Fixed nobody asks
+// for: accurate and fast become it, see fixed.inc.
+enum class Precision { accurate, fast, float32, fixed };
 
 // How the cache stores one token's keys, or values, of one head; kernels/kv_formats.py says it for Python.
 // int8: head_dim bytes, a float32 scale. int4: 16 bytes for each 32 numbers, byte j with number j low and
@@ -112,7 +112,7 @@ struct Table {
                    float* x, Precision, bool invariant);
     // The attention of one layer: qkv[N, heads + 2 kv_heads, head_dim] is rotated in place, keys and values
     // are written to the layer's kv, and out[N, heads, head_dim] is attended.
-    void (*attention)(Pool&, const Shape&, const Step&, float* qkv, uint8_t* kv, float* out);
+    void (*attention)(Pool&, const Shape&, const Step&, float* qkv, uint8_t* kv, float* out, bool invariant);
     void (*norm)(Pool&, const float* weight, float eps, int64_t size, const float* x, int64_t m, float* y);
     // What the machine can do at most: read `bytes` (a multiple of 64 per thread), or multiply and add
     // rounds * PEAK_MACS pairs of bytes on each thread. Both return a sum that nothing may leave out.

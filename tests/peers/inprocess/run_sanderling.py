@@ -26,10 +26,18 @@ from serve.engine.sequence import Sequence as EngineSequence
 from serve.kv.prefix import CacheKey
 from tests.peers.inprocess.protocol import THREADS, Cell, Measure, serve, stepped
 
+STEP_TOKENS = 1024
+
 
 def settings(activations: str, *, together: bool = False) -> Settings:
-    """The default model over the CPU kernels; nothing else differs from the defaults."""
-    engine = {"kernels": "cpu", "activations": activations, "batch_invariant": not together}
+    """The default model over the CPU kernels; else only a step's size differs from the defaults,
+    so that it may hold a whole prompt, as every peer's does."""
+    engine = {
+        "kernels": "cpu",
+        "activations": activations,
+        "batch_invariant": not together,
+        "budget_tokens": STEP_TOKENS,
+    }
     return Settings.model_validate({"engine": engine})
 
 
