@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from train.world import GlooWorld, join
 
