@@ -120,7 +120,8 @@ class Llama(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
         # Not a buffer: it stays float32 whatever the dtype of the weights.
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        with torch.device("cpu"):
+            self.frequencies = inverse_frequencies(config.rope, config.head_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (batch, tokens) of ids; logits (batch, tokens, vocab) in the weights' dtype."""
