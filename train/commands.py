@@ -88,12 +88,12 @@ def stop(run: Path) -> None:
     """End a run after its step under way, with a checkpoint, and wait until it has."""
     folder = _find(run)
     folder.job()
-    if not folder.running:
+    if not folder.is_running():
         click.echo(f"{folder.path} does not run.")
         return
     folder.ask_to_stop()
     deadline_s = time.monotonic() + STOP_S
-    while folder.running:
+    while folder.is_running():
         if time.monotonic() > deadline_s:
             click.echo(f"{folder.path} still runs after {STOP_S:.0f} s.", err=True)
             sys.exit(1)

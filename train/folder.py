@@ -84,7 +84,7 @@ class RunFolder:
         if not self._status.is_file():
             return Status("starting")
         status = Status(**json.loads(self._status.read_bytes()))
-        if status.phase not in ENDED and not self.running:
+        if status.phase not in ENDED and not self.is_running():
             return replace(status, phase="failed", reason="its processes are gone")
         return status
 
@@ -101,8 +101,7 @@ class RunFolder:
         """Whether somebody did."""
         return self._stop.exists()
 
-    @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a command runs this run's workers."""
         if not self._lock.exists():
             return False
