@@ -48,10 +48,13 @@ class StoredPiece(_Record):
 
 
 class Part(_Record):
-    """One rank's file (its name within the folder), and what is in it."""
+    """One rank's file (its name within the folder), and what is in it. head_bytes, head_sum: of what
+    is before the data, with its CRC-32."""
 
     file: str
     bytes: int
+    head_bytes: int
+    head_sum: int
     pieces: list[StoredPiece]
 
 

@@ -91,4 +91,4 @@ def as_bytes(flat: Tensor) -> memoryview:
     assert flat.device.type == "cpu" and flat.is_contiguous()
     if flat.numel() == 0:
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data.cast("B")
