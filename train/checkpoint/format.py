@@ -48,8 +48,8 @@ class StoredPiece(_Record):
 
 
 class Part(_Record):
-    """One rank's file (its name within the folder), and what is in it. head_bytes, head_sum: of what
-    is before the data, with its CRC-32."""
+    """One rank's file (its name within the folder), and what is in it. head_bytes, head_sum: of
+    what is before the data, with its CRC-32."""
 
     file: str
     bytes: int

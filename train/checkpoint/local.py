@@ -152,7 +152,7 @@ class LocalStorage:
             file.seek(start)
             return file.read(-1 if stop is None else max(0, stop - start))
 
-    def list(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """See `Storage`. Files that are being written, or never were to the end, are not files."""
         with _explained("listed", self._root):
             names = [
@@ -163,28 +163,25 @@ class LocalStorage:
             ]
         return sorted(name for name in names if name.startswith(prefix))
 
-    def delete(self, names: Iterable[str]) -> None:
-        """See `Storage`. A folder without files goes, too, with what unfinished writes left."""
-        folders: dict[Path, None] = {}
-        for name in names:
-            path = self._root / name
-            with _explained("removed", path), suppress(FileNotFoundError):
-                self._disk.remove(path)
-            if path.parent not in folders:
-                # The first removal is durable before the second begins: see `drop`.
-                with suppress(FileNotFoundError):
-                    self._disk.sync_folder(path.parent)
-            folders[path.parent] = None
-        for folder in folders:
-            self._tidy(folder)
+    def folders(self) -> list[str]:
+        """See `Storage`."""
+        with _explained("listed", self._root):
+            if not self._root.is_dir():
+                return []
+            return sorted(path.name for path in self._root.iterdir() if path.is_dir())
 
-    def _tidy(self, folder: Path) -> None:
-        with _explained("removed", folder), suppress(FileNotFoundError):
-            left = list(folder.iterdir())
-            if folder != self._root and all(path.name.startswith(".") for path in left):
-                for path in left:
-                    self._disk.remove(path)
-                self._disk.remove_folder(folder)
+    def drop(self, folder: str, first: str) -> None:
+        """See `Storage`. What unfinished writes left goes, too."""
+        place = self._root / folder
+        with _explained("removed", place):
+            if (place / first).exists():
+                self._disk.remove(place / first)
+                self._disk.sync_folder(place)
+            with suppress(FileNotFoundError):
+                for path in sorted(place.iterdir()):
+                    with suppress(FileNotFoundError):
+                        self._disk.remove(path)
+                self._disk.remove_folder(place)
 
     def where(self, name: str = "") -> str:
         """See `Storage`."""

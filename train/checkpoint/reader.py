@@ -17,6 +17,7 @@ from train.checkpoint.format import (
     WIDTHS,
     Damaged,
     Manifest,
+    Part,
     StoredPiece,
     decode,
     folder_name,
@@ -28,6 +29,9 @@ from train.checkpoint.piece import torch_dtype
 from train.checkpoint.storage import Missing, Storage
 
 log = logging.getLogger(__name__)
+
+READ_BYTES = 64 << 20
+"""At most so much is read at once where whole parts are compared with their sums."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,28 @@ class Checkpoint:
             head = self._storage.get(f"{self.folder}/{part.file}", 0, part.head_bytes)
             if sum_of(head) != part.head_sum:
                 raise Damaged(f"{part.file} has changed within its head (CRC-32)")
-            for piece in part.pieces:
-                size = max(1, self._chunk_bytes // WIDTHS[piece.dtype])
-                for first in range(piece.start, piece.stop, size):
-                    self._stretch(part.file, piece, first, min(first + size, piece.stop))
+            self._verify_data(part)
+
+    def _verify_data(self, part: Part) -> None:
+        """Many chunks with one request, for pieces may be small and storage far."""
+        chunks = [
+            (piece.name, piece.offset + at * self._chunk_bytes, sum_)
+            for piece in part.pieces
+            for at, sum_ in enumerate(piece.sums)
+        ]
+        ends = [offset for _, offset, _ in chunks[1:]] + [part.bytes]
+        done = 0
+        while done < len(chunks):
+            begin, last = chunks[done][1], done
+            while last + 1 < len(chunks) and ends[last + 1] - begin <= READ_BYTES:
+                last += 1
+            data = memoryview(self._storage.get(f"{self.folder}/{part.file}", begin, ends[last]))
+            for (name, offset, sum_), end in zip(
+                chunks[done : last + 1], ends[done : last + 1], strict=True
+            ):
+                if sum_of(data[offset - begin : end - begin]) != sum_:
+                    raise Damaged(f"{part.file} has changed within {name} (CRC-32)")
+            done = last + 1
 
 
 class CheckpointReader:
@@ -137,7 +159,7 @@ class CheckpointReader:
 
     def _candidates(self) -> list[Checkpoint]:
         found = []
-        names = self._storage.list()
+        names = self._storage.names()
         folders = {name.partition("/")[0] for name in names}
         for folder in sorted(folder for folder in folders if parse_folder(folder)):
             if f"{folder}/{MANIFEST}" not in names:

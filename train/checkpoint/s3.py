@@ -82,7 +82,7 @@ class S3Storage:
                 raise
             return data
 
-    def list(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """See `Storage`."""
         with _explained("listed", self.where(prefix)):
             pages = self._client.get_paginator("list_objects_v2").paginate(
@@ -91,16 +91,23 @@ class S3Storage:
             found = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
         return sorted(key.removeprefix(self._prefix) for key in found)
 
-    def delete(self, names: Iterable[str]) -> None:
+    def folders(self) -> list[str]:
         """See `Storage`."""
-        first, *others = [self._prefix + name for name in names] or [""]
-        with _explained("removed", self.where()):
-            if first:
-                self._client.delete_object(Bucket=self._bucket, Key=first)
-            for at in range(0, len(others), DELETED_AT_ONCE):
-                keys = [{"Key": key} for key in others[at : at + DELETED_AT_ONCE]]
+        names = self.names()
+        return sorted({name.partition("/")[0] for name in names if "/" in name})
+
+    def drop(self, folder: str, first: str) -> None:
+        """See `Storage`."""
+        keys = [self._prefix + name for name in self.names(f"{folder}/")]
+        with _explained("removed", self.where(folder)):
+            head = f"{self._prefix}{folder}/{first}"
+            if head in keys:
+                self._client.delete_object(Bucket=self._bucket, Key=head)
+                keys.remove(head)
+            for at in range(0, len(keys), DELETED_AT_ONCE):
+                batch = [{"Key": key} for key in keys[at : at + DELETED_AT_ONCE]]
                 answer = self._client.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True}
+                    Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True}
                 )
                 for error in answer.get("Errors", ()):
                     raise StorageError(f"{error['Key']} could not be removed: {error['Code']}")

@@ -1,14 +1,14 @@
 """A run's states as checkpoints: what `train.checkpoints.Checkpoints` asks for, on any storage."""
 
 import os
-from collections.abc import Sequence
 
 import torch
 
+from train.checkpoint.format import MANIFEST, parse_folder
 from train.checkpoint.piece import share
 from train.checkpoint.reader import Checkpoint, CheckpointReader
 from train.checkpoint.storage import Storage
-from train.checkpoint.writer import CheckpointWriter, drop
+from train.checkpoint.writer import CheckpointWriter
 from train.state import TrainState
 from train.world import World
 
@@ -37,8 +37,9 @@ class StoredCheckpoints:
 
     def clear(self) -> None:
         """Forgets all."""
-        for folder in _folders(self.storage.list()):
-            drop(self.storage, folder)
+        for folder in self.storage.folders():
+            if parse_folder(folder):
+                self.storage.drop(folder, MANIFEST)
 
 
 def read_state(checkpoint: Checkpoint) -> TrainState:
@@ -54,7 +55,3 @@ def new_attempt(world: World) -> str:
     drawn = torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.uint8).clone()
     world.broadcast(drawn, 0)
     return bytes(drawn.tolist()).hex()
-
-
-def _folders(names: Sequence[str]) -> list[str]:
-    return sorted({name.partition("/")[0] for name in names if "/" in name})

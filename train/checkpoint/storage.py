@@ -25,12 +25,17 @@ class Storage(Protocol):
         """Bytes [start, stop) of a file, fewer where it ends before. Missing if it is not there."""
         ...
 
-    def list(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """Names of the files that begin so, sorted; empty when there are none."""
         ...
 
-    def delete(self, names: Iterable[str]) -> None:
-        """Removes files one after the other, in this order; one that is gone already is fine."""
+    def folders(self) -> list[str]:
+        """Folders directly below, sorted, with those in which no file was ever finished."""
+        ...
+
+    def drop(self, folder: str, first: str) -> None:
+        """Removes a folder with all that is in it; its file `first` is gone, durably, before
+        anything else is. What is gone already is fine."""
         ...
 
     def where(self, name: str = "") -> str:

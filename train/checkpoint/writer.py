@@ -127,7 +127,7 @@ class CheckpointWriter:
 
     def _whole(self) -> list[Manifest]:
         found = []
-        for name in self.storage.list():
+        for name in self.storage.names():
             if parse_folder(name.partition("/")[0]) and name.endswith(f"/{MANIFEST}"):
                 try:
                     found.append(decode(self.storage.get(name)))
@@ -145,23 +145,17 @@ class CheckpointWriter:
                 kept.add(folder_name(manifest.step, manifest.attempt))
             if older:
                 steps.add(manifest.step)
-        for folder in {name.partition("/")[0] for name in self.storage.list()} - kept:
+        for folder in set(self.storage.folders()) - kept:
             parsed = parse_folder(folder)
             if parsed and parsed[0] <= new.step:
-                drop(self.storage, folder)
+                self.storage.drop(folder, MANIFEST)
 
     def rewind(self, step: int) -> None:
         """Removes every checkpoint after `step`, for a run that goes back there on purpose."""
-        for folder in {name.partition("/")[0] for name in self.storage.list()}:
+        for folder in self.storage.folders():
             parsed = parse_folder(folder)
             if parsed and parsed[0] > step:
-                drop(self.storage, folder)
-
-
-def drop(storage: Storage, folder: str) -> None:
-    """Removes a checkpoint. Its manifest goes first: what is left is then nothing at any moment."""
-    names = storage.list(f"{folder}/")
-    storage.delete(sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")))
+                self.storage.drop(folder, MANIFEST)
 
 
 def _blocks(

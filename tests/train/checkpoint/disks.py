@@ -1,4 +1,4 @@
-"""Disks that fail on purpose: one that kills its process, one that fills up, one that loses power."""
+"""Disks that fail on purpose: one kills its process, one fills up, one loses its caches."""
 
 import errno
 import os
@@ -94,8 +94,8 @@ class VolatileDisk(SystemDisk):
     """A disk whose caches are lost with the power, as badly as POSIX allows.
 
     Data of a file are there only up to its last sync; a name only since its folder's last sync.
-    `lose_power(kept, seed)` builds in `kept` what a machine could find afterwards: unsynced data cut
-    at random, each unsynced change of names done or not done at random.
+    `lose_power(kept, seed)` builds in `kept` what a machine could find afterwards: unsynced data
+    cut at random, each unsynced change of names done or not done at random.
     off: sync and sync_folder do nothing at all (the mutation).
     """
 

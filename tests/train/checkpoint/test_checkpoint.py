@@ -27,6 +27,10 @@ def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: checkpoint.tensor(name) for name in checkpoint.names}
 
 
+def folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_what_was_written_is_read(tmp_path: Path, size: int):
     save(LocalStorage(tmp_path), 7, "a", size)
@@ -68,7 +72,7 @@ def test_parts_are_safetensors(tmp_path: Path):
 def test_only_the_last_are_kept(tmp_path: Path):
     for step in (1, 2, 3, 4):
         save(LocalStorage(tmp_path), step, "a", keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert folders(tmp_path) == [
         "step-00000003.a",
         "step-00000004.a",
     ]
@@ -80,7 +84,7 @@ def test_the_same_step_again_replaces_the_old(tmp_path: Path):
     save(storage, 2, "a")
     save(storage, 2, "b")
     assert newest(tmp_path).folder == "step-00000002.b"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert folders(tmp_path) == [
         "step-00000001.a",
         "step-00000002.b",
     ]
