@@ -17,6 +17,8 @@ KEPT_CHECKPOINTS = 5
 QUIET_AT_LEAST = 3
 """Iterations without a checkpoint under way that an interval has, so that T_iter stays known."""
 FIRST_INTERVAL = 6
+AIM = 0.8
+"""Of the budget: measurements scatter, and the budget is to be kept, not met on average."""
 
 
 def interval(iteration_s: float, persist_s: float, overhead_s: float, budget: float) -> int:
@@ -75,5 +77,5 @@ class CheckFreq:
     def interval(self) -> int:
         """The interval by all that is known now. One has to be `known`."""
         persist_s = mean(self._persists)
-        chosen = interval(self.iteration_s, persist_s, self.overhead_s, self.budget)
+        chosen = interval(self.iteration_s, persist_s, self.overhead_s, AIM * self.budget)
         return max(chosen, ceil(persist_s / self.iteration_s) + QUIET_AT_LEAST)

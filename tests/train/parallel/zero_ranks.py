@@ -43,7 +43,8 @@ class Small(nn.Module):
         x = self.first(x)
         for layer in self.layers:
             x = x + layer(x)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 def build(width: int, layers: int, dtype: torch.dtype) -> Small:
@@ -187,7 +188,7 @@ def measured(world: GlooWorld, folder: str) -> dict[str, Any]:
 
 
 def moved(world: GlooWorld, group: dist.ProcessGroup, folder: str) -> dict[int, float]:
-    """Five steps more on one rank fewer than wrote the checkpoint, each stage from another's, against one
+    """Five steps more on one rank fewer than have written, each stage from another's, against one
     process's 25 steps; the largest difference."""
     smaller = GlooWorld(group) if world.size > 2 else LocalWorld()
     width, layers, clip = 30, 3, 0.05
