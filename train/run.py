@@ -86,7 +86,8 @@ class Run:
         with torch.no_grad():
             for batch in batches[mine.first : mine.first + mine.samples]:
                 row = torch.from_numpy(batch.astype("int64"))[None]
-                sums += torch.tensor([float(self.trainer.model.loss(row)), row.shape[1] - 1.0])
+                nats = float(self.trainer.model.loss(row))
+                sums += torch.tensor([nats, length], dtype=torch.float64)
         world.all_reduce(sums)
         if not float(sums[1]):
             raise ValueError(

@@ -148,3 +148,8 @@ def plot(folder: RunFolder, path: Path) -> bool:
     axes.grid(alpha=0.3)
     figure.savefig(path)
     return True
+
+
+def console_of_nobody() -> Console:
+    """A console that shows nothing, for whoever calls where a person is not."""
+    return Console(quiet=True)
