@@ -20,7 +20,7 @@ PACKAGES := pyproject.toml constraints.txt
 KERNELS := kernels/cpu/native.so
 KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
-.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -57,6 +57,9 @@ prove-placement: install-test
 
 prove-autoscale: install-test
 	@$(BIN)/python -m tests.prove.autoscale
+
+prove-train: install-test
+	@$(BIN)/python -m tests.prove.train
 
 install: $(VENV)/.installed $(KERNELS)
 install-test: $(VENV)/.installed-test $(KERNELS)

@@ -1,0 +1,1 @@
+"""Training: a job file in, a folder that `sanderling up --model` serves out. See README.md."""

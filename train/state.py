@@ -1,0 +1,32 @@
+"""What a training run is between two steps, whole: everything that a checkpoint has to keep."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+KINDS = ("param", "master", "exp_avg", "exp_avg_sq")
+"""Prefixes of tensor names: weights as computed with, float32 masters (where weights are not
+float32 or float64 themselves), and the optimizer's moments. An optimizer may add kinds of its own
+(see its `kinds`)."""
+
+
+@dataclass
+class TrainState:
+    """State after `step` finished optimizer steps.
+
+    samples: training samples consumed so far, which is all that the data stream has to know;
+    tensors: by "<kind>/<parameter's name>", the same on every rank of data parallel workers, live
+    (a step changes them in place: copy what must not change); meta: JSON values, such as the job's
+    fingerprint.
+    """
+
+    step: int
+    samples: int
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> dict[str, Tensor]:
+        """Tensors of one kind, by the parameter's name."""
+        prefix = f"{kind}/"
+        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
