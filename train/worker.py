@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from train.checkpoints import FolderCheckpoints
+from train.checkpoint.local import LocalStorage
+from train.checkpoint.states import StoredCheckpoints
 from train.folder import RunFolder
 from train.journal import configure_torch
 from train.run import Run
@@ -30,7 +31,8 @@ def main(arguments: list[str]) -> int:
     if int(size) > 1:
         world = join(FileStore(rendezvous, int(size)), int(rank), int(size))
     try:
-        checkpoints = FolderCheckpoints(folder.checkpoints, job.resilience.keep)
+        storage = LocalStorage(folder.checkpoints)
+        checkpoints = StoredCheckpoints(storage, job.resilience.keep)
         run = Run(job, folder, checkpoints)
         run.resume()
         ending = run.run(world)
