@@ -20,7 +20,7 @@ from tests.train.resilience.slowdown import measure
 ROOT = Path(__file__).parents[2]
 KILLS = 20
 BUDGET = 0.05
-ROUNDS = 9
+ROUNDS = 5
 RANKS = 4
 LIMIT_S = 900
 TABLE = {1: 4 + 12 / RANKS, 2: 2 + 14 / RANKS, 3: 16 / RANKS}

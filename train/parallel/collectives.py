@@ -35,7 +35,7 @@ class Collectives:
         if self.group is None:
             return
         mine = flat.view(self.size, -1)[self.rank]
-        dist.all_gather_into_tensor(flat, mine.clone(), group=self.group)
+        dist.all_gather_single(flat, mine.clone(), group=self.group)
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks, the same bits everywhere."""

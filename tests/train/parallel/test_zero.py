@@ -58,6 +58,7 @@ def test_twenty_steps_are_adams(found: Found):
     for rank in found.ranks:
         assert rank["equal"].keys() == {1, 2, 3}
         assert max(rank["equal"].values()) < 1e-12
+        assert rank["unsummed"] > 1e-4
 
 
 def test_saved_by_all_and_loaded_by_one_fewer(found: Found):

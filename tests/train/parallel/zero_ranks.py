@@ -182,9 +182,21 @@ def measured(world: GlooWorld, folder: str) -> dict[str, Any]:
         assert checkpoint is not None
         after = {name: checkpoint.tensor(f"param/{name}") for name in wanted}
         found["equal"][stage] = farthest(after, wanted)
+    found["unsummed"] = unsummed(world, wanted, width, layers, clip)
     found["moved"] = moved(world, fewer, folder) if world.rank < world.size - 1 else {}
     world.barrier()
     return found
+
+
+def unsummed(
+    world: GlooWorld, wanted: dict[str, Tensor], width: int, layers: int, clip: float
+) -> float:
+    """The mutation: stage 1 whose ranks each go by their own gradient. The farthest weight."""
+    model = build(width, layers, torch.float64)
+    sharded = shard(model, world, 1, "float64", DECAY)
+    sharded.reduce = lambda: None  # type: ignore[method-assign]
+    train(model, sharded, world, range(STEPS), width, clip)
+    return farthest({n: p.detach() for n, p in model.named_parameters()}, wanted)
 
 
 def moved(world: GlooWorld, group: dist.ProcessGroup, folder: str) -> dict[int, float]:
