@@ -1,0 +1,118 @@
+"""Runs of the tiny job under a supervisor, with kills, and what they have to be like afterwards."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tests.train.elastic.tiny import Tiny, build, logged
+from train.elastic.membership import Policy
+from train.elastic.messages import Finished, Hello, Plan
+from train.elastic.process import ProcessLauncher
+from train.elastic.supervisor import Journal, Report, Supervisor
+
+PRELOAD = ("train.elastic.worker", "tests.train.elastic.tiny")
+DEADLINE_S = 240.0
+
+
+def supervise(
+    job: Tiny,
+    policy: Policy,
+    watch: Callable[[Supervisor, Journal], None] = lambda supervisor, entry: None,
+    *,
+    machines: tuple[str, ...] = (),
+    silence_s: float = 30.0,
+) -> Report:
+    """A whole run in processes of its own."""
+    launcher = ProcessLauncher(partial(build, job), preload=PRELOAD)
+    supervisor = Supervisor(policy, launcher, machines=machines, silence_s=silence_s)
+    supervisor.on_event = partial(watch, supervisor)
+    return supervisor.run(DEADLINE_S)
+
+
+@dataclass
+class Killer:
+    """Kills workers with -9 at seeded moments: after a seeded step, within the next one.
+
+    several: how many go at once. Never more kills than asked; each waits until the group runs
+    again and the world is `full` strong.
+    """
+
+    seed: int
+    kills: int
+    steps: int
+    step_s: float
+    full: int
+    pids: dict[str, int] = field(default_factory=dict)
+    killed: list[tuple[str, float]] = field(default_factory=list)
+    resumed_s: list[float] = field(default_factory=list)
+    _plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        self._chance = random.Random(self.seed)
+        gap = (self.steps - 4) // self.kills
+        self._due = [2 + n * gap + self._chance.randrange(gap // 2) for n in range(self.kills)]
+
+    def __call__(self, supervisor: Supervisor, entry: Journal) -> None:
+        if isinstance(entry.what, Hello):
+            self.pids[entry.worker] = entry.what.pid
+        elif isinstance(entry.what, Plan):
+            self._plan = entry.what
+        elif isinstance(entry.what, Finished):
+            self._step(supervisor, entry, entry.what)
+
+    def _step(self, supervisor: Supervisor, entry: Journal, step: Finished) -> None:
+        assert self._plan
+        if len(self.resumed_s) < len(self.killed) and step.generation > self._generation:
+            self.resumed_s.append(entry.at_s - self.killed[-1][1])
+        waiting = len(self.killed) > len(self.resumed_s)
+        done = len(self.killed) >= self.kills
+        if waiting or done or len(self._plan.ranks) < self.full:
+            return
+        if step.step >= self._due[len(self.killed)]:
+            victim = self._chance.choice(self._plan.ranks)
+            self._generation = step.generation
+            delay_s = self._chance.random() * self.step_s
+            self.killed.append((victim, entry.at_s + delay_s))
+            threading.Timer(delay_s, os.kill, (self.pids[victim], signal.SIGKILL)).start()
+
+    _generation: int = 0
+
+
+def effective_ids(folder: Path) -> dict[int, list[int]]:
+    """By step: the ids of the attempt that counts, which is the last generation's."""
+    lines = [line for worker in logged(folder).values() for line in worker]
+    last: dict[int, int] = {}
+    for line in lines:
+        step, generation = int(str(line["step"])), int(str(line["generation"]))
+        last[step] = max(last.get(step, 0), generation)
+    found: dict[int, list[int]] = {}
+    for line in lines:
+        step = int(str(line["step"]))
+        if line["generation"] == last[step]:
+            ids = line["ids"]
+            assert isinstance(ids, list)
+            found.setdefault(step, []).extend(ids)
+    return found
+
+
+def seen(folder: Path) -> list[int]:
+    """How often each sample was part of an update, as the last state has it."""
+    found: list[int] = []
+    lines = [line for worker in logged(folder).values() for line in worker if "seen" in line]
+    newest = max(int(str(line["generation"])) for line in lines)
+    for line in lines:
+        counts = line["seen"]
+        assert isinstance(counts, list)
+        if line["generation"] == newest:
+            found.append(counts)  # type: ignore[arg-type]
+    return found  # type: ignore[return-value]
+
+
+def hellos(report: Report) -> dict[str, int]:
+    """Every process that ever was a worker."""
+    return {e.worker: e.what.pid for e in report.journal if isinstance(e.what, Hello)}

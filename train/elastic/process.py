@@ -1,0 +1,88 @@
+"""Workers as plain processes of this machine: for one machine without Ray, and for most tests.
+
+A server process has imported torch once and forks each worker, so a replacement starts in a moment.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
+
+from train.elastic.channel import connect
+from train.elastic.keeper import Keeper
+from train.elastic.messages import Hello
+from train.elastic.trainee import StepEnd
+from train.elastic.worker import ElasticWorker
+
+
+class Part(NamedTuple):
+    """A worker's part of a job, as its process builds it."""
+
+    keeper: Keeper
+    steps: int
+    on_step: Callable[[int, StepEnd], None] = lambda generation, end: None
+
+
+Build = Callable[[str], Part]
+"""Builds the part of the worker that it is told the name of; a module-level function, or a partial
+of one: it is pickled."""
+
+
+def work(
+    build: Build, name: str, machine: str, address: tuple[str, int], key: bytes, threads: int
+) -> None:
+    """A worker's whole life; in its own process. threads: for computing, 0 for torch's default."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    channel = connect(address, key)
+    channel.send(Hello(worker=name, pid=os.getpid(), machine=machine))
+    part = build(name)
+    ElasticWorker(name, part.keeper, channel, part.steps, on_step=part.on_step).run()
+
+
+class ProcessLauncher:
+    """Starts workers as children of a fork server. preload: modules it imports beforehand."""
+
+    def __init__(
+        self, build: Build, *, threads: int = 1, preload: tuple[str, ...] = ("train.elastic.worker",)
+    ) -> None:
+        self._build, self._threads = build, threads
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*preload])
+        self._processes: dict[str, BaseProcess] = {}
+
+    def start(self, name: str, machine: str, address: tuple[str, int], key: bytes) -> None:
+        """See `Launcher`."""
+        arguments = (self._build, name, machine, address, key, self._threads)
+        process = self._context.Process(target=work, args=arguments, name=name, daemon=True)
+        process.start()
+        self._processes[name] = process
+
+    def pid(self, name: str) -> int | None:
+        """Of a worker that was started here."""
+        process = self._processes.get(name)
+        return process.pid if process else None
+
+    def kill(self, name: str) -> None:
+        """See `Launcher`."""
+        process = self._processes.pop(name, None)
+        if process and process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGKILL)
+
+    def gone(self, name: str) -> bool:
+        """See `Launcher`."""
+        process = self._processes.get(name)
+        return process is None or not process.is_alive()
+
+    def notices(self) -> dict[str, float]:
+        """This machine stays."""
+        return {}
+
+    def close(self) -> None:
+        """See `Launcher`."""
+        for name in list(self._processes):
+            self.kill(name)
