@@ -16,7 +16,8 @@ from train.resilience.gemini import newest_whole
 @dataclass(frozen=True)
 class Policy:
     """target: workers that train; least: fewest that may. spares: further ones that stand by.
-    wait_s: how long survivors wait for a replacement that starts before they go on without it.
+    start_s: how long the first generation waits for all of them. wait_s: how long survivors wait
+    for a replacement that starts before they go on without it.
     hurry_s: a step still under way so long before a member's machine goes is abandoned, so that
     there is time to hand over. failed_starts: so many workers in a row that end before they are
     ready end the job."""
@@ -24,6 +25,7 @@ class Policy:
     target: int
     least: int = 1
     spares: int = 0
+    start_s: float = 60.0
     wait_s: float = 0.0
     hurry_s: float = 2.0
     failed_starts: int = 3
@@ -212,7 +214,8 @@ class Membership:
         if self._gathering_since_s is None:
             self._gathering_since_s = now_s
         fit = self._fit()
-        waited = now_s - self._gathering_since_s >= self.policy.wait_s
+        patience_s = self.policy.wait_s if self.plan else self.policy.start_s
+        waited = now_s - self._gathering_since_s >= patience_s
         short = len(fit) < self.policy.target
         if len(fit) < self.policy.least or (short and self._in("starting") and not waited):
             return []
@@ -247,7 +250,8 @@ class Membership:
         )
         step = version.step if version else 0
         lost = missing if self.reached else ()
-        if version and step < self.reached:
+        if version and step < self.reached - 1:
+            # One step back is a step that was under way: not everybody had ended it.
             lost = (f"steps {step + 1} to {self.reached}: nobody who is left holds them",)
         self.plan = Plan(
             generation=self.generation,

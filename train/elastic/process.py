@@ -3,6 +3,7 @@
 A server process has imported torch once and forks each worker, so a replacement starts in a moment.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -70,8 +71,10 @@ class ProcessLauncher:
     def kill(self, name: str) -> None:
         """See `Launcher`."""
         process = self._processes.pop(name, None)
-        if process and process.is_alive() and process.pid:
-            os.kill(process.pid, signal.SIGKILL)
+        if process and process.pid:
+            # Gone already, perhaps in this moment; not reaped yet, so the number is still its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
 
     def gone(self, name: str) -> bool:
         """See `Launcher`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tests.train.elastic.tiny import Tiny, build, logged
+from tests.train.elastic.tiny import BATCH, Tiny, build, logged
 from train.elastic.membership import Policy
 from train.elastic.messages import Finished, Hello, Plan
 from train.elastic.process import ProcessLauncher
@@ -84,35 +84,50 @@ class Killer:
 
 
 def effective_ids(folder: Path) -> dict[int, list[int]]:
-    """By step: the ids of the attempt that counts, which is the last generation's."""
-    lines = [line for worker in logged(folder).values() for line in worker]
-    last: dict[int, int] = {}
-    for line in lines:
-        step, generation = int(str(line["step"])), int(str(line["generation"]))
-        last[step] = max(last.get(step, 0), generation)
-    found: dict[int, list[int]] = {}
-    for line in lines:
-        step = int(str(line["step"]))
-        if line["generation"] == last[step]:
-            ids = line["ids"]
-            assert isinstance(ids, list)
-            found.setdefault(step, []).extend(ids)
-    return found
+    """By step: the samples of the attempt that counts. A step is tried again only if nobody who
+    lives on had finished it, so that is the last one."""
+    tries: dict[int, dict[int, list[int]]] = {}
+    for lines in logged(folder).values():
+        for line in lines:
+            if isinstance(tried := line.get("try"), list):
+                by_generation = tries.setdefault(tried[0], {})
+                by_generation.setdefault(int(str(line["generation"])), []).extend(tried[1:])
+    return {step: found[max(found)] for step, found in tries.items()}
 
 
-def seen(folder: Path) -> list[int]:
-    """How often each sample was part of an update, as the last state has it."""
-    found: list[int] = []
+def seen(folder: Path) -> list[list[int]]:
+    """How often each sample was part of an update, as each worker's last state has it."""
     lines = [line for worker in logged(folder).values() for line in worker if "seen" in line]
     newest = max(int(str(line["generation"])) for line in lines)
-    for line in lines:
-        counts = line["seen"]
-        assert isinstance(counts, list)
-        if line["generation"] == newest:
-            found.append(counts)  # type: ignore[arg-type]
-    return found  # type: ignore[return-value]
+    return [
+        line["seen"]
+        for line in lines
+        if line["generation"] == newest and isinstance(line["seen"], list)
+    ]
 
 
 def hellos(report: Report) -> dict[str, int]:
     """Every process that ever was a worker."""
     return {e.worker: e.what.pid for e in report.journal if isinstance(e.what, Hello)}
+
+
+def refuse_other_processes(report: Report, folder: Path, processes: int) -> None:
+    """Each worker was one process from its start to its end, and there were no more than so many:
+    survivors keep theirs."""
+    started = [entry.worker for entry in report.journal if isinstance(entry.what, Hello)]
+    assert len(started) == len(set(started)) <= processes
+    pids = hellos(report)
+    for worker, lines in logged(folder).items():
+        assert {line["pid"] for line in lines} == {pids[worker]}
+
+
+def refuse_other_samples(folder: Path, steps: int, whole: bool) -> None:
+    """Every sample was computed in its step, once, and is in the last state once."""
+    ids = effective_ids(folder)
+    assert {step: sorted(found) for step, found in ids.items()} == {
+        step: list(range((step - 1) * BATCH, step * BATCH)) for step in range(1, steps + 1)
+    }
+    counts = seen(folder)
+    if not whole:
+        counts = [[count for share in counts for count in share]]
+    assert counts and all(found == [1] * (steps * BATCH) for found in counts)

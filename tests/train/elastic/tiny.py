@@ -9,15 +9,15 @@ import math
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from train.elastic.keeper import Replicas
-from train.elastic.messages import Version
+from train.elastic.keeper import Fetched, Replicas
+from train.elastic.messages import Plan, Version
 from train.elastic.peers import PeerMemory
 from train.elastic.process import Part
 from train.elastic.trainee import Flat, StepEnd
@@ -85,6 +85,10 @@ class Moment:
     def __init__(self, folder: Path, worker: str, kill: tuple[str, int, str] | None) -> None:
         self._path, self._worker, self._kill = folder / "killed", worker, kill
 
+    def attempt(self, generation: int, step: int, ids: range) -> None:
+        """Logged before anybody can have used these samples: a kill may come at any time."""
+        _write(self._path.parent, self._worker, {"generation": generation, "try": [step, *ids]})
+
     def at(self, step: int, place: str) -> None:
         if self._kill == (self._worker, step, place):
             try:
@@ -109,6 +113,8 @@ class Whole:
         self._at("start")
         mine = cut(BATCH, world.rank, world.size)
         ids = range(self.samples + mine.start, self.samples + mine.stop)
+        if self._moment:
+            self._moment.attempt(world.generation, self.step_number + 1, ids)
         slope, loss = gradient(self.weights, ids)
         time.sleep(self._pause_s)
         everything = torch.cat([slope, torch.tensor([loss, float(stop)], dtype=torch.float64)])
@@ -224,6 +230,38 @@ class FolderStore:
             (self._folder / f"{version.step}.json").write_text(version.model_dump_json())
 
 
+class ForgetfulReplicas(Replicas):
+    """Lacks the hand-over: a newcomer claims the state without having got it."""
+
+    def fetch(self, plan: Plan, world: World) -> Fetched:
+        assert plan.version is not None
+        state = self._trainee.state()
+        state.meta = {"job": "tiny"}
+        self._trainee.load(replace(state, step=plan.version.step, samples=plan.version.samples))
+        return Fetched()
+
+
+class HastyMemory(PeerMemory):
+    """Lacks the commit: gives the last version up before the next one is with everybody."""
+
+    def step(self, world: World, stop: bool) -> StepEnd:
+        self._memory.clear()
+        return super().step(world, stop)
+
+
+class LiveMemory(PeerMemory):
+    """Lacks the snapshot: what it keeps of its own share is the share that steps change."""
+
+    def _copy(self, world: World) -> None:
+        super()._copy(world)
+        state = self._trainee.shard()
+        version = Version(step=state.step, samples=state.samples, shards=world.size)
+        self._memory[version, world.rank] = state.tensors
+
+
+FAULTS: dict[str, type[PeerMemory]] = {"no commit": HastyMemory, "no snapshot": LiveMemory}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """What a test wants of the job. kill: worker, step, place of its own end. copies: 0 for whole
@@ -235,6 +273,7 @@ class Tiny:
     kill: tuple[str, int, str] | None = None
     copies: int = 0
     store_every: int = 0
+    fault: str = ""
 
     @property
     def samples(self) -> int:
@@ -248,33 +287,35 @@ def build(job: Tiny, worker: str) -> Part:
     if job.copies:
         store = FolderStore(job.folder / "store") if job.store_every else None
         shared = Shared(job.samples, job.pause_s, moment)
-        peers = PeerMemory(shared, job.copies, store, job.store_every)
+        peers = FAULTS.get(job.fault, PeerMemory)(shared, job.copies, store, job.store_every)
         return Part(peers, job.steps, partial(_log_peers, job, worker, peers, shared))
     whole = Whole(job.samples, job.pause_s, moment)
-    return Part(Replicas(whole), job.steps, partial(_log, job, worker, whole))
+    keeper = ForgetfulReplicas(whole) if job.fault == "nothing fetched" else Replicas(whole)
+    return Part(keeper, job.steps, partial(_log, job, worker, whole))
 
 
 def _log(job: Tiny, worker: str, whole: Whole, generation: int, end: StepEnd) -> None:
-    line = {"generation": generation, "step": end.step, "ids": end.ids}
+    line = {"generation": generation, "step": end.step}
     if end.step == job.steps:
         line["seen"] = whole.seen.tolist()
-    _write(job, worker, line)
+    _write(job.folder, worker, line)
 
 
 def _log_peers(
     job: Tiny, worker: str, peers: PeerMemory, shared: Shared, generation: int, end: StepEnd
 ) -> None:
-    line: dict[str, object] = {"generation": generation, "step": end.step, "ids": end.ids}
+    line: dict[str, object] = {"generation": generation, "step": end.step}
     own = shared.own.tensors
     line |= {"copied": peers.traffic.copied_bytes, "copies": peers.traffic.copies}
     line |= {"share": sum(tensor.nbytes for tensor in own.values())}
     if end.step == job.steps:
         line["seen"] = own["seen"].tolist()
-    _write(job, worker, line)
+    _write(job.folder, worker, line)
 
 
-def _write(job: Tiny, worker: str, line: dict[str, object]) -> None:
-    with (job.folder / f"{worker}.jsonl").open("a", encoding="utf-8") as file:
+def _write(folder: Path, worker: str, line: dict[str, object]) -> None:
+    line["pid"] = os.getpid()
+    with (folder / f"{worker}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
