@@ -132,6 +132,10 @@ class Supervisor:
         """So many workers from the next step boundary on."""
         self._call(lambda: self.members.resize(target))
 
+    def release(self, workers: tuple[str, ...], notice_s: float) -> None:
+        """These workers leave for good, one fewer each; they have notice_s to hand over."""
+        self._call(lambda: self._release(workers, notice_s))
+
     def change_machines(self, machines: tuple[str, ...], notice_s: float) -> None:
         """Exactly these machines from the next step boundary on; a worker on another one leaves,
         which it has notice_s for."""
@@ -220,6 +224,12 @@ class Supervisor:
         if worker and worker.doomed_s is None:
             self._note(f"its machine goes in {notice_s:g} s", name)
             self.members.notice(name, self._clock() + notice_s)
+
+    def _release(self, workers: tuple[str, ...], notice_s: float) -> None:
+        leaving = [name for name in workers if name in self.members.workers]
+        self.members.resize(self.members.policy.target - len(leaving))
+        for name in leaving:
+            self._noticed(name, notice_s)
 
     def _move(self, machines: tuple[str, ...], notice_s: float) -> None:
         self.members.machines = machines
