@@ -20,6 +20,8 @@ from train.elastic.membership import JobFailed, Launch, Membership, Policy
 from train.elastic.messages import Beat, Failed, Finished, FromWorker, Hello, Idle, Plan, Resumed
 
 log = logging.getLogger(__name__)
+LEAVING_S = 60.0
+"""How long a worker may take to leave once the job is finished; then it is ended."""
 
 
 class Launcher(Protocol):
@@ -38,7 +40,7 @@ class Launcher(Protocol):
         ...
 
     def notices(self) -> dict[str, float]:
-        """Workers whose machines go: name to seconds from now."""
+        """Machines that go: their names, as workers say them, to seconds from now."""
         ...
 
     def close(self) -> None:
@@ -98,6 +100,8 @@ class Supervisor:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._channels: dict[str, Channel] = {}
         self._heard_s: dict[str, float] = {}
+        self._places: dict[str, str] = {}
+        self._finished_s = float("inf")
         self._key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), family="AF_INET", authkey=self._key)
         self.on_event: Callable[[Journal], None] = lambda entry: None
@@ -110,7 +114,7 @@ class Supervisor:
         threading.Thread(target=self._accept, daemon=True, name="accept").start()
         end_s = self._clock() + deadline_s
         try:
-            while self.members.phase != "finished" or self.members.workers:
+            while self._busy():
                 self._obey()
                 self._hear(0.05)
                 self._watch()
@@ -121,6 +125,14 @@ class Supervisor:
             self._listener.close()
         self.report.steps = self.members.reached
         return self.report
+
+    def _busy(self) -> bool:
+        """Whether the job runs, or a worker is still on its way out."""
+        if self.members.phase != "finished":
+            return True
+        self._finished_s = min(self._finished_s, self._clock())
+        leaving = any(worker.state != "starting" for worker in self.members.workers.values())
+        return leaving and self._clock() - self._finished_s < LEAVING_S
 
     # From other threads.
 
@@ -190,7 +202,9 @@ class Supervisor:
         if isinstance(message, Failed):
             raise JobFailed(f"worker {event.worker}: {message.detail}")
         self._note(message, event.worker)
-        if isinstance(message, Finished):
+        if isinstance(message, Hello):
+            self._places[event.worker] = message.machine
+        elif isinstance(message, Finished):
             self._finished(message)
         elif isinstance(message, Idle):
             if message.last:
@@ -216,8 +230,10 @@ class Supervisor:
             if silent or (name not in self._channels and self._launcher.gone(name)):
                 self._note(f"silent for {self._silence_s:g} s" if silent else "ended early", name)
                 self._end(name)
-        for name, notice_s in self._launcher.notices().items():
-            self._noticed(name, notice_s)
+        for machine, notice_s in self._launcher.notices().items():
+            for name in self.members.workers:
+                if self._places.get(name) == machine:
+                    self._noticed(name, notice_s)
 
     def _noticed(self, name: str, notice_s: float) -> None:
         worker = self.members.workers.get(name)
