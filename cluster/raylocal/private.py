@@ -37,7 +37,9 @@ def draining_nodes() -> dict[str, float]:
     """Nodes of the connected cluster that are told to go: id (hex) to the Unix time, in seconds,
     at which they do; 0 where no time was said."""
     state: Any = importlib.import_module("ray._private.state")
-    return {node: deadline_ms / 1000 for node, deadline_ms in state.state.get_draining_nodes().items()}
+    return {
+        node: deadline_ms / 1000 for node, deadline_ms in state.state.get_draining_nodes().items()
+    }
 
 
 def drain_node(address: str, node: str, reason: str, notice_s: float) -> None:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from train.world import GlooWorld, WorldChanged, join
 
@@ -81,7 +82,7 @@ def meet(
             store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout_s))
             there = f"{name}/there/{generation}"
             _all_there(store, there, size, gate, timeout_s)
-            prefix = dist.PrefixStore(name, store)
+            prefix = PrefixStore(name, store)
             world = join(prefix, rank, size, generation=generation, timeout_s=timeout_s)
         except (RuntimeError, dist.DistError) as error:
             raise WorldChanged(reason=str(error).partition("\n")[0]) from error

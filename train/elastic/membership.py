@@ -240,13 +240,17 @@ class Membership:
         everyone = ranks + givers
         self.generation += 1
         host, port = idle[ranks[0]].host, idle[ranks[0]].port
-        holders = () if version is None else tuple(
-            tuple(
-                place
-                for place, name in enumerate(everyone)
-                if Held(version=version, index=index) in idle[name].held
+        holders = (
+            ()
+            if version is None
+            else tuple(
+                tuple(
+                    place
+                    for place, name in enumerate(everyone)
+                    if Held(version=version, index=index) in idle[name].held
+                )
+                for index in range(version.shards)
             )
-            for index in range(version.shards)
         )
         step = version.step if version else 0
         lost = missing if self.reached else ()

@@ -38,13 +38,13 @@ class ShardStore(Protocol):
 
 
 class Part(NamedTuple):
-    """Elements first to first + count of vector `name`: of share `index` and needed by `rank`."""
+    """`elements` elements of vector `name` from `first` on: of old share `share` and needed by `rank`."""
 
     rank: int
-    index: int
+    share: int
     name: str
     first: int
-    count: int
+    elements: int
 
 
 @dataclass
@@ -102,9 +102,9 @@ class PeerMemory:
         local = peer = 0
         load = [0] * world.size
         for part in needed:
-            sources = plan.holders[part.index]
+            sources = plan.holders[part.share]
             source = part.rank if part.rank in sources else min(sources, key=lambda s: load[s])
-            nbytes = part.count * self._trainee.flats()[part.name].dtype.itemsize
+            nbytes = part.elements * self._trainee.flats()[part.name].dtype.itemsize
             if source != part.rank:
                 load[source] += nbytes
             if world.rank == source == part.rank:
@@ -114,7 +114,7 @@ class PeerMemory:
                 world.send(self._kept(plan.version, part), part.rank)
                 self.traffic.handed_bytes += nbytes
             elif world.rank == part.rank:
-                received = torch.empty(part.count, dtype=tensors[part.name].dtype)
+                received = torch.empty(part.elements, dtype=tensors[part.name].dtype)
                 world.recv(received, source)
                 self._into(tensors, part, received, len(plan.ranks))
                 peer += nbytes
@@ -169,15 +169,15 @@ class PeerMemory:
         }
 
     def _kept(self, version: Version, part: Part) -> Tensor:
-        kept = self._memory[version, part.index][part.name]
+        kept = self._memory[version, part.share][part.name]
         length = self._trainee.flats()[part.name].length
-        start = part.first - share(0, length, part.index, version.shards).first
-        return kept[start : start + part.count].contiguous()
+        start = part.first - share(0, length, part.share, version.shards).first
+        return kept[start : start + part.elements].contiguous()
 
     def _into(self, tensors: dict[str, Tensor], part: Part, data: Tensor, size: int) -> None:
         length = self._trainee.flats()[part.name].length
         start = part.first - share(0, length, part.rank, size).first
-        tensors[part.name][start : start + part.count] = data
+        tensors[part.name][start : start + part.elements] = data
 
     def _from_store(self, plan: Plan, world: World) -> Fetched:
         """Nobody has it: the store's newest version, which rank 0 names; else a fresh start."""

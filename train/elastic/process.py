@@ -17,6 +17,8 @@ from train.elastic.messages import Hello
 from train.elastic.trainee import StepEnd
 from train.elastic.worker import ElasticWorker
 
+WORKER = "train.elastic.worker"
+
 
 class Part(NamedTuple):
     """A worker's part of a job, as its process builds it."""
@@ -49,7 +51,11 @@ class ProcessLauncher:
     """Starts workers as children of a fork server. preload: modules it imports beforehand."""
 
     def __init__(
-        self, build: Build, *, threads: int = 1, preload: tuple[str, ...] = ("train.elastic.worker",)
+        self,
+        build: Build,
+        *,
+        threads: int = 1,
+        preload: tuple[str, ...] = (WORKER,),
     ) -> None:
         self._build, self._threads = build, threads
         self._context = multiprocessing.get_context("forkserver")

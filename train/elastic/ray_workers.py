@@ -60,7 +60,7 @@ class RayLauncher:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(machine, soft=False)
         elif not self._labels:
             options["scheduling_strategy"] = "SPREAD"
-        actor = ray.remote(RayWorker).options(**options).remote()
+        actor: Any = ray.remote(RayWorker).options(**options).remote()
         self._actors[name] = actor
         self._lives[name] = actor.live.remote(self._build, name, address, key, self._threads)
 
@@ -104,8 +104,9 @@ class RaySupervisor:
     def __init__(self, build: Build, policy: Policy, cpus: float = 1.0, threads: int = 1) -> None:
         import ray
 
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         launcher = RayLauncher(build, cpus=cpus, threads=threads)
-        self._supervisor = Supervisor(policy, launcher, host=ray.util.get_node_ip_address())
+        self._supervisor = Supervisor(policy, launcher, host=host)
 
     def run(self, deadline_s: float = float("inf")) -> Report:
         """See `Supervisor`."""

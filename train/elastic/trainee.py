@@ -1,4 +1,4 @@
-"""What elastic training asks of a job: steps that can be abandoned, and state that can be handed on.
+"""What elastic training asks of a job: steps to abandon, state to hand on.
 
 `train.step.Trainer` is a Trainee: every worker holds all of the state. A ShardedTrainee holds one
 share of it.

@@ -9,16 +9,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from train.elastic.channel import Channel
 from train.elastic.group import Gate, meet
 from train.elastic.keeper import Keeper
 from train.elastic.messages import Beat, Failed, Fence, Finished, Idle, Leave, Plan, Resumed
 from train.elastic.trainee import StepEnd
-from train.world import World, WorldChanged
+from train.world import GlooWorld, World, WorldChanged
 
 Reason = Literal["new", "paused", "changed", "gave", "done"]
 log = logging.getLogger(__name__)
@@ -131,7 +132,9 @@ class ElasticWorker:
             )
             return self._steps_in(world)
 
-    def _meet(self, plan: Plan, name: str, rank: int, size: int):  # type: ignore[no-untyped-def]
+    def _meet(
+        self, plan: Plan, name: str, rank: int, size: int
+    ) -> AbstractContextManager[GlooWorld]:
         return meet(
             self._gate(plan.generation),
             address=(plan.host, plan.port),

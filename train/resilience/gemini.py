@@ -54,7 +54,7 @@ def fatal_sets(workers: int, copies: int, losses: int) -> int:
     whole = workers % copies == 0
     groups = workers // copies if whole else workers // copies - 1
     ring = 0 if whole else workers - groups * copies
-    safe = sum(
+    safe: int = sum(
         _groups_safe(groups, copies, losses - in_ring) * _without_run(ring, copies, in_ring)
         for in_ring in range(min(ring, losses) + 1)
     )
@@ -64,11 +64,12 @@ def fatal_sets(workers: int, copies: int, losses: int) -> int:
 def _groups_safe(groups: int, copies: int, losses: int) -> int:
     """Sets of `losses` among groups of m that hold no whole group."""
     members = groups * copies
-    return sum(
+    ways: int = sum(
         (-1) ** hit * comb(groups, hit) * comb(members - hit * copies, losses - hit * copies)
         for hit in range(min(groups, losses // copies) + 1)
         if losses - hit * copies <= members - hit * copies
     )
+    return ways
 
 
 def _without_run(ring: int, run: int, chosen: int) -> int:
@@ -81,7 +82,7 @@ def _without_run(ring: int, run: int, chosen: int) -> int:
     unchosen = ring - chosen
     if unchosen == 0:
         return 0 if ring else 1
-    ways = sum(
+    ways: int = sum(
         (-1) ** full * comb(unchosen, full) * comb(chosen - full * run + unchosen - 1, unchosen - 1)
         for full in range(min(unchosen, chosen // run) + 1)
     )

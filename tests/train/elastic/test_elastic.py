@@ -57,12 +57,12 @@ def test_one_four_two_three(copies: int, tmp_path: Path):
     refuse_other_samples(tmp_path, STEPS, whole=not copies)
     refuse_other_processes(report, tmp_path, 5)
     tries = [
-        (line["try"][0], line["generation"])
+        (tried[0], line["generation"])
         for lines in logged(tmp_path).values()
         for line in lines
-        if isinstance(line.get("try"), list)
+        if isinstance(tried := line.get("try"), list)
     ]
-    assert len({generation_of for generation_of in tries}) == STEPS, "each in one generation"
+    assert len(set(tries)) == STEPS, "each in one generation"
     assert {len(ids) for ids in effective_ids(tmp_path).values()} == {12}
     idle = [entry.what for entry in report.journal if isinstance(entry.what, Idle)]
     assert {what.reason for what in idle} <= {"new", "paused", "gave", "done"}, "nobody was cut off"

@@ -193,9 +193,7 @@ class Shared(Whole):
         slope, loss, asked, ids = self.summed(world, stop)
         own = self.own.tensors
         mine = cut(WEIGHTS, world.rank, world.size)
-        adam(
-            self.step_number + 1, slope[mine], own["master"], own["exp_avg"], own["exp_avg_sq"]
-        )
+        adam(self.step_number + 1, slope[mine], own["master"], own["exp_avg"], own["exp_avg_sq"])
         own["seen"] += self.counted[cut(len(self.seen), world.rank, world.size)]
         self._at("torn")  # some shares are a step ahead of others
         self._publish(world)
@@ -295,7 +293,7 @@ def build(job: Tiny, worker: str) -> Part:
 
 
 def _log(job: Tiny, worker: str, whole: Whole, generation: int, end: StepEnd) -> None:
-    line = {"generation": generation, "step": end.step}
+    line: dict[str, object] = {"generation": generation, "step": end.step}
     if end.step == job.steps:
         line["seen"] = whole.seen.tolist()
     _write(job.folder, worker, line)
