@@ -38,7 +38,7 @@ class ShardStore(Protocol):
 
 
 class Part(NamedTuple):
-    """`elements` elements of vector `name` from `first` on: of old share `share` and needed by `rank`."""
+    """Elements of vector `name` from `first` on: of the old `share`, needed by the new `rank`."""
 
     rank: int
     share: int
@@ -206,7 +206,7 @@ def _filled(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def parts(flats: dict[str, Flat], old: int, new: int) -> list[Part]:
-    """Every piece of an old share (of `old`) that some rank of `new` needs, in one order for all."""
+    """Every piece of an old share (of `old`) that a rank of `new` needs, in one order for all."""
     found = []
     for name, flat in sorted(flats.items()):
         for rank in range(new):

@@ -16,7 +16,7 @@ from tests.train.elastic.tiny import Tiny, alone, build
 from train.elastic.membership import Policy
 from train.elastic.messages import Finished, Plan
 from train.elastic.process import ProcessLauncher
-from train.elastic.supervisor import Journal, Supervisor
+from train.elastic.supervisor import Journal, Report, Supervisor
 from train.elastic.yielding import Change, Claim, Yielding, changes
 
 USD_PER_H = 36.0  # one cent a second
@@ -78,6 +78,16 @@ class Allocator:
             self.claims["last"] = self.yielding.claim()
 
 
+def gaps(report: Report) -> list[float]:
+    """Seconds from the end of one step to the beginning of the next where workers changed."""
+    ended = [(e.at_s, e.what) for e in report.journal if isinstance(e.what, Finished)]
+    return [
+        at_s - before_s - made.step_s
+        for (before_s, before), (at_s, made) in zip(ended, ended[1:], strict=False)
+        if made.generation != before.generation
+    ]
+
+
 @pytest.mark.live
 def test_a_machine_is_yielded_and_returned(tmp_path: Path):
     steps = 40
@@ -97,15 +107,9 @@ def test_a_machine_is_yielded_and_returned(tmp_path: Path):
     assert claims["first"].machines == claims["last"].machines == ("m0", "m1")
     assert claims["without"].machines == ("m0",)
     assert claims["first"].shrink_usd == pytest.approx(7.0 * 2 * 0.01), "nothing measured yet"
-    # The measured stop: from the end of one step to the beginning of the next, by the journal.
-    ended = [(e.at_s, e.what) for e in report.journal if isinstance(e.what, Finished)]
-    gaps = [
-        at_s - before_s - made.step_s
-        for (before_s, before), (at_s, made) in zip(ended, ended[1:], strict=False)
-        if made.generation != before.generation
-    ]
-    assert len(gaps) == 2
-    assert claims["without"].shrink_usd == pytest.approx(gaps[0] * 1 * 0.01)
-    asked, cost = claims["first"].shrink_usd, gaps[0] * 2 * 0.01
+    stops = gaps(report)
+    assert len(stops) == 2
+    assert claims["without"].shrink_usd == pytest.approx(stops[0] * 1 * 0.01)
+    asked, cost = claims["first"].shrink_usd, stops[0] * 2 * 0.01
     print(f"asked {asked:.4f} $, cost {cost:.4f} $; the next is asked {claims['last'].shrink_usd}")
-    assert claims["last"].shrink_usd == pytest.approx(sum(gaps) / 2 * 2 * 0.01)
+    assert claims["last"].shrink_usd == pytest.approx(sum(stops) / 2 * 2 * 0.01)
