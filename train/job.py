@@ -56,8 +56,8 @@ class DataTable(Strict):
 class RunTable(Strict):
     """How much, and in what portions; the same for any number of workers."""
 
-    tokens: int = Field(3_000_000, ge=1, description="Training tokens in all, epochs counted.")
-    batch_tokens: int = Field(16_384, ge=1, description="Tokens of one optimizer step.")
+    tokens: int = Field(2_000_000, ge=1, description="Training tokens in all, epochs counted.")
+    batch_tokens: int = Field(4096, ge=1, description="Tokens of one optimizer step.")
     micro_batch_tokens: int = Field(
         4096, ge=1, description="Tokens that a worker computes at once; bounds its memory."
     )

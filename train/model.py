@@ -117,10 +117,16 @@ class Llama(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
-        if config.tied_head:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
         # Not a buffer: it stays float32 whatever the dtype of the weights.
-        self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+        with torch.device("cpu"):
+            self.frequencies = inverse_frequencies(config.rope, config.head_dim)
+
+    def tie(self) -> None:
+        """Makes the embedding the output matrix, too, if it is to be. Again after the parameters
+        were replaced, as `to_empty` does."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (batch, tokens) of ids; logits (batch, tokens, vocab) in the weights' dtype."""

@@ -91,6 +91,7 @@ def build_model(job: Job, start: Start) -> Llama:
     with torch.device("meta"):
         model = Llama(start.config)
     model.to_empty(device="cpu")
+    model.tie()
     if job.precision.compute == "float64":
         model.double()
     source = _source(job, start.config) if job.model.start_from else None

@@ -73,9 +73,12 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def evaluation_batches(corpus: Corpus, sequence_tokens: int, tokens: int) -> Iterator[Tokens]:
-    """Held-out sequences from the start, each of sequence_tokens + 1, for about `tokens` in all."""
+    """Held-out sequences from the start, each of sequence_tokens + 1, as many as predict at most
+    `tokens`, but at least one where the text is as long as one."""
     held = corpus.held_out
-    for start in range(0, min(tokens, len(held) - 1 - sequence_tokens) + 1, sequence_tokens):
+    there = (len(held) - 1) // sequence_tokens
+    count = min(max(tokens // sequence_tokens, 1), there)
+    for start in range(0, count * sequence_tokens, sequence_tokens):
         yield held[start : start + sequence_tokens + 1]
 
 
