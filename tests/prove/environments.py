@@ -91,7 +91,7 @@ def vllm() -> Path:
 
 
 def ray_train() -> Path:
-    """The interpreter of an environment with what ray.train needs beyond this one, which it sees."""
+    """The interpreter of an environment that sees this one, and has what else ray.train needs."""
 
     def install(folder: Path) -> None:
         [packages] = folder.glob("lib/python*/site-packages")

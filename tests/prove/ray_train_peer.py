@@ -100,7 +100,7 @@ def main(folder: Path, pause_s: float) -> None:
         include_dashboard=False,
         object_store_memory=160 << 20,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=40,
         _temp_dir=str(folder / "r"),
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
     )

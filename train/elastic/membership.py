@@ -110,13 +110,13 @@ class Membership:
         if step.step > self.reached:
             self.reached, self._barren = step.step, 0
 
-    def lost(self, name: str) -> None:
-        """A worker's process is gone."""
+    def lost(self, name: str, why: str = "") -> None:
+        """A worker's process is gone; why, where that is known."""
         worker = self.workers.pop(name)
         if worker.state == "starting":
             self._failed_starts += 1
             if self._failed_starts >= self.policy.failed_starts:
-                raise JobFailed(f"{self._failed_starts} workers ended while they started")
+                raise JobFailed(f"{self._failed_starts} workers ended while they started: {why}")
         if worker.state == "running" and self.phase in ("running", "pausing"):
             self._barren = 0
             self._break()

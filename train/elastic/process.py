@@ -7,25 +7,29 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
-from train.elastic.channel import connect
+from train.elastic.channel import Channel, connect
 from train.elastic.keeper import Keeper
-from train.elastic.messages import Hello
+from train.elastic.messages import Beat, Hello
 from train.elastic.trainee import StepEnd
 from train.elastic.worker import ElasticWorker
+from train.world import World
 
 WORKER = "train.elastic.worker"
 
 
 class Part(NamedTuple):
-    """A worker's part of a job, as its process builds it."""
+    """A worker's part of a job, as its process builds it; see `ElasticWorker`."""
 
     keeper: Keeper
     steps: int
     on_step: Callable[[int, StepEnd], None] = lambda generation, end: None
+    ended: Callable[[], bool] = lambda: False
+    finish: Callable[[World], None] = lambda world: None
 
 
 Build = Callable[[str], Part]
@@ -43,8 +47,35 @@ def work(
         torch.set_num_threads(threads)
     channel = connect(address, key)
     channel.send(Hello(worker=name, pid=os.getpid(), machine=machine))
-    part = build(name)
-    ElasticWorker(name, part.keeper, channel, part.steps, on_step=part.on_step).run()
+    with _beating(channel):  # a model may take minutes to load
+        part = build(name)
+    ElasticWorker(
+        name,
+        part.keeper,
+        channel,
+        part.steps,
+        on_step=part.on_step,
+        ended=part.ended,
+        finish=part.finish,
+    ).run()
+
+
+@contextlib.contextmanager
+def _beating(channel: Channel) -> Iterator[None]:
+    """Signs of life while the worker does not listen yet."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(1.0):
+            channel.send(Beat())
+
+    thread = threading.Thread(target=beat, daemon=True, name="beat")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class ProcessLauncher:
@@ -82,10 +113,11 @@ class ProcessLauncher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
 
-    def gone(self, name: str) -> bool:
+    def ending(self, name: str) -> str:
         """See `Launcher`."""
         process = self._processes.get(name)
-        return process is None or not process.is_alive()
+        alive = process is not None and process.is_alive()
+        return "" if alive else f"exit status {process.exitcode if process else 'unknown'}"
 
     def notices(self) -> dict[str, float]:
         """This machine stays."""

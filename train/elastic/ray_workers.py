@@ -73,12 +73,20 @@ class RayLauncher:
         if actor is not None:
             ray.kill(actor, no_restart=True)
 
-    def gone(self, name: str) -> bool:
+    def ending(self, name: str) -> str:
         """See `Launcher`."""
         import ray
 
         life = self._lives.get(name)
-        return life is None or bool(ray.wait([life], timeout=0)[0])
+        if life is None:
+            return "unknown to Ray"
+        if not ray.wait([life], timeout=0)[0]:
+            return ""
+        try:
+            ray.get(life)
+        except ray.exceptions.RayError as error:
+            return f"{type(error).__name__}: {error}"
+        return "its work was over"
 
     def notices(self) -> dict[str, float]:
         """See `Launcher`: nodes that Ray drains."""

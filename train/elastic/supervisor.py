@@ -35,8 +35,8 @@ class Launcher(Protocol):
         """Ends it without asking; nothing if it is gone."""
         ...
 
-    def gone(self, name: str) -> bool:
-        """Whether the process is known to have ended (one that has not connected yet, say)."""
+    def ending(self, name: str) -> str:
+        """How the process is known to have ended, also before it connected; "" while it lives."""
         ...
 
     def notices(self) -> dict[str, float]:
@@ -216,20 +216,21 @@ class Supervisor:
             self.report.losses[step.step] = step.loss
             self.members.finished(step)
 
-    def _end(self, name: str) -> None:
+    def _end(self, name: str, why: str = "") -> None:
         self._note("gone", name)
         self._channels.pop(name, None)
         self._launcher.kill(name)
-        self.members.lost(name)
+        self.members.lost(name, why)
 
     def _watch(self) -> None:
         """Hanging workers, ones that ended before they connected, and notices."""
         now_s = self._clock()
         for name in list(self.members.workers):
             silent = now_s - self._heard_s[name] > self._silence_s and name in self._channels
-            if silent or (name not in self._channels and self._launcher.gone(name)):
-                self._note(f"silent for {self._silence_s:g} s" if silent else "ended early", name)
-                self._end(name)
+            early = "" if name in self._channels else self._launcher.ending(name)
+            if silent or early:
+                self._note(f"silent for {self._silence_s:g} s" if silent else early, name)
+                self._end(name, early)
         for machine, notice_s in self._launcher.notices().items():
             for name in self.members.workers:
                 if self._places.get(name) == machine:

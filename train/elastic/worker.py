@@ -29,7 +29,9 @@ class ElasticWorker:
     """One worker of a job of `steps` steps.
 
     collective_s: how long a collective may take before the group counts as broken. on_step: told of
-    each finished step with its generation; on_done: called once the last step is finished.
+    each finished step with its generation. ended: whether the job is at its end before its last
+    step, the same on all workers after a step. finish: collective, after the last step; called
+    again by a later generation if it was broken off.
     """
 
     def __init__(
@@ -42,9 +44,12 @@ class ElasticWorker:
         collective_s: float = 120.0,
         beat_s: float = 1.0,
         on_step: Callable[[int, StepEnd], None] = lambda generation, end: None,
+        ended: Callable[[], bool] = lambda: False,
+        finish: Callable[[World], None] = lambda world: None,
     ) -> None:
         self._name, self._keeper, self._channel, self._steps = name, keeper, channel, steps
         self._collective_s, self._beat_s, self._on_step = collective_s, beat_s, on_step
+        self._ended, self._finish = ended, finish
         self._plans: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._gates: dict[int, Gate] = {}
@@ -147,7 +152,7 @@ class ElasticWorker:
 
     def _steps_in(self, world: World) -> Reason:
         """Steps until the last one, or until somebody asked for a pause."""
-        while self._keeper.at() < self._steps:
+        while self._keeper.at() < self._steps and not self._ended():
             started_s = time.monotonic()
             end = self._keeper.step(world, self._pause >= world.generation)
             self._keeper.protect(world)
@@ -161,8 +166,9 @@ class ElasticWorker:
             self._on_step(world.generation, end)
             if world.rank == 0:
                 self._channel.send(self._last)
-            if end.stop and self._keeper.at() < self._steps:
+            if end.stop and self._keeper.at() < self._steps and not self._ended():
                 return "paused"
+        self._finish(world)
         return "done"
 
     def _tell_idle(self, reason: Reason) -> None:
