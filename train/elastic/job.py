@@ -97,10 +97,18 @@ def launch(job: Job, folder: RunFolder, watch: Callable[[], None]) -> None:
 
 
 def launch_on_ray(job: Job, folder: RunFolder, watch: Callable[[], None]) -> None:
-    """As `launch`, with actors of the cluster that this process is connected to; every node must
-    see the run's folder."""
+    """As `launch`, with actors of the Ray cluster that this process runs in; every
+    node must see the run's folder. ValueError if there is no cluster."""
     import ray
 
+    if not ray.is_initialized():
+        try:
+            ray.init("auto", log_to_driver=False)
+        except ConnectionError as error:
+            raise ValueError(
+                f'workers.where = "ray" needs a Ray cluster: start it by `ray job submit`, '
+                f'or give workers.where = "elastic" for processes of this machine ({error})'
+            ) from error
     build = partial(part, folder.path.resolve(), threads_of(job))
     host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     supervise(job, folder, RayLauncher(build, threads=threads_of(job)), watch, host)

@@ -63,7 +63,7 @@ def test_a_real_job_survives_the_loss_of_its_first_worker(tmp_path: Path):
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-7, rtol=0)
     events = (folder.log / "events.jsonl").read_text()
-    assert events.count('"kind":"plan"') == 2 and '"gone"' in events
+    assert events.count('"kind":"plan"') >= 2 and '"gone"' in events
 
 
 def test_a_person_stops_it_and_it_goes_on(tmp_path: Path):
