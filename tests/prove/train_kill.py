@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 KILLS, STEPS, PAUSE_S = 20, 200, 0.006
 SEED = 23
 PEER_S = 420
+RAY_STEPS = 300
 
 
 class Mode(NamedTuple):
@@ -141,24 +142,24 @@ def beside_ray_train() -> Iterator[Row]:
 
 
 def on_ray(policy: Policy) -> tuple[Report, list[float]]:
-    """A run on a Ray of our own with three kills."""
+    """A run on a Ray of our own with two kills, the second once all are there again."""
     with tempfile.TemporaryDirectory() as name:
         flags = {"data_dir": f"{name}/data", "ray.object_store_bytes": str(100 << 20)}
-        job = Tiny(Path(name) / "job", 60, 0.01)
+        job = Tiny(Path(name) / "job", RAY_STEPS, 0.05)
         job.folder.mkdir()
         with RaySession(resolve(flags=flags).settings, cpus=6):
             supervisor = Supervisor(policy, RayLauncher(partial(build, job)))
-            killer = Killer(SEED, 3, 60, 0.02, 4)
+            killer = Killer(SEED, 2, RAY_STEPS // 3, 0.1, 4, spared=bool(policy.spares))
             supervisor.on_event = partial(killer, supervisor)
             report = supervisor.run(PEER_S)
-    assert killer.killed and report.steps == 60
+    assert killer.killed and report.steps == RAY_STEPS
     return report, killer.resumed_s
 
 
 def peer() -> dict[str, float]:
     """Plain Ray Train's figures, from its own environment."""
     with tempfile.TemporaryDirectory() as name:
-        command = [str(ray_train()), "-m", "tests.prove.ray_train_peer", name, "0.01"]
+        command = [str(ray_train()), "-m", "tests.prove.ray_train_peer", name, "0.05"]
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=PEER_S, check=False
         )

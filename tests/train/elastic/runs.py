@@ -38,8 +38,8 @@ def supervise(
 class Killer:
     """Kills workers with -9 at seeded moments: after a seeded step, within the next one.
 
-    several: how many go at once. Never more kills than asked; each waits until the group runs
-    again and the world is `full` strong.
+    Each waits until the group runs again, the world is `full` strong, and, where `spared`, another
+    spare has started.
     """
 
     seed: int
@@ -47,6 +47,7 @@ class Killer:
     steps: int
     step_s: float
     full: int
+    spared: bool = False
     pids: dict[str, int] = field(default_factory=dict)
     killed: list[tuple[str, float]] = field(default_factory=list)
     resumed_s: list[float] = field(default_factory=list)
@@ -71,7 +72,8 @@ class Killer:
             self.resumed_s.append(entry.at_s - self.killed[-1][1])
         waiting = len(self.killed) > len(self.resumed_s)
         done = len(self.killed) >= self.kills
-        if waiting or done or len(self._plan.ranks) < self.full:
+        bare = self.spared and all(w.state != "idle" for w in supervisor.members.workers.values())
+        if waiting or done or bare or len(self._plan.ranks) < self.full:
             return
         if step.step >= self._due[len(self.killed)]:
             victim = self._chance.choice(self._plan.ranks)

@@ -66,6 +66,7 @@ def test_a_real_job_survives_the_loss_of_its_first_worker(tmp_path: Path):
     assert events.count('"kind":"plan"') >= 2 and '"gone"' in events
 
 
+@pytest.mark.slow
 def test_a_person_stops_it_and_it_goes_on(tmp_path: Path):
     wanted = job(tmp_path, "stopped", **LONG)
     folder = prepared(wanted)
@@ -77,6 +78,7 @@ def test_a_person_stops_it_and_it_goes_on(tmp_path: Path):
     assert folder.status().phase == "finished" and folder.status().step == 14
 
 
+@pytest.mark.slow
 def test_an_error_of_the_job_is_told(tmp_path: Path):
     wanted = job(tmp_path, "wrong", **LONG)
     folder = prepared(wanted)
