@@ -196,7 +196,6 @@ class Supervisor:
         if message is None:
             self._end(event.worker)
             return
-        self._heard_s[event.worker] = self._clock()
         if isinstance(message, Beat):
             return
         if isinstance(message, Failed):
@@ -289,7 +288,10 @@ class Supervisor:
             self._events.put(Event("", None, lambda: self._channels.update({name: channel})))
             self._events.put(Event(name, hello))
             while True:
-                self._events.put(Event(name, channel.from_worker()))
+                message = channel.from_worker()
+                # Noted here, not in the loop: a loop that was held up must take nobody for silent.
+                self._heard_s[name] = self._clock()
+                self._events.put(Event(name, message))
         except (EOFError, OSError):
             self._events.put(Event(name, None))
         finally:
