@@ -1,24 +1,57 @@
 """One run on 1, 4, 2 and 3 workers, told in time: no step is lost or made twice, each has the whole
 batch, and the curve is that of one process."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.train.elastic.runs import (
+    PRELOAD,
     effective_ids,
     refuse_other_processes,
     refuse_other_samples,
     supervise,
 )
 from tests.train.elastic.test_kills import curve
-from tests.train.elastic.tiny import Tiny, alone, logged
+from tests.train.elastic.tiny import Tiny, alone, build, logged
 from train.elastic.membership import Policy
 from train.elastic.messages import Finished, Idle, Plan
+from train.elastic.process import ProcessLauncher
 from train.elastic.supervisor import Journal, Supervisor
 
 pytestmark = pytest.mark.live
 STEPS = 48
+
+
+class Nodes(ProcessLauncher):
+    """Each worker on a machine of its own; w1's is to go once `told`."""
+
+    told = False
+
+    def start(self, name: str, machine: str, address: tuple[str, int], key: bytes) -> None:
+        super().start(name, f"node of {name}", address, key)
+
+    def notices(self) -> dict[str, float]:
+        return {"node of w1": 30.0} if self.told else {}
+
+
+def test_a_machine_that_goes_is_left_in_time(tmp_path: Path):
+    """What a drained Ray node, or a provider's notice, comes to."""
+    launcher = Nodes(partial(build, Tiny(tmp_path, 30, 0.03)), preload=PRELOAD)
+    supervisor = Supervisor(Policy(2), launcher)
+
+    def watch(entry: Journal) -> None:
+        launcher.told |= isinstance(entry.what, Finished) and entry.what.step == 5
+
+    supervisor.on_event = watch
+    report = supervisor.run(120)
+    assert "w1" in report.plans()[0].ranks and "w1" not in report.plans()[-1].ranks
+    assert curve(report.losses) == pytest.approx(alone(30), abs=1e-9)
+    idle = [entry.what for entry in report.journal if isinstance(entry.what, Idle)]
+    assert {what.reason for what in idle} <= {"new", "paused", "done"}, "nobody was cut off"
+    refuse_other_samples(tmp_path, 30, whole=True)
+    assert any(e.what == "its machine goes in 30 s" and e.worker == "w1" for e in report.journal)
 
 
 class Tide:

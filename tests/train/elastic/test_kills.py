@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.train.elastic.runs import (
 )
 from tests.train.elastic.tiny import Tiny, alone
 from train.elastic.membership import JobFailed, Policy
-from train.elastic.messages import Finished, Hello
+from train.elastic.messages import Finished, Hello, Idle
 from train.elastic.supervisor import Journal, Supervisor
 
 pytestmark = pytest.mark.live
@@ -96,6 +97,19 @@ def test_a_worker_that_hangs_is_killed_and_replaced(tmp_path: Path, undisturbed:
     assert stopped and any(e.what == "silent for 3 s" for e in report.journal)
     assert curve(report.losses) == undisturbed
     refuse_other_samples(tmp_path, STEPS, whole=True)
+
+
+def test_a_supervisor_that_was_held_up_takes_nobody_for_silent(tmp_path: Path):
+    held_up: list[str] = []
+
+    def watch(supervisor: Supervisor, entry: Journal) -> None:
+        if isinstance(entry.what, Idle) and not held_up:
+            held_up.append(entry.worker)
+            time.sleep(4.5)
+
+    report = supervise(Tiny(tmp_path, 4), Policy(4), watch, silence_s=3.0)
+    assert held_up and [len(plan.ranks) for plan in report.plans()] == [4]
+    refuse_other_processes(report, tmp_path, 4)
 
 
 def test_without_the_hand_over_a_newcomer_spoils_the_curve(
