@@ -1,13 +1,11 @@
 """Where a run's state survives its processes, as the run sees it."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
+from train.checkpoint.states import StoredCheckpoints
+from train.checkpoint.storage import open_storage
+from train.job import Job
 from train.state import TrainState
 from train.world import World
 
@@ -23,42 +21,14 @@ class Checkpoints(Protocol):
         """The newest whole one, or None."""
         ...
 
-
-class FolderCheckpoints:
-    """One safetensors file per state in a local folder, written by rank 0 and renamed."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-
-    def save(self, state: TrainState, world: World) -> None:
-        """See `Checkpoints`."""
-        if world.rank:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {"step": state.step, "samples": state.samples, "meta": state.meta}
-        part = self.folder / ".part"
-        save_file(
-            {name: tensor.contiguous().clone() for name, tensor in state.tensors.items()},
-            part,
-            metadata={"facts": json.dumps(facts)},
-        )
-        part.replace(self.folder / f"step-{state.step:08d}.safetensors")
-        for old in self._files()[: -self.keep]:
-            old.unlink()
-
-    def newest(self) -> TrainState | None:
-        """See `Checkpoints`."""
-        files = self._files()
-        if not files:
-            return None
-        with safe_open(files[-1], framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return TrainState(facts["step"], facts["samples"], tensors, facts["meta"])
-
     def clear(self) -> None:
         """Forgets all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        ...
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"))
+
+def open_checkpoints(job: Job, folder: Path) -> Checkpoints:
+    """The job's checkpoints: where it says, or in the run's folder. ValueError for a place that is
+    none."""
+    place = job.resilience.checkpoints
+    where = f"{place.rstrip('/')}/{job.name}" if place else str(folder)
+    return StoredCheckpoints(open_storage(where), job.resilience.keep)

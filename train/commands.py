@@ -203,7 +203,11 @@ def refuse_changes(old: Job, new: Job) -> None:
 
 def forget(folder: RunFolder) -> None:
     """Removes what a run has left, its corpus too."""
-    for path in (folder.corpus, folder.checkpoints, folder.log):
+    if folder.begun:
+        from train.checkpoints import open_checkpoints
+
+        open_checkpoints(folder.job(), folder.checkpoints).clear()
+    for path in (folder.corpus, folder.log):
         shutil.rmtree(path, ignore_errors=True)
     folder.metrics.unlink(missing_ok=True)
     (folder.path / "status.json").unlink(missing_ok=True)

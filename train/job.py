@@ -124,6 +124,9 @@ class ResilienceTable(Strict):
     """What a loss costs."""
 
     mode: str = Field("checkpoint", description="checkpoint, or another mode by name.")
+    checkpoints: str = Field(
+        "", description="Folder or s3://bucket/prefix to keep them at; empty: the run's folder."
+    )
     checkpoint_every_steps: int = Field(
         50, ge=0, description="0: only at the end and when stopped."
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from train.checkpoints import FolderCheckpoints
+from train.checkpoints import open_checkpoints
 from train.folder import RunFolder
 from train.journal import configure_torch
 from train.run import Run
@@ -30,8 +30,7 @@ def main(arguments: list[str]) -> int:
     if int(size) > 1:
         world = join(FileStore(rendezvous, int(size)), int(rank), int(size))
     try:
-        checkpoints = FolderCheckpoints(folder.checkpoints, job.resilience.keep)
-        run = Run(job, folder, checkpoints)
+        run = Run(job, folder, open_checkpoints(job, folder.checkpoints))
         run.resume()
         ending = run.run(world)
     except ValueError as error:

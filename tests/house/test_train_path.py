@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.train import tiny
-from train.checkpoints import FolderCheckpoints
+from train.checkpoints import open_checkpoints
 from train.commands import begin
 from train.folder import RunFolder
 from train.run import Run
@@ -37,7 +37,7 @@ def traced(path: Path) -> list[str]:
     tracer = Tracer()
     sys.setprofile(tracer)
     try:
-        run = Run(job, folder, FolderCheckpoints(folder.checkpoints, 2))
+        run = Run(job, folder, open_checkpoints(job, folder.checkpoints))
         run.resume()
         run.run(LocalWorld())
     finally:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.train import tiny
-from train.checkpoints import FolderCheckpoints
+from train.checkpoints import open_checkpoints
 from train.commands import begin, forget, refuse_changes
 from train.folder import RunFolder, Status
 from train.job import Job
@@ -29,7 +29,7 @@ def job(path: Path, name: str, **tables) -> Job:
 def make(wanted: Job) -> Run:
     folder = RunFolder(wanted.path)
     begin(wanted, folder, console_of_nobody())
-    run = Run(wanted, folder, FolderCheckpoints(folder.checkpoints, wanted.resilience.keep))
+    run = Run(wanted, folder, open_checkpoints(wanted, folder.checkpoints))
     run.resume()
     return run
 
@@ -142,7 +142,7 @@ def test_old_checkpoints_go(tmp_path: Path):
     run = make(job(tmp_path, "many", **often))
     run.run(LocalWorld())
     names = sorted(path.name for path in run.folder.checkpoints.iterdir())
-    assert [int(name[5:13]) for name in names] == [5, 6]
+    assert [int(name[5:13]) for name in names if name.startswith("step-")] == [5, 6]
 
 
 def test_a_run_without_a_process_has_failed(tmp_path: Path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoints import FolderCheckpoints
+from train.checkpoints import Checkpoints, open_checkpoints
 from train.elastic.keeper import Replicas
 from train.elastic.membership import JobFailed, Policy
 from train.elastic.process import Part, ProcessLauncher
@@ -38,7 +38,7 @@ machines are there keeps its size, and with it its bits."""
 class ElasticRun(Run):
     """A job on one worker, a step at a time: a `Trainee` whose state has the run's own facts."""
 
-    def __init__(self, job: Job, folder: RunFolder, checkpoints: FolderCheckpoints) -> None:
+    def __init__(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> None:
         super().__init__(job, folder, checkpoints)
         self._generation = -1
         self.stopped = False
@@ -82,7 +82,7 @@ def part(path: Path, threads: int, name: str) -> Part:
     folder = RunFolder(path)
     job = folder.job()
     configure_torch(threads, job.run.deterministic)
-    run = ElasticRun(job, folder, FolderCheckpoints(folder.checkpoints, job.resilience.keep))
+    run = ElasticRun(job, folder, open_checkpoints(job, folder.checkpoints))
     run.resume()
     return Part(Replicas(run), job.steps, ended=run.ended, finish=run.finish)
 

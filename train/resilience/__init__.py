@@ -1,1 +1,1 @@
-"""What a training run does about lost machines: named techniques, each in its module."""
+"""What a training run does about losses: how often it writes, who holds what, who takes over."""
