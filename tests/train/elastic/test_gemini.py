@@ -99,7 +99,7 @@ class Removal:
 
 def test_peers_are_enough_without_the_store(tmp_path: Path, undisturbed: list[float]):
     removal = Removal(14, ("w3",), tmp_path / "store")
-    report = supervise(Tiny(tmp_path, STEPS, 0.004, copies=2, store_every=12), REPLACED, removal)
+    report = supervise(Tiny(tmp_path, STEPS, 0.04, copies=2, store_every=12), REPLACED, removal)
     assert removal.done
     assert curve(report.losses) == undisturbed
     assert report.lost() == []
@@ -111,7 +111,7 @@ def test_a_whole_group_lost_falls_back_to_the_store_and_says_so(
 ):
     """w2 and w3 hold each other's shares."""
     removal = Removal(16, ("w2", "w3"), None)
-    report = supervise(Tiny(tmp_path, STEPS, 0.004, copies=2, store_every=5), REPLACED, removal)
+    report = supervise(Tiny(tmp_path, STEPS, 0.04, copies=2, store_every=5), REPLACED, removal)
     assert curve(report.losses) == undisturbed
     lost = " ".join(report.lost())
     assert "share 2 of 4" in lost and "share 3 of 4" in lost and "share 1" not in lost
@@ -124,7 +124,7 @@ def test_a_whole_group_lost_falls_back_to_the_store_and_says_so(
 
 def test_shares_are_cut_anew_when_the_world_shrinks(tmp_path: Path):
     removal = Removal(10, ("w1",), None)
-    job = Tiny(tmp_path, STEPS, 0.004, copies=2)
+    job = Tiny(tmp_path, STEPS, 0.04, copies=2)
     report = supervise(job, Policy(4, least=2), removal)
     assert {len(plan.ranks) for plan in report.plans()} >= {3, 4}
     assert curve(report.losses) == pytest.approx(alone(STEPS), abs=1e-9)

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from train.checkpoint.local import LocalStorage
+from train.elastic.durable import StoredShards
 from train.elastic.keeper import Fetched, Replicas
 from train.elastic.messages import Plan, Version
 from train.elastic.peers import PeerMemory
@@ -202,32 +204,6 @@ class Shared(Whole):
         return End(self.step_number, self.samples, loss, asked, list(ids))
 
 
-class FolderStore:
-    """Shares as files: a version is whole once rank 0 has written its mark."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.reads = 0
-
-    def newest(self) -> Version | None:
-        marks = sorted(self._folder.glob("*.json"), key=lambda path: int(path.stem))
-        return Version.model_validate_json(marks[-1].read_text()) if marks else None
-
-    def read(self, version: Version, name: str, first: int, count: int) -> Tensor:
-        shares = [
-            torch.load(self._folder / f"{version.step}.{index}.pt")[name]
-            for index in range(version.shards)
-        ]
-        return torch.cat(shares)[first : first + count]
-
-    def write(self, version: Version, world: World, state: TrainState) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state.tensors, self._folder / f"{version.step}.{world.rank}.pt")
-        world.barrier()
-        if world.rank == 0:
-            (self._folder / f"{version.step}.json").write_text(version.model_dump_json())
-
-
 class ForgetfulReplicas(Replicas):
     """Lacks the hand-over: a newcomer claims the state without having got it."""
 
@@ -283,8 +259,9 @@ def build(job: Tiny, worker: str) -> Part:
     torch.set_num_threads(1)
     moment = Moment(job.folder, worker, job.kill)
     if job.copies:
-        store = FolderStore(job.folder / "store") if job.store_every else None
         shared = Shared(job.samples, job.pause_s, moment)
+        storage = LocalStorage(job.folder / "store")
+        store = StoredShards(storage, shared.flats()) if job.store_every else None
         peers = FAULTS.get(job.fault, PeerMemory)(shared, job.copies, store, job.store_every)
         return Part(peers, job.steps, partial(_log_peers, job, worker, peers, shared))
     whole = Whole(job.samples, job.pause_s, moment)
