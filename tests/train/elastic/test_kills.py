@@ -19,7 +19,7 @@ from train.elastic.messages import Finished, Hello, Idle
 from train.elastic.supervisor import Journal, Supervisor
 
 pytestmark = pytest.mark.live
-STEPS, STEP_S = 36, 0.006
+STEPS, STEP_S = 36, 0.012
 MODES = {"replicas": 0, "gemini": 2}
 
 
