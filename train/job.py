@@ -123,7 +123,9 @@ class ShardingTable(Strict):
 class ResilienceTable(Strict):
     """What a loss costs."""
 
-    mode: str = Field("checkpoint", description="checkpoint, or another mode by name.")
+    mode: Literal["checkpoint"] = Field(
+        "checkpoint", description="checkpoint; others are so far used in code (train/resilience)."
+    )
     checkpoints: str = Field(
         "", description="Folder or s3://bucket/prefix to keep them at; empty: the run's folder."
     )
@@ -193,8 +195,11 @@ class Job(Strict):
                 f"run.micro_batch_tokens = {self.run.micro_batch_tokens} must be at least "
                 f"data.sequence_tokens = {sequence}"
             )
-        if self.optimizer.name == "adafactor" and self.sharding.stage:
-            raise ValueError("sharding.stage needs optimizer.name = 'adamw'")
+        if self.sharding.stage:
+            raise ValueError(
+                f"sharding.stage = {self.sharding.stage}: jobs keep the whole state on every "
+                "worker so far, and 0 is accepted; train.parallel.zero shares it out in code"
+            )
         return self
 
     @property

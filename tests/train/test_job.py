@@ -35,7 +35,8 @@ REFUSED = {
     "schedule = {name = 'wsd', warmup = 0.9}": "at most 1",
     "name = '../elsewhere'": "name",
     "optimizer.learning_rate = nan": "learning_rate",
-    "optimizer.name = 'adafactor'\nsharding.stage = 1": "sharding.stage needs optimizer.name",
+    "sharding.stage = 1": "0 is accepted",
+    "resilience.mode = 'gemini'": "'checkpoint'",
     "x = ": "not valid TOML",
 }
 
