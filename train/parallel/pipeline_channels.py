@@ -22,16 +22,18 @@ UNUSED_TAG = 999_983  # nobody sends with it
 def abandon(world: World) -> None:
     """Closes this rank's connections: whatever is waiting on them, here or on a peer, fails now.
 
-    Gloo has no call for it that wakes a blocked receiver; a receive that runs out of time does.
+    Gloo has no call for it that wakes a blocked receiver; a receive that runs out of time closes all
+    connections. One whose own connection is closed already fails before that, so each is tried.
     """
-    if world.group is None or world.size < 2:
+    if world.group is None:
         return
-    peer = 0 if world.rank else 1
-    try:
-        work = world.group.recv([torch.zeros(1)], peer, UNUSED_TAG)
-        work.wait(timedelta(milliseconds=1))
-    except RuntimeError:
-        return  # what it is for
+    for peer in range(world.size):
+        if peer != world.rank:
+            try:
+                work = world.group.recv([torch.zeros(1)], peer, UNUSED_TAG)
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                continue  # what it is for
 
 
 class Inbox:

@@ -1,0 +1,1 @@
+"""Ways to lose workers of a pipeline without losing the run."""
