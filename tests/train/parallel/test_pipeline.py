@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.parallel import plain, tiny
-from tests.train.processes import on_ranks
+from tests.train.crew import Crew
 from train.parallel.pipeline import Act, is_forward_next
 from train.parallel.pipeline_layers import AdamW, HeldLayers
 from train.parallel.pipeline_layout import Chain, Layout, Span, Stage, even_spans, grid
@@ -32,7 +32,7 @@ LAYOUTS = {
 }
 
 
-def follow(world: World) -> dict[str, Any]:
+def follow(kept: dict[str, Any], world: World) -> dict[str, Any]:
     """Trains a few steps in every layout, one after another; what the tests compare. Ranks that a
     layout does not use are spares."""
     return {name: follow_one(world, layout) for name, layout in LAYOUTS.items()}
@@ -65,7 +65,8 @@ def follow_one(world: World, layout: Layout) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def answers() -> list[dict[str, Any]]:
-    return on_ranks(4, follow)
+    with Crew(4) as crew:
+        return crew.values(follow)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tests.train.parallel import tiny
-from tests.train.resilience.crew import Crew, die
+from tests.train.crew import Crew, die
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layers import AdamW
 from train.parallel.pipeline_layout import Layout

@@ -1,7 +1,8 @@
 """Worker processes that outlive each other, for tests: a supervisor in the test's process, a fresh
 store and gloo group for each generation, functions that run on every member.
 
-Processes are forked from a server that has torch imported, so that one costs milliseconds.
+Processes are forked from a server that has imported torch (and torch._dynamo, which its optimizers
+want), so that one costs milliseconds.
 """
 
 import multiprocessing
@@ -57,7 +58,7 @@ class Crew:
 
     def __init__(self, size: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+        self._context.set_forkserver_preload(["torch", "torch._dynamo", __name__])
         self._conns: dict[int, Any] = {}
         self._processes: dict[int, Any] = {}
         self._next = 0
