@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from train.parallel.pipeline_layout import Chain, Layout, Stage, survivors
-from train.parallel.pipeline_trainer import PipelineTrainer, Training, plan_moves
+from train.parallel.pipeline_trainer import LayersLost, PipelineTrainer, Training, plan_moves
 from train.resilience.templates import Plan, Planner, regroup
 from train.world import World
 
@@ -46,23 +46,25 @@ def first_layout(planner: Planner, workers: int, samples: int, micro_samples: in
     return layout_of(plan, pipelines, len(planner.costs.seconds), samples, micro_samples)
 
 
-def next_layout(planner: Planner, layout: Layout, held: Held, left: set[int]) -> Layout:
-    """The layout on the ranks that are left of one (already in their new numbers), each pipeline's
-    ranks on the stages of which they hold most bytes. ValueError where too few are left."""
-    pipelines = [[s.rank for s in c.stages if s.rank in left] for c in layout.chains]
+def next_layout(
+    planner: Planner, pipelines: Sequence[Sequence[int]], held: Held, before: Layout
+) -> Layout:
+    """The layout on what is left of the pipelines of `before`, in new ranks, each pipeline's ranks
+    on the stages of which they hold most bytes. ValueError where too few are left."""
     groups = regroup(pipelines, planner.fewest, planner.failures)
-    plan = planner.of_sizes([len(group) for group in groups])
+    plan = planner.of_sizes([min(len(group), max(planner.templates)) for group in groups])
     seated = [
         _seated(planner, group, [range(*span) for span in template.spans], held)
         for group, template in zip(groups, plan.templates, strict=True)
     ]
-    return layout_of(plan, seated, layout.layers, layout.samples, layout.micro_samples)
+    return layout_of(plan, seated, before.layers, before.samples, before.micro_samples)
 
 
 def _seated(
     planner: Planner, ranks: Sequence[int], stages: Sequence[range], held: Held
 ) -> list[int]:
-    """Ranks by stage so that as many bytes as possible stay where they are."""
+    """Ranks by stage so that as many bytes as possible stay where they are; a pipeline with more
+    ranks than layers leaves some out."""
     size = planner.costs.state_bytes
     kept = np.array(
         [[sum(size[n] for n in s if r in held[n]) for s in stages] for r in sorted(ranks)]
@@ -78,19 +80,23 @@ class OobleckTrainer(PipelineTrainer):
     def __init__(self, training: Training, planner: Planner, layout: Layout, rank: int) -> None:
         super().__init__(training, layout, rank)
         self.planner = planner
-        self._held: Held = {n: layout.holders(n) for n in range(layout.layers)}
+        self._take_stock()
 
     def changed(self, world: World, lost: frozenset[int]) -> None:
         """Goes on in a new world without ranks `lost` of the one before, whose other ranks closed up
         in order. If this raises WorldChanged in its turn, call it again with what was lost then.
         LayersLost where no survivor has a layer, ValueError where too few workers are left."""
         ranks = survivors(world.size + len(lost), lost)
-        stand_in = {rank: -1 - rank for rank in lost}  # keeps its seat until the new layout stands
-        self.layout = self.layout.renumbered({**ranks, **stand_in, **_gone(self.layout)})
         self._held = {n: [ranks[r] for r in rs if r in ranks] for n, rs in self._held.items()}
+        self._pipelines = [[ranks[r] for r in rs if r in ranks] for rs in self._pipelines]
         self.agree(world)
-        self.restart()
-        plan_moves(self._held, _without_demands(self.layout))
-        layout = next_layout(self.planner, self.layout, self._held, set(range(world.size)))
+        gone = [n for n, holders in self._held.items() if not holders]
+        if gone:
+            raise LayersLost(gone, "every pipeline lost the worker that held them")
+        layout = next_layout(self.planner, self._pipelines, self._held, self.layout)
         self.move(world, layout, plan_moves(self._held, layout))
-        self._held = {n: layout.holders(n) for n in range(layout.layers)}
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        self._held: Held = {n: self.layout.holders(n) for n in range(self.layout.layers)}
+        self._pipelines = [[s.rank for s in chain.stages] for chain in self.layout.chains]
