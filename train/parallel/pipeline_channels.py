@@ -22,8 +22,8 @@ UNUSED_TAG = 999_983  # nobody sends with it
 def abandon(world: World) -> None:
     """Closes this rank's connections: whatever is waiting on them, here or on a peer, fails now.
 
-    Gloo has no call for it that wakes a blocked receiver; a receive that runs out of time closes all
-    connections. One whose own connection is closed already fails before that, so each is tried.
+    Gloo has no call for it that wakes a blocked receiver; a receive that runs out of time closes
+    all connections. One on a closed connection fails before that, so each is tried.
     """
     if world.group is None:
         return
@@ -58,7 +58,8 @@ class Inbox:
     def _put(self, item: Tensor | Exception) -> None:
         while not self.closed:
             try:
-                return self._ready.put(item, timeout=0.1)
+                self._ready.put(item, timeout=0.1)
+                break
             except queue.Full:
                 continue
 
@@ -96,9 +97,7 @@ class Channels:
         self.sent_bytes += tensor.numel() * tensor.element_size()
         self._out[to].put(tensor)
 
-    def expect(
-        self, source: int, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype
-    ) -> Inbox:
+    def expect(self, source: int, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Inbox:
         """Starts to fetch what `source` will send."""
         inbox = Inbox(shapes, dtype)
         self._inboxes.append(inbox)

@@ -71,8 +71,8 @@ class HeldLayers:
             for name, parameter in module.named_parameters():
                 if id(parameter) in others:
                     raise ValueError(
-                        f"{self.model.prefix(layer)}{name} belongs to another layer too: a pipeline "
-                        "needs layers that share no weights (tie_word_embeddings = false)"
+                        f"{self.model.prefix(layer)}{name} belongs to another layer too: a "
+                        "pipeline needs layers that share no weights (tie_word_embeddings = false)"
                     )
                 if parameter.dtype != self.model.dtype:
                     raise ValueError(f"{name} is {parameter.dtype}, the model {self.model.dtype}")

@@ -73,7 +73,9 @@ class Layout:
             spans = [span for stage in chain.stages for span in stage.spans]
             ends = [0, *(span.stop for span in spans)]
             if [span.start for span in spans] != ends[:-1] or ends[-1] != self.layers:
-                raise ValueError(f"stages must follow each other over {self.layers} layers: {spans}")
+                raise ValueError(
+                    f"stages must follow each other over {self.layers} layers: {spans}"
+                )
             if any(span.start >= span.stop for span in spans):
                 raise ValueError(f"a stage needs at least one layer: {spans}")
             if chain.first != first or chain.samples < 1:
@@ -123,9 +125,7 @@ def grid(stages: Sequence[Span], chains: int, samples: int, micro_samples: int) 
         share = samples // chains + (c < samples % chains)
         ranks = range(c * len(stages), (c + 1) * len(stages))
         made.append(
-            Chain(
-                tuple(Stage(r, (s,)) for r, s in zip(ranks, stages, strict=True)), first, share
-            )
+            Chain(tuple(Stage(r, (s,)) for r, s in zip(ranks, stages, strict=True)), first, share)
         )
         first += share
     return Layout(tuple(made), stages[-1].stop, micro_samples)

@@ -24,9 +24,9 @@ class _Graph(NamedTuple):
 class Part:
     """Layers of one span. forwards, backwards: micro-batches done, always 0, 1, 2, ... in order.
 
-    outputs, gradients: what left the part, forward and backward, by micro-batch; kept until
-    `forget` where `keep`, so that it can be sent once more after a loss. losses: of the micro-batches,
-    where the span ends the model. Gradients of weights add up in the modules.
+    outputs, gradients: what left the part, forward and backward, by micro-batch; dropped
+    once sent unless `keep`, which is for sending it once more after a loss. losses: of the
+    micro-batches, where the span ends the model. Gradients of weights add up in the modules.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class PipelineTrainer:
             self.held.build(layout.stage(place).layers)
 
     def step(self, world: World) -> float:
-        """One step of `layout.samples` samples; the loss before the update, the same on all ranks."""
+        """One step of `layout.samples` samples; the loss before the update, alike on all ranks."""
         channels = Channels(world)
         finished = False
         try:

@@ -27,7 +27,7 @@ Cover = dict[int, frozenset[int]]
 
 
 class Takeover(NamedTuple):
-    """What becomes of a layout: in the new ranks, with what is covered and who needs a copy first."""
+    """What becomes of a layout: in new ranks, with what is covered and who needs a copy first."""
 
     layout: Layout
     cover: Cover
@@ -71,9 +71,7 @@ def take_over(layout: Layout, cover: Cover, lost: frozenset[int], size: int) -> 
             held = valid[guardian.rank] - set(guardian.layers)
             new_cover[ranks[stage.rank]] = held & frozenset(stage.layers)
             lacking = [n for n in stage.layers if n not in valid[stage.rank]]
-            moves += [
-                Move(n, ranks[guard(old, 0).rank], ranks[stage.rank]) for n in lacking
-            ]
+            moves += [Move(n, ranks[guard(old, 0).rank], ranks[stage.rank]) for n in lacking]
     changed = Layout(tuple(chains), layout.layers, layout.micro_samples)
     return Takeover(changed.renumbered(ranks), new_cover, moves)
 

@@ -1,5 +1,5 @@
-"""Checkpoints by layer in a local folder: whoever needs a layer reads that layer, so a checkpoint of
-any number of stages starts any other.
+"""Checkpoints by layer in a local folder: whoever needs a layer reads that layer, so a checkpoint
+of any number of stages starts any other.
 
     step-00000012/part-00001.safetensors    what one rank wrote: "<kind>/<parameter>" tensors
     step-00000012/manifest.json             step, samples, the parts; renamed into place last
@@ -70,9 +70,7 @@ class LayerFolder:
         """The whole one of the highest step."""
         for path in sorted(self.root.glob(f"step-*/{MANIFEST}"), reverse=True):
             told = json.loads(path.read_text())
-            return LayerCheckpoint(
-                path.parent, told["step"], told["samples"], tuple(told["parts"])
-            )
+            return LayerCheckpoint(path.parent, told["step"], told["samples"], tuple(told["parts"]))
         return None
 
     def _folder(self, step: int) -> Path:

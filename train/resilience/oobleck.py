@@ -2,8 +2,8 @@
 
 Every pipeline holds the whole model, so a lost worker's layers are in the others. After a loss each
 survivor works out the same new pipelines (`regroup`, `Planner`), fetches the layers it lacks from a
-survivor that has them, and the step that was cut short is done again. Nobody restarts, no checkpoint
-is read, and the step's samples stay the same.
+survivor that has them, and the step that was cut short is done again. Nobody restarts, no
+checkpoint is read, and the step's samples stay the same.
 """
 
 from collections.abc import Sequence
@@ -83,8 +83,8 @@ class OobleckTrainer(PipelineTrainer):
         self._take_stock()
 
     def changed(self, world: World, lost: frozenset[int]) -> None:
-        """Goes on in a new world without ranks `lost` of the one before, whose other ranks closed up
-        in order. If this raises WorldChanged in its turn, call it again with what was lost then.
+        """Goes on in a new world without ranks `lost` of the one before, whose other ranks closed
+        up in order. If this raises WorldChanged in its turn, call it again with what was lost then.
         LayersLost where no survivor has a layer, ValueError where too few workers are left."""
         ranks = survivors(world.size + len(lost), lost)
         self._held = {n: [ranks[r] for r in rs if r in ranks] for n, rs in self._held.items()}

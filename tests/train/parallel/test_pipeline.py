@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.train.parallel import plain, tiny
 from tests.train.crew import Crew
+from tests.train.parallel import plain, tiny
 from train.parallel.pipeline import Act, is_forward_next
 from train.parallel.pipeline_layers import AdamW, HeldLayers
 from train.parallel.pipeline_layout import Chain, Layout, Span, Stage, even_spans, grid
@@ -23,7 +23,9 @@ LAYOUTS = {
     "2x2": grid(even_spans(8, 2), 2, SAMPLES, 2),
     "3+1, shares unlike": Layout(
         (
-            Chain((Stage(3, (Span(0, 3),)), Stage(0, (Span(3, 4),)), Stage(2, (Span(4, 8),))), 0, 7),
+            Chain(
+                (Stage(3, (Span(0, 3),)), Stage(0, (Span(3, 4),)), Stage(2, (Span(4, 8),))), 0, 7
+            ),
             Chain((Stage(1, (Span(0, 8),)),), 7, 5),
         ),
         8,
@@ -103,8 +105,8 @@ def test_keeps_no_more_micro_batches_than_stages_follow(name: str, answers: list
 
 @given(st.integers(1, 6), st.integers(1, 12))
 def test_the_rule_never_waits_for_itself(stages: int, micros: int):
-    """Every stage follows the rule; whoever has what it needs acts. All finish, in any interleaving:
-    the last one that can is taken first here, the first one there."""
+    """Every stage follows the rule; whoever has what it needs acts. All finish, whether the first
+    that can acts first or the last."""
     for order in (range(stages), range(stages - 1, -1, -1)):
         forwards, backwards = [0] * stages, [0] * stages
         while backwards[0] < micros:

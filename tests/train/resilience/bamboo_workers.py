@@ -1,16 +1,15 @@
 """What members of a crew do in Bamboo's tests: train, die at a chosen act, go on."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tests.train.parallel import tiny
 from tests.train.crew import Crew, die
+from tests.train.parallel import tiny
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layers import AdamW
 from train.parallel.pipeline_layout import Layout
 from train.parallel.pipeline_trainer import PipelineTrainer, Training
 from train.resilience.bamboo import BambooTrainer
-from train.world import World, WorldChanged
+from train.world import World
 
 SAMPLES = 12
 
@@ -61,7 +60,10 @@ class LazyTrainer(BambooTrainer):
 
 
 KINDS = {
-    "bamboo": BambooTrainer, "stale": StaleTrainer, "lazy": LazyTrainer, "plain": PipelineTrainer
+    "bamboo": BambooTrainer,
+    "stale": StaleTrainer,
+    "lazy": LazyTrainer,
+    "plain": PipelineTrainer,
 }
 
 
@@ -124,6 +126,3 @@ def changed(kept: dict[str, Any], world: World, lost: frozenset[int]) -> int:
 def undisturbed(crew: Crew, layout: Layout, until: int, kind: str = "bamboo") -> list[float]:
     crew.values(begin, layout, kind)
     return crew.values(steps, until, [])[0]
-
-
-

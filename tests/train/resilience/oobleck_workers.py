@@ -3,8 +3,7 @@
 from typing import Any
 
 from tests.train.crew import die
-from tests.train.parallel import tiny
-from tests.train.resilience.bamboo_workers import SAMPLES, Death, training
+from tests.train.resilience.bamboo_workers import SAMPLES, training
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layout import Layout
 from train.parallel.pipeline_trainer import PipelineTrainer
@@ -57,6 +56,3 @@ def fresh(
         trainer.held.load_flat(layer, torch.tensor(state[layer]), at)
     trainer.steps, trainer.samples = at, at * SAMPLES
     kept["trainer"] = trainer
-
-
-__all__ = ["Death", "tiny"]

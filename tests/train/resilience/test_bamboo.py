@@ -2,9 +2,9 @@
 
 import pytest
 
+from tests.train.crew import Crew
 from tests.train.parallel import plain
 from tests.train.resilience.bamboo_workers import SAMPLES, Death, begin, changed, steps, undisturbed
-from tests.train.crew import Crew
 from train.parallel.pipeline_layout import even_spans, grid
 
 LAYOUT = grid(even_spans(8, 4), 1, SAMPLES, 2)

@@ -1,5 +1,5 @@
-"""The step simulator against closed forms and a simulation of another kind; the choice against every
-(P, D)."""
+"""The step simulator against closed forms and a simulation of another kind; the choice against
+every (P, D)."""
 
 import heapq
 from dataclasses import replace
@@ -51,7 +51,7 @@ def by_events(stages: list[StageTimes], micros: int) -> list[float]:
 
 
 def schedule(stage: int, stages: int, micros: int) -> list[tuple[str, int]]:
-    """1F1B as a list: forwards to fill the pipeline, then pairs, then the backwards that are left."""
+    """1F1B as a list: forwards to fill the pipeline, then pairs, then the last backwards."""
     ahead = min(micros, stages - stage - 1)
     acts = [("F", m) for m in range(ahead)]
     for m in range(micros - ahead):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.train.crew import die
 from tests.train.parallel import tiny
-from tests.train.resilience.bamboo_workers import SAMPLES, training
+from tests.train.resilience.bamboo_workers import training
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layers import LayeredModel
 from train.parallel.pipeline_layout import Layout
@@ -46,7 +46,7 @@ def asked(kept: dict[str, Any], world: World) -> list[tuple[int, int, int]]:
 
 
 class Wait(torch.autograd.Function):
-    """Passes on what it is given, after a time each way: a layer whose speed no neighbour changes."""
+    """Passes on what it is given, after a time each way: a speed that no neighbour changes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
@@ -108,9 +108,7 @@ def timed(
 
     from train.parallel.pipeline_trainer import PipelineTrainer
 
-    trainer = PipelineTrainer(
-        replace(training(), model=waiting_model(seconds)), layout, world.rank
-    )
+    trainer = PipelineTrainer(replace(training(), model=waiting_model(seconds)), layout, world.rank)
     taken = []
     for _ in range(steps + 1):
         world.barrier()
@@ -118,6 +116,3 @@ def timed(
         trainer.step(world)
         taken.append(time.perf_counter() - started_s)
     return taken[1:]
-
-
-__all__ = ["SAMPLES"]
