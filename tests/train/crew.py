@@ -14,7 +14,7 @@ from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from train.world import GlooWorld, WorldChanged, join
 
@@ -123,11 +123,12 @@ class Crew:
 
     def _answers(self) -> dict[int, Answer]:
         answers: dict[int, Answer] = {}
-        waiting = dict(self._conns)
+        waiting: dict[int, Any] = dict(self._conns)
         while waiting:
-            by_conn = {conn: member for member, conn in waiting.items()}
+            by_conn: dict[Any, int] = {conn: member for member, conn in waiting.items()}
             ready = connection.wait(list(by_conn), timeout=100)
             assert ready, f"members {sorted(waiting)} do not answer"
+            conn: Any
             for conn in ready:
                 member = by_conn[conn]
                 del waiting[member]

@@ -102,7 +102,7 @@ class StageRun:
         if source is None or have == len(self.work.micros):
             return None
         model = self.parts[0].model
-        shapes = [model.boundary(micro.count) for micro in self.work.micros[have:]]
+        shapes = [model.boundary(micro.samples) for micro in self.work.micros[have:]]
         return channels.expect(source, shapes, model.dtype)
 
     def _forward(self, micro: int, entering: Inbox | None) -> None:

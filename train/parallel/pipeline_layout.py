@@ -16,10 +16,10 @@ class Span(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """A micro-batch: `count` samples from `first` on, counted from the step's first sample."""
+    """A micro-batch: `samples` samples from `first` on, counted from the step's first sample."""
 
     first: int
-    count: int
+    samples: int
 
 
 class Place(NamedTuple):

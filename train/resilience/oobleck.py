@@ -80,6 +80,8 @@ class OobleckTrainer(PipelineTrainer):
     def __init__(self, training: Training, planner: Planner, layout: Layout, rank: int) -> None:
         super().__init__(training, layout, rank)
         self.planner = planner
+        self._held: Held = {}
+        self._pipelines: list[list[int]] = []
         self._take_stock()
 
     def changed(self, world: World, lost: frozenset[int]) -> None:
@@ -98,5 +100,5 @@ class OobleckTrainer(PipelineTrainer):
         self._take_stock()
 
     def _take_stock(self) -> None:
-        self._held: Held = {n: self.layout.holders(n) for n in range(self.layout.layers)}
+        self._held = {n: self.layout.holders(n) for n in range(self.layout.layers)}
         self._pipelines = [[s.rank for s in chain.stages] for chain in self.layout.chains]

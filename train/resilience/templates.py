@@ -1,5 +1,6 @@
 """Pipeline templates (Oobleck, SOSP 23): for every number of workers a pipeline may have, the cut
-of the layers that makes it fastest, and which of these pipelines a number of workers is divided into.
+of the layers that makes it fastest, and which of these pipelines a number of workers is divided
+into.
 
 Everything here is arithmetic on measured layer times; `train.resilience.oobleck` runs what it says.
 """
@@ -193,8 +194,8 @@ def _sums(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def regroup(pipelines: Sequence[Sequence[int]], fewest: int, failures: int) -> list[list[int]]:
     """Pipelines after losses (lists of the ranks that are left) in which each has the fewest
-    workers it needs again: one that is short borrows from the largest that can spare, else it joins another
-    one. ValueError where fewer than f + 1 pipelines remain."""
+    workers it needs again: one that is short borrows from the largest that can spare, else it joins
+    another one. ValueError where fewer than f + 1 pipelines remain."""
     groups = [list(ranks) for ranks in pipelines if ranks]
     while any(len(group) < fewest for group in groups):
         short = min(groups, key=len)

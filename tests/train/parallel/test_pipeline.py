@@ -48,10 +48,12 @@ def follow_one(world: World, layout: Layout) -> dict[str, Any]:
     trainer = PipelineTrainer(training, layout, world.rank)
     gradients: list[tuple[int, Any]] = []
     apply = trainer.held.apply
-    trainer.held.apply = lambda layer, gradient, step: (  # type: ignore[method-assign]
-        gradients.append((layer, gradient.numpy().copy())),
-        apply(layer, gradient, step),
-    )[1]
+
+    def telling(layer: int, gradient: torch.Tensor, step: int) -> None:
+        gradients.append((layer, gradient.numpy().copy()))
+        apply(layer, gradient, step)
+
+    trainer.held.apply = telling  # type: ignore[method-assign]
     losses = [trainer.step(world) for _ in range(STEPS)]
     weights = {
         name.removeprefix("param/"): tensor.numpy()

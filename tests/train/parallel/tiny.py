@@ -24,7 +24,8 @@ class Block(nn.Module):
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         scores = (q @ k.transpose(-1, -2) / WIDTH**0.5).masked_fill(~mask, float("-inf"))
         x = x + scores.softmax(-1) @ v
-        return x + self.down(nn.functional.silu(self.up(x)))
+        more: Tensor = self.down(nn.functional.silu(self.up(x)))
+        return x + more
 
 
 def build(layer: int, layers: int, dtype: torch.dtype) -> nn.Module:

@@ -1,14 +1,21 @@
 """What members of a crew do in Bamboo's tests: train, die at a chosen act, go on."""
 
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.train.crew import Crew, die
+import torch
+from torch import Tensor
+
+from tests.train.crew import die
 from tests.train.parallel import tiny
-from train.parallel.pipeline import Act
+from train.parallel.pipeline import Act, StageRun
+from train.parallel.pipeline_channels import Channels
 from train.parallel.pipeline_layers import AdamW
-from train.parallel.pipeline_layout import Layout
-from train.parallel.pipeline_trainer import PipelineTrainer, Training
+from train.parallel.pipeline_layout import Layout, Place
+from train.parallel.pipeline_trainer import LayersLost, PipelineTrainer, Training
 from train.resilience.bamboo import BambooTrainer
+from train.resilience.layer_folder import LayerFolder
 from train.world import World
 
 SAMPLES = 12
@@ -31,35 +38,24 @@ def training(observe: Any = lambda act: None) -> Training:
 
 
 class StaleTrainer(BambooTrainer):
-    """The mutation: copies are made and never updated."""
+    """The mutation: copies are made and never kept up to date."""
 
-    def _apply(self, loss: float) -> None:
-        assert self._summed is not None
-        place = self.layout.place(self.rank)
-        assert place is not None
+    def _gradients(self, world: World, place: Place, channels: Channels) -> dict[int, Tensor]:
+        summed = super()._gradients(world, place, channels)
         own = self.layout.stage(place).layers
-        self._summed = {n: g if n in own else 0 * g for n, g in self._summed.items()}
-        super()._apply(loss)
-
-    rank = 0
+        return {n: g if n in own else torch.zeros_like(g) for n, g in summed.items()}
 
 
 class LazyTrainer(BambooTrainer):
-    """The mutation: nothing is computed redundantly."""
+    """The mutation: nothing is computed redundantly before it is needed."""
 
-    def _shadow(self, place: Any) -> Any:
-        part = super()._shadow(place)
-        if part is not None:
-            part.forwards = part.forwards
-        return part
-
-    def _begin(self, place: Any) -> Any:
+    def _begin(self, place: Place) -> StageRun:
         run = super()._begin(place)
         run._redundant = lambda: False  # type: ignore[method-assign]
         return run
 
 
-KINDS = {
+KINDS: dict[str, type[PipelineTrainer]] = {
     "bamboo": BambooTrainer,
     "stale": StaleTrainer,
     "lazy": LazyTrainer,
@@ -79,21 +75,18 @@ def begin(kept: dict[str, Any], world: World, layout: Layout, kind: str = "bambo
                 die()
 
     kept["trainer"] = KINDS[kind](training(observe), layout, world.rank)
-    if kind == "stale":
-        kept["trainer"].rank = world.rank
 
 
 def steps(kept: dict[str, Any], world: World, until: int, deaths: list[Death]) -> list[float]:
     """Trains until step `until` is finished; all losses so far."""
     trainer = kept["trainer"]
     kept["deaths"] = [death for death in deaths if death.rank == world.rank]
-    mark = {"loss": "_apply", "update": "agree"}
     for death in kept["deaths"]:
-        if death.kind in mark:
+        if death.kind in ("loss", "update"):
             _dies_in(trainer, death)
     while trainer.steps < until:
         trainer.step(world)
-    return losses(kept, world)
+    return list(trainer.losses.values())
 
 
 def _dies_in(trainer: PipelineTrainer, death: Death) -> None:
@@ -109,20 +102,49 @@ def _dies_in(trainer: PipelineTrainer, death: Death) -> None:
     trainer._apply = dying  # type: ignore[method-assign]
 
 
-def losses(kept: dict[str, Any], world: World) -> list[float]:
-    return list(kept["trainer"].losses.values())
-
-
 def changed(kept: dict[str, Any], world: World, lost: frozenset[int]) -> int:
     """Goes on without the lost; how many forward passes of what was taken over were there."""
     trainer = kept["trainer"]
     before = len(trainer._run.parts) if trainer._run else 0
     trainer.changed(world, lost)
     parts = trainer._run.parts[before:] if trainer._run and before else []
-    kept["acts"].clear()
     return sum(part.forwards for part in parts)
 
 
-def undisturbed(crew: Crew, layout: Layout, until: int, kind: str = "bamboo") -> list[float]:
-    crew.values(begin, layout, kind)
-    return crew.values(steps, until, [])[0]
+def refused(kept: dict[str, Any], world: World, lost: frozenset[int]) -> str:
+    """What `changed` raises when it cannot go on."""
+    try:
+        kept["trainer"].changed(world, lost)
+    except (LayersLost, ValueError) as error:
+        return str(error)
+    raise AssertionError("it went on")
+
+
+def watch_opens(kept: dict[str, Any], world: World, root: str) -> None:
+    """Counts from now on every file that this process opens under a folder, at the interpreter."""
+    kept["opened"] = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(root):
+            kept["opened"].append(str(arguments[0]))
+
+    sys.addaudithook(hook)
+
+
+def opened(kept: dict[str, Any], world: World) -> int:
+    return len(kept.get("opened", []))
+
+
+def save(kept: dict[str, Any], world: World, root: str) -> None:
+    """A checkpoint by layer of the last finished step."""
+    trainer = kept["trainer"]
+    place = trainer.layout.place(world.rank)
+    folder = LayerFolder(Path(root))
+    tensors: dict[str, Tensor] = {}
+    for layer in trainer.layout.stage(place).layers:
+        tensors |= trainer.held.tensors(layer)
+    folder.write(trainer.steps, world.rank, tensors)
+    world.barrier()
+    if world.rank == 0:
+        folder.commit(trainer.steps, trainer.samples, world.size)
+    world.barrier()

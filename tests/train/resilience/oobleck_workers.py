@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from tests.train.crew import die
 from tests.train.resilience.bamboo_workers import SAMPLES, training
 from train.parallel.pipeline import Act
@@ -48,8 +50,6 @@ def fresh(
     kept: dict[str, Any], world: World, layout: Layout, at: int, state: dict[int, Any]
 ) -> None:
     """Starts in a given layout from a state after `at` steps."""
-    import torch
-
     kept["deaths"] = []
     trainer = PipelineTrainer(training(), layout, world.rank)
     for layer in list(trainer.held.modules):

@@ -67,7 +67,7 @@ def follow(
     for number, loss in enumerate(seen, begun[0] + 1):
         assert number not in curve or curve[number] == pytest.approx(loss, abs=1e-9)
         curve[number] = loss
-    return begun[0]
+    return int(begun[0])
 
 
 def losses(kept, world) -> list[float]:

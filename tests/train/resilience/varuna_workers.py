@@ -1,5 +1,6 @@
 """What members of a crew do in Varuna's tests."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.train.resilience.bamboo_workers import training
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layers import LayeredModel
 from train.parallel.pipeline_layout import Layout
+from train.parallel.pipeline_trainer import PipelineTrainer
 from train.resilience.layer_folder import LayerFolder
 from train.resilience.varuna import VarunaTrainer, measure, measure_link
 from train.resilience.varuna_simulator import Measured
@@ -50,16 +52,12 @@ class Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        import time
-
         ctx.seconds = seconds
         time.sleep(seconds)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        import time
-
         time.sleep(2 * ctx.seconds)
         return gradients[0], None
 
@@ -72,7 +70,8 @@ class Waiting(nn.Module):
         self.inner, self.seconds = inner, seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        return Wait.apply(self.inner(x), self.seconds)
+        waited: Tensor = Wait.apply(self.inner(x), self.seconds)
+        return waited
 
 
 def waiting_model(seconds: list[float]) -> LayeredModel:
@@ -80,21 +79,10 @@ def waiting_model(seconds: list[float]) -> LayeredModel:
     return replace(model, build=lambda n: Waiting(model.build(n), seconds[n]))
 
 
-class Working(nn.Module):
-    """A layer of real arithmetic, embedding or head aside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.silu(self.up(x)))
-
-
 def calibrate(
     kept: dict[str, Any], world: World, seconds: list[float], micro_samples: int
 ) -> Measured:
-    """Costs measured on rank 0, the link between 0 and 1; 'all are alike'."""
+    """Costs measured on rank 0, the link between 0 and 1."""
     latency_s, bytes_per_s = measure_link(world)
     told = replace(training(), model=waiting_model(seconds))
     return measure(told, micro_samples, latency_s, bytes_per_s)
@@ -104,10 +92,6 @@ def timed(
     kept: dict[str, Any], world: World, seconds: list[float], layout: Layout, steps: int
 ) -> list[float]:
     """Seconds of each step of waiting layers, the first left out."""
-    import time
-
-    from train.parallel.pipeline_trainer import PipelineTrainer
-
     trainer = PipelineTrainer(replace(training(), model=waiting_model(seconds)), layout, world.rank)
     taken = []
     for _ in range(steps + 1):
