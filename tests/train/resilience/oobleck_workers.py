@@ -8,7 +8,7 @@ from tests.train.crew import die
 from tests.train.resilience.bamboo_workers import SAMPLES, training
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layout import Layout
-from train.parallel.pipeline_trainer import PipelineTrainer
+from train.parallel.pipeline_trainer import Move, PipelineTrainer
 from train.resilience.oobleck import OobleckTrainer, first_layout
 from train.resilience.templates import LayerCosts, Planner
 from train.world import World
@@ -19,7 +19,14 @@ PLANNER = Planner(COSTS, micros=6)
 MICRO_SAMPLES = SAMPLES // 6
 
 
-def begin(kept: dict[str, Any], world: World) -> list[int]:
+class ForgetfulTrainer(OobleckTrainer):
+    """The mutation: layers that are missing are made anew instead of fetched."""
+
+    def transfer(self, world: World, moves: list[Move]) -> None:
+        self.held.build([move.layer for move in moves if move.to == world.rank])
+
+
+def begin(kept: dict[str, Any], world: World, forgetful: bool = False) -> list[int]:
     """Starts as the planner says; how many workers each pipeline has."""
     kept["deaths"] = []
 
@@ -29,7 +36,8 @@ def begin(kept: dict[str, Any], world: World) -> list[int]:
                 die()
 
     layout = first_layout(PLANNER, world.size, SAMPLES, MICRO_SAMPLES)
-    kept["trainer"] = OobleckTrainer(training(observe), PLANNER, layout, world.rank)
+    kind = ForgetfulTrainer if forgetful else OobleckTrainer
+    kept["trainer"] = kind(training(observe), PLANNER, layout, world.rank)
     return [len(chain.stages) for chain in layout.chains]
 
 

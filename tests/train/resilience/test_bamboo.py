@@ -121,6 +121,21 @@ def test_no_checkpoint_is_read_and_two_neighbours_need_one(expected: list[float]
         assert crew.values(steps, UNTIL, [])[0] == expected[1:]
 
 
+def test_two_chains():
+    """Gradients cross chains, copies stay in theirs; one of each is lost, one after another."""
+    layout = grid(even_spans(8, 2), 2, SAMPLES, 2)
+    with Crew(4) as crew:
+        crew.values(begin, layout)
+        undisturbed = crew.values(steps, UNTIL, [])[0]
+        crew.values(begin, layout)
+        for death in (Death(2, 1, "backward", 1), Death(4, 1, "forward", 2)):
+            crew.call(steps, UNTIL, [death])
+            crew.gather()
+            crew.values(changed, frozenset({death.rank}))
+        assert len(crew.members) == 2
+        assert crew.values(steps, UNTIL, [])[0] == undisturbed
+
+
 def test_every_set_of_losses():
     """Recoverable exactly where no two neighbours in the ring went, as long as one is left."""
     for stages in range(2, 7):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.train.crew import Crew
 from tests.train.parallel import plain, tiny
-from tests.train.resilience.bamboo_workers import SAMPLES, Death, steps
+from tests.train.resilience.bamboo_workers import SAMPLES, Death, refused, steps
 from tests.train.resilience.oobleck_workers import MICRO_SAMPLES, PLANNER, begin, changed, fresh
 from train.parallel.pipeline_layers import AdamW, HeldLayers
 from train.parallel.pipeline_layout import survivors
@@ -57,19 +57,25 @@ def test_2_and_3_become_2_and_2(name: str):
     assert losses == pytest.approx(plain.train(UNTIL, SAMPLES).losses, abs=1e-9)
 
 
+def test_without_fetching_the_curve_breaks():
+    death = DEATHS["of the three"]
+    with Crew(5) as crew:
+        crew.values(begin, True)
+        crew.call(steps, UNTIL, [death])
+        crew.gather()
+        crew.values(changed, frozenset({death.rank}))
+        losses = crew.values(steps, UNTIL, [])[0]
+    expected = plain.train(UNTIL, SAMPLES).losses
+    assert losses[: death.step - 1] == pytest.approx(expected[: death.step - 1], abs=1e-9)
+    assert abs(losses[death.step - 1] - expected[death.step - 1]) > 1e-3
+
+
 def test_every_layer_of_two_pipelines_lost():
     with Crew(4) as crew:
         assert crew.values(begin)[0] == [2, 2]
         crew.values(steps, 2, [])
         crew.kill(0, 2)
         crew.gather()
-        answers = crew.call(failing, frozenset({0, 2}))
+        refusals = crew.values(refused, frozenset({0, 2}))
         message = "layers 0, 1, 2, 3 are lost: every pipeline lost the worker that held them"
-        assert {answer.value for answer in answers.values()} == {message}
-
-
-def failing(kept, world, lost):
-    """What `changed` raises."""
-    with pytest.raises(Exception) as caught:
-        kept["trainer"].changed(world, lost)
-    return str(caught.value)
+        assert set(refusals) == {message}
