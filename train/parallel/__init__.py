@@ -1,1 +1,1 @@
-"""How a model's state and work are divided among workers."""
+"""How a model's state and work are divided among workers: ZeRO, pipelines."""
