@@ -1,1 +1,1 @@
-"""One model over several workers: the pipeline."""
+"""How a model's state and work are divided among workers."""

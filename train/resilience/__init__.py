@@ -1,1 +1,1 @@
-"""Ways to lose workers of a pipeline without losing the run."""
+"""What a training run does about losses: how often it writes, who holds what, who takes over."""
