@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, Entry] = {
     ),
     "key": Entry("serve.key_command:key", "Make an API key for a tenant."),
     "plan": Entry("autoscale.plan_command:plan", "What to buy for a load, and where to put it."),
+    "train": Entry("train.commands:train", "Train a model, or go on with one, by a job file."),
     "doctor": Entry("cluster.doctor.command:doctor", "Check this machine and say what to do."),
 }
 

@@ -33,6 +33,7 @@ class ChatTemplate:
         """special_texts: values of bos_token, eos_token and so on. ValueError naming `source`
         when the template is not valid jinja."""
         self._special_texts = dict(special_texts)
+        self.text = template
         try:
             self._template = _environment().from_string(template)
         except (jinja2.TemplateError, RecursionError) as error:

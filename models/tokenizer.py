@@ -65,6 +65,11 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that `models/load/folder.py` and others read."""
+        text: str = self._backend.to_str()
+        return text
+
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id, None when there is no such id."""
         spelling: str | None = self._backend.id_to_token(token_id)

@@ -15,6 +15,7 @@ LIGHT = {
     "clock": "import cluster.clock",
     "registry": "import cluster.registry",
     "doctor": "from cluster.doctor.command import doctor",
+    "train": "from train.commands import train",
     "plan": "from autoscale.plan_command import plan",
 }
 

@@ -3,6 +3,7 @@
 What it returns is collected by rank; what it raises fails the test with the rank's traceback.
 """
 
+import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from train.world import GlooWorld, join
@@ -19,11 +19,13 @@ DEADLINE_S = 120.0
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(world, *arguments)` in `size` fresh processes; its results by rank.
+    """`function(world, *arguments)` in `size` processes; its results by rank.
 
     function: a module-level one; what it returns must pickle.
     """
-    context = multiprocessing.get_context("spawn")
+    # The server imports torch once; what it forks has no threads of torch yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "pydantic", "train.step"])
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
         processes = [

@@ -43,8 +43,22 @@ def test_a_world_of_one():
     }
 
 
+def numbers(world: World) -> torch.Tensor:
+    """10,001 numbers of this rank whose sum shows the order of addition."""
+    return torch.randn(10_001, generator=torch.Generator().manual_seed(world.rank))
+
+
+def with_bits(world: GlooWorld) -> tuple[dict[str, list[float] | int], bytes]:
+    """One of each operation, and the bits of a sum."""
+    total = numbers(world)
+    world.all_reduce(total)
+    return everything(world), total.numpy().tobytes()
+
+
 def test_three_processes():
-    for rank, found in enumerate(on_ranks(3, everything)):
+    """A sum has the same bits everywhere."""
+    answers = on_ranks(3, with_bits)
+    for rank, (found, bits) in enumerate(answers):
         assert found == {
             "rank": rank,
             "size": 3,
@@ -53,16 +67,4 @@ def test_three_processes():
             "gathered": [0.0, 10.0, 20.0],
             "passed": [7.0] if rank == 1 else [-1.0],
         }
-
-
-def same_bits(world: GlooWorld) -> bytes:
-    """The sum of numbers whose order of addition shows."""
-    generator = torch.Generator().manual_seed(world.rank)
-    numbers = torch.randn(10_001, generator=generator)
-    world.all_reduce(numbers)
-    return numbers.numpy().tobytes()
-
-
-def test_a_sum_has_the_same_bits_everywhere():
-    results = on_ranks(3, same_bits)
-    assert results[0] == results[1] == results[2]
+        assert bits == answers[0][1]

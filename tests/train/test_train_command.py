@@ -1,0 +1,159 @@
+"""`sanderling train` with real workers: train, stop, look, go on; and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from tests.train import tiny
+from train.commands import train
+from train.folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 120.0
+
+JOB = """
+name = "t"
+folder = "."
+[model]
+layers = 1
+hidden = 32
+heads = 2
+kv_heads = 2
+feed_forward = 48
+[data]
+sources = ["texts"]
+sequence_tokens = 16
+held_out_every = 4
+[run]
+tokens = {tokens}
+batch_tokens = 128
+micro_batch_tokens = 64
+[precision]
+compute = "float64"
+[resilience]
+checkpoint_every_steps = 4
+[workers]
+threads = 1
+[report]
+evaluate_tokens = 160
+sample_ids = true
+"""
+
+
+def command(*arguments: str | Path) -> list[str]:
+    code = "import sys; from cluster.cli import main; main(sys.argv[1:])"
+    return [sys.executable, "-c", code, "train", *map(str, arguments)]
+
+
+def sanderling(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+
+
+def write_job(path: Path, steps: int) -> Path:
+    tiny.write_texts(path / "texts")
+    file = path / "job.toml"
+    file.write_text(JOB.format(tokens=128 * steps))
+    return file
+
+
+@pytest.mark.live
+def test_a_run_is_stopped_shown_and_finished(tmp_path: Path):
+    """On two workers, then one; each step once, each sample once, and no process stays."""
+    job = write_job(tmp_path, 300)
+    folder = RunFolder(tmp_path / "t")
+    running = subprocess.Popen(command(job), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: folder.status().step >= 2)
+        with pytest.raises(ValueError, match="being trained already"), folder.locked():
+            pass
+        stopped = CliRunner().invoke(train, ["stop", str(tmp_path / "t")])
+        assert stopped.exit_code == 0 and "/300" in stopped.output
+        assert running.wait(DEADLINE_S) == 0
+    finally:
+        running.kill()
+    step = folder.status().step
+    assert folder.status().phase == "stopped" and 2 <= step < 300
+    shown = CliRunner().invoke(train, ["status", str(job)])
+    assert f"{step} of 300" in shown.output and "stopped" in shown.output
+    done = sanderling("resume", tmp_path / "t", "--workers", "1")
+    assert done.returncode == 0 and "finished: step 300/300" in done.stdout, done.stderr
+    steps = [line["step"] for line in folder.read_metrics() if "loss" in line]
+    assert steps == list(range(1, 301))
+    _every_sample_once(folder, 300)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)]
+
+
+def _every_sample_once(folder: RunFolder, steps: int) -> None:
+    """Over all epochs: counts differ by at most one."""
+    counts: dict[int, int] = {}
+    for file in folder.log.glob("samples-*.jsonl"):
+        for line in file.read_text().splitlines():
+            for number in json.loads(line)["ids"]:
+                counts[number] = counts.get(number, 0) + 1
+    assert sum(counts.values()) == steps * 8 and max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.live
+def test_a_killed_worker_ends_all_and_the_run_goes_on(tmp_path: Path):
+    job = write_job(tmp_path, 400)
+    folder = RunFolder(tmp_path / "t")
+    running = subprocess.Popen(command(job), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: folder.status().step >= 5)
+        workers = psutil.Process(running.pid).children()
+        os.kill(workers[1].pid, signal.SIGKILL)
+        _, told = running.communicate(timeout=DEADLINE_S)
+    finally:
+        running.kill()
+    assert running.returncode == 1 and "ended by signal 9" in told
+    assert not any(worker.is_running() for worker in workers)
+    assert folder.status().phase == "failed"
+    lost = folder.status().step
+    resumed = subprocess.Popen(command(job), cwd=ROOT)
+    try:
+        _wait_for(lambda: folder.status().step > lost)
+        resumed.send_signal(signal.SIGINT)
+        assert resumed.wait(DEADLINE_S) == 0
+    finally:
+        resumed.kill()
+    steps = [line["step"] for line in folder.read_metrics()]
+    assert steps == list(range(1, len(steps) + 1)) and folder.status().phase == "stopped"
+
+
+def _wait_for(condition) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_dry_run_says_what_it_takes(tmp_path: Path):
+    """Bytes by hand: 8-byte weights, gradients and two moments, for each of so many weights."""
+    job = write_job(tmp_path, 10)
+    said = sanderling(job, "--dry-run")
+    weights = 272 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32
+    assert said.returncode == 0, said.stderr
+    assert f"{weights:,}" in said.stdout
+    assert f"{weights * 8 * 4 / 2**20:.1f} MiB per worker" in said.stdout
+    assert not (tmp_path / "t").exists()
+
+
+def test_mistakes_are_the_users(tmp_path: Path):
+    (tmp_path / "job.toml").write_text("run.tokens = 0")
+    said = sanderling(tmp_path / "job.toml")
+    assert said.returncode == 2 and "run, tokens = 0 is not accepted" in said.stderr
+    asked = CliRunner().invoke(train, ["status", str(tmp_path)])
+    assert "not the folder of a training run" in str(asked.exception)
+    (tmp_path / "job.toml").write_text("workers.where = 'moon'")
+    asked = CliRunner().invoke(train, [str(tmp_path / "job.toml")])
+    assert "known: local" in str(asked.exception)

@@ -1,0 +1,1 @@
+"""Texts, their tokens, and the order in which a run sees them."""

@@ -1,0 +1,230 @@
+"""What a person asks for: one TOML file, every field with a default that works.
+
+Read by `sanderling train`. Unknown keys and values that are not accepted are refused in a sentence
+that names them. Imports no torch.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.reading import Strict, read_toml, validated
+
+KNOWN_SOURCES = ("brown", "python")
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelTable(Strict):
+    """The model: one that exists, or the shape of a fresh one."""
+
+    start_from: str = Field("", description="Model setting to go on from; empty: a fresh one.")
+    layers: int = Field(3, ge=1, le=1024, description="Decoder layers.")
+    hidden: int = Field(256, ge=8, le=65_536, description="Width of the residual stream.")
+    heads: int = Field(4, ge=1, le=1024, description="Query heads; hidden is a multiple.")
+    kv_heads: int = Field(4, ge=1, le=1024, description="Key and value heads; heads is a multiple.")
+    feed_forward: int = Field(704, ge=8, le=1 << 20, description="Inner width of the SwiGLU.")
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary positions.")
+    tied_head: bool = Field(True, description="The embedding is the output matrix, too.")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden must be a multiple of 2 x heads = {2 * self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads = {self.kv_heads}")
+        return self
+
+
+class DataTable(Strict):
+    """The texts, in the order given, each document whole."""
+
+    sources: tuple[str, ...] = Field(
+        ("brown",),
+        min_length=1,
+        description="brown, python, text files or folders of them (*.txt, *.md, *.rst, *.py).",
+    )
+    sequence_tokens: int = Field(
+        256, ge=8, le=1 << 17, description="Tokens that a training sample predicts."
+    )
+    held_out_every: int = Field(
+        20, ge=2, description="Every so manieth document is held out for evaluation."
+    )
+
+
+class RunTable(Strict):
+    """How much, and in what portions; the same for any number of workers."""
+
+    tokens: int = Field(2_000_000, ge=1, description="Training tokens in all, epochs counted.")
+    batch_tokens: int = Field(2048, ge=1, description="Tokens of one optimizer step.")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="Tokens that a worker computes at once; bounds its memory."
+    )
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Of weights and of the samples' order.")
+    deterministic: bool = Field(True, description="Same workers, same bits; refuses what is not.")
+
+
+class OptimizerTable(Strict):
+    """AdamW (Loshchilov and Hutter 2019) or, in less memory, Adafactor (Shazeer and Stern 2018)."""
+
+    name: Literal["adamw", "adafactor"] = Field("adamw", description="The update rule.")
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="At its highest.")
+    weight_decay: float = Field(0.1, ge=0, le=1, description="Of matrices; norms have none.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment (adamw).")
+    beta2: float = Field(0.95, gt=0, lt=1, description="Decay of the second moment (adamw).")
+    epsilon: float = Field(
+        1e-8, gt=0, description="Added to the root of the second moment (adamw)."
+    )
+    clip_norm: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: any.")
+
+
+class ScheduleTable(Strict):
+    """The learning rate over the run, as shares of its steps."""
+
+    name: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="cosine, warmup-stable-decay, or constant after the warm-up."
+    )
+    warmup: Share = Field(0.05, description="Share of steps in which it rises.")
+    decay: Share = Field(0.2, description="Share of steps in which it falls (wsd).")
+    final: Share = Field(0.1, description="What is left of it at the end.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.name == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError("warmup and decay together must be at most 1")
+        return self
+
+
+class PrecisionTable(Strict):
+    """What is computed in; masters and moments are float32 at least."""
+
+    compute: Literal["float32", "bfloat16", "float64"] = Field(
+        "bfloat16", description="Of weights and activations; bfloat16 keeps float32 masters."
+    )
+
+
+class WorkersTable(Strict):
+    """Who computes."""
+
+    count: int = Field(2, ge=1, le=1024, description="Worker processes at the start.")
+    threads: int = Field(0, ge=0, le=1024, description="Of each; 0: cores / workers, at least 1.")
+    where: str = Field("local", description="local, or another launcher by name.")
+
+
+class ShardingTable(Strict):
+    """What of the state each worker keeps (ZeRO's stages)."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0 all of it, 1 its share of moments, 2 also gradients, 3 also weights."
+    )
+
+
+class ResilienceTable(Strict):
+    """What a loss costs."""
+
+    mode: str = Field("checkpoint", description="checkpoint, or another mode by name.")
+    checkpoints: str = Field(
+        "", description="Folder or s3://bucket/prefix to keep them at; empty: the run's folder."
+    )
+    checkpoint_every_steps: int = Field(
+        50, ge=0, description="0: only at the end and when stopped."
+    )
+    keep: int = Field(2, ge=1, le=1000, description="Checkpoints kept, newest first.")
+
+
+class BudgetTable(Strict):
+    """When to stop early; the run then has a checkpoint and can go on with a larger budget."""
+
+    hours: float | None = Field(None, gt=0, description="Hours of training, restarts added up.")
+    usd: float | None = Field(None, gt=0, description="Dollars; needs usd_per_worker_h.")
+    usd_per_worker_h: float = Field(0.0, ge=0, description="What a worker's hour costs.")
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.usd is not None and not self.usd_per_worker_h:
+            raise ValueError("usd needs usd_per_worker_h, the price of a worker's hour")
+        return self
+
+
+class ReportTable(Strict):
+    """What is written down on the way."""
+
+    every_steps: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
+    evaluate_every_steps: int = Field(0, ge=0, description="0: only at the end.")
+    evaluate_tokens: int = Field(65_536, ge=1, description="Held-out tokens of an evaluation.")
+    tensorboard: bool = Field(
+        False, description="Also TensorBoard's files (pip install tensorboard)."
+    )
+    sample_ids: bool = Field(
+        False, description="Also the ids of the samples of each step, by rank."
+    )
+
+
+class Job(Strict):
+    """A whole job. name: the run's folder below `folder`."""
+
+    name: str = Field("brown", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    folder: Path = Field(
+        Path("runs"), description="Where runs are kept; relative to the job's file."
+    )
+    model: ModelTable = ModelTable()
+    data: DataTable = DataTable()
+    run: RunTable = RunTable()
+    optimizer: OptimizerTable = OptimizerTable()
+    schedule: ScheduleTable = ScheduleTable()
+    precision: PrecisionTable = PrecisionTable()
+    workers: WorkersTable = WorkersTable()
+    sharding: ShardingTable = ShardingTable()
+    resilience: ResilienceTable = ResilienceTable()
+    budget: BudgetTable = BudgetTable()
+    report: ReportTable = ReportTable()
+
+    @model_validator(mode="after")
+    def _portions(self) -> Self:
+        sequence, batch = self.data.sequence_tokens, self.run.batch_tokens
+        if batch % sequence:
+            raise ValueError(
+                f"run.batch_tokens = {batch} must be a multiple of "
+                f"data.sequence_tokens = {sequence}"
+            )
+        if self.run.micro_batch_tokens < sequence:
+            raise ValueError(
+                f"run.micro_batch_tokens = {self.run.micro_batch_tokens} must be at least "
+                f"data.sequence_tokens = {sequence}"
+            )
+        if self.optimizer.name == "adafactor" and self.sharding.stage:
+            raise ValueError("sharding.stage needs optimizer.name = 'adamw'")
+        return self
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples of one optimizer step, over all workers."""
+        return self.run.batch_tokens // self.data.sequence_tokens
+
+    @property
+    def micro_samples(self) -> int:
+        """Samples that a worker computes at once."""
+        return self.run.micro_batch_tokens // self.data.sequence_tokens
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; the last one is a full batch, too."""
+        return math.ceil(self.run.tokens / self.run.batch_tokens)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder / self.name
+
+
+def read_job(path: Path) -> Job:
+    """The job in a file. Its folder and file sources are relative to the file's own folder.
+    ValueError with a sentence for each mistake."""
+    job = validated(Job, read_toml(path), str(path))
+    home = path.parent
+    sources = tuple(
+        source if source in KNOWN_SOURCES else str(home / source) for source in job.data.sources
+    )
+    data = job.data.model_copy(update={"sources": sources})
+    return job.model_copy(update={"folder": home / job.folder, "data": data})

@@ -1,0 +1,99 @@
+"""A training step, on one screen: the worker's share of samples, their summed gradient over all
+workers, one clipped update.
+
+`Trainer` has the state of a run in memory. If a `WorldChanged` ends a step, the state is that of
+the last finished step, and `step` can be called again with another world.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from train.data.stream import SampleStream, share
+from train.job import Job
+from train.layout import FlatModel
+from train.model import Llama
+from train.optimizer import build_optimizer, clip
+from train.precision import COMPUTE
+from train.schedule import factor
+from train.state import TrainState
+from train.world import World
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A finished step, the same on every worker but for `ids`.
+
+    step: from 1; samples: consumed after it; loss: nats per token before the update;
+    stop: whether a worker asked for an end; ids: samples that this worker computed.
+    """
+
+    step: int
+    samples: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    stop: bool
+    ids: list[int]
+
+
+class Trainer:
+    """One worker's model, optimizer and place in the stream."""
+
+    def __init__(self, job: Job, model: Llama, stream: SampleStream) -> None:
+        self.job, self.model, self.stream = job, model, stream
+        self.flat = FlatModel(model, COMPUTE[job.precision.compute])
+        self.optimizer = build_optimizer(self.flat, job.optimizer)
+        self.step_number = self.samples = 0
+
+    def step(self, world: World, stop: bool = False) -> StepReport:
+        """One optimizer step with all workers of the world. stop: this one asks for an end."""
+        mine = share(self.samples, self.job.batch_samples, world.rank, world.size)
+        flat, summed = self.flat, self.flat.summed
+        flat.clear_gradient()
+        tokens = self.job.run.batch_tokens
+        for first in range(mine.first, mine.first + mine.samples, self.job.micro_samples):
+            count = min(self.job.micro_samples, mine.first + mine.samples - first)
+            loss = self.model.loss(self.stream.batch(first, count)) / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            summed[-2] += loss.detach()
+        summed[-1] = float(stop)
+        world.all_reduce(summed)
+        norm = clip(flat.gradient, self.job.optimizer.clip_norm)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"step {self.step_number + 1}: the gradient is not finite; "
+                f"optimizer.learning_rate = {self.job.optimizer.learning_rate} may be too high"
+            )
+        rate = self.job.optimizer.learning_rate
+        rate *= factor(self.job.schedule, self.step_number, self.job.steps)
+        self.optimizer.update(self.step_number + 1, rate)
+        flat.publish()
+        self.step_number += 1
+        self.samples += self.job.batch_samples
+        ids = self.stream.ids(mine.first, mine.samples)
+        loss_nats, asked = float(summed[-2]), bool(summed[-1])
+        return StepReport(self.step_number, self.samples, loss_nats, norm, rate, asked, ids)
+
+    def state(self) -> TrainState:
+        """The run as it stands, its tensors live."""
+        named = self.flat.named
+        tensors = {f"param/{name}": tensor for name, tensor in named(self.flat.weights).items()}
+        if self.flat.weights is not self.flat.masters:
+            tensors |= {f"master/{name}": t for name, t in named(self.flat.masters).items()}
+        return TrainState(self.step_number, self.samples, tensors | self.optimizer.tensors())
+
+    def load(self, state: TrainState) -> None:
+        """Goes on from a state of the same job, whose values are copied. ValueError when it is of
+        another model or optimizer."""
+        mine = self.state().tensors
+        for name, tensor in mine.items():
+            given = state.tensors.get(name)
+            if given is None or given.shape != tensor.shape:
+                found = "nothing" if given is None else f"shape {tuple(given.shape)}"
+                raise ValueError(f"state: {name} needs {tuple(tensor.shape)}, found {found}.")
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(state.tensors[name])
+        self.step_number, self.samples = state.step, state.samples

@@ -1,0 +1,57 @@
+"""A worker process on this machine: python -m train.worker FOLDER RANK SIZE RENDEZVOUS THREADS.
+
+Started by `train.local`, which it outlives by at most one step.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from train.checkpoints import open_checkpoints
+from train.folder import RunFolder
+from train.journal import configure_torch
+from train.run import Run
+from train.world import GlooWorld, LocalWorld, World, join
+
+USER_ERROR = 2
+"""Exit status when the last line of the log is a sentence for the user."""
+
+
+def main(arguments: list[str]) -> int:
+    """Trains to the run's end; the exit status."""
+    path, rank, size, rendezvous, threads = arguments
+    folder = RunFolder(Path(path))
+    job = folder.job()
+    configure_torch(int(threads), job.run.deterministic)
+    _end_with_parent()
+    world: World = LocalWorld()
+    if int(size) > 1:
+        world = join(FileStore(rendezvous, int(size)), int(rank), int(size))
+    try:
+        run = Run(job, folder, open_checkpoints(job, folder.checkpoints))
+        run.resume()
+        ending = run.run(world)
+    except ValueError as error:
+        print(error, flush=True)
+        return USER_ERROR
+    if isinstance(world, GlooWorld):
+        world.close()
+    print(f"rank {rank}: {ending} at step {run.trainer.step_number}", flush=True)
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end this process when its parent ends (Linux's PR_SET_PDEATHSIG)."""
+    import ctypes
+    import signal
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
