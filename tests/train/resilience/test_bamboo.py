@@ -58,7 +58,12 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("name", DEATHS)
+SLOW = ("the last", "first act", "updated")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in DEATHS]
+)
 def test_one_killed(name: str, expected: list[float]):
     with Crew(4) as crew:
         pids = crew.pids

@@ -27,7 +27,12 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("name", DEATHS)
+SLOW = ("of the three", "after its update")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in DEATHS]
+)
 def test_2_and_3_become_2_and_2(name: str):
     death = DEATHS[name]
     finished = death.step if death.kind == "update" else death.step - 1
