@@ -62,6 +62,8 @@ def quality_cost(settings: Settings) -> str:
     costs = " and ".join(
         f"{ratio - 1:+.2%} ({text})" for ratio, text in zip(measured, TEXTS, strict=True)
     )
+    if chosen.activations == "fast" and not settings.engine.batch_invariant:
+        costs = f"at most {costs}, less in steps of many tokens (batch_invariant = false),"
     return (
         f"{' with '.join(named)}: perplexity {costs} over float32, {settings.model}, {HOW}; "
         f"`sanderling eval ppl --reference {flags}` measures it again"

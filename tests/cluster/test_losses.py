@@ -41,6 +41,12 @@ def test_finer_keys_and_values_cost_less():
     assert all(a < b for a, b in zip(int8, int4, strict=True))
 
 
+def test_steps_that_are_computed_together_lose_less_and_say_so():
+    told = quality_cost(chosen(activations="fast", batch_invariant=False))
+    assert "at most +0.44%" in told and "batch_invariant = false" in told
+    assert "at most" not in quality_cost(chosen(activations="fast"))
+
+
 def test_a_model_without_figures_is_told_how_to_measure():
     said = quality_cost(chosen("my.gguf", activations="fast", kv_dtype="int8"))
     assert "is not measured" in said and "%" not in said
