@@ -40,6 +40,7 @@ class Run:
         parameters = self.trainer.flat.masters.numel()
         self.journal = Journal(job, folder, self.start.config, parameters)
         self.saved_step = self.evaluated_step = -1
+        self.last: dict[str, float] = {}  # what the last finished step came to, if there was one
         self._spent = (0.0, 0.0)
 
     def resume(self) -> None:
@@ -74,7 +75,7 @@ class Run:
         """What a checkpoint keeps."""
         state, status = self.trainer.state(), self.journal.status
         meta = {"corpus": self.corpus.fingerprint, "trained_s": status.trained_s, "usd": status.usd}
-        return replace(state, meta=meta)
+        return replace(state, meta=meta | {"last": self.last})
 
     def evaluate(self, world: World) -> float:
         """Bits per byte of the held-out text's beginning, shared out among the workers."""
@@ -97,6 +98,8 @@ class Run:
         return float(sums[0] / sums[1]) / math.log(2) * tokens_per_byte
 
     def _after(self, report: StepReport, world: World) -> None:
+        told = ("step", "samples", "loss", "gradient_norm", "learning_rate")
+        self.last = {name: getattr(report, name) for name in told}
         if world.rank == 0:
             self.journal.note(report)
         if self.job.report.sample_ids:

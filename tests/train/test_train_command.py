@@ -156,4 +156,4 @@ def test_mistakes_are_the_users(tmp_path: Path):
     assert "not the folder of a training run" in str(asked.exception)
     (tmp_path / "job.toml").write_text("workers.where = 'moon'")
     asked = CliRunner().invoke(train, [str(tmp_path / "job.toml")])
-    assert "known: local" in str(asked.exception)
+    assert "known: elastic, local, ray" in str(asked.exception)

@@ -46,6 +46,7 @@ class ElasticRun(Run):
     def load(self, state: TrainState) -> None:
         """The trainer's, and what the run has spent."""
         self.trainer.load(state)
+        self.last = state.meta.get("last", {})
         self._spent = (state.meta.get("trained_s", 0.0), state.meta.get("usd", 0.0))
         status = self.journal.status
         self.journal.status = replace(status, trained_s=self._spent[0], usd=self._spent[1])
@@ -58,6 +59,7 @@ class ElasticRun(Run):
             status = self.journal.status
             spent = (status.trained_s, status.usd) if self._generation >= 0 else self._spent
             self.journal.begin(self.trainer.step_number, *spent, world)
+            self._note_what_is_missing()
         self._generation = world.generation
         over = first and (self.folder.stop_asked or bool(self.journal.over_budget()))
         report = self.trainer.step(world, stop or over)
@@ -67,6 +69,13 @@ class ElasticRun(Run):
             world.broadcast(ending, 0)
             self.stopped = bool(ending)
         return report
+
+    def _note_what_is_missing(self) -> None:
+        """Who noted the steps may have been lost between the last one and its line."""
+        lines = self.folder.read_metrics()
+        noted = max((line["step"] for line in lines if "loss" in line), default=0)
+        if self.last and noted < self.last["step"] == self.trainer.step_number:
+            self.journal.note(StepReport(**self.last, stop=False, ids=[]))  # type: ignore[arg-type]
 
     def ended(self) -> bool:
         """Whether no step is to follow."""

@@ -30,9 +30,7 @@ def wait_for_nobody(blind: bool, timeout_s: float, ports: Any, answers: Any, ran
     if rank == 0:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ports.put(store.port)
-    port = ports.get()
-    if rank == 0:
-        ports.put(port)  # taken back by rank 1
+    port = store.port if rank == 0 else ports.get()
     first = BlindGate() if blind else Gate()
     common = partial(meet, address=("127.0.0.1", port), rank=rank, size=2)
     try:

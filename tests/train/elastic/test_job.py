@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train.test_run import job, losses, make
+from train.checkpoints import open_checkpoints
 from train.commands import begin
-from train.elastic.job import PRELOAD, launch, part, supervise
+from train.elastic.job import PRELOAD, ElasticRun, launch, part, supervise
 from train.elastic.process import ProcessLauncher
 from train.folder import RunFolder
 from train.job import Job
@@ -64,6 +65,23 @@ def test_a_real_job_survives_the_loss_of_its_first_worker(tmp_path: Path):
         torch.testing.assert_close(ours[name], tensor, atol=1e-7, rtol=0)
     events = (folder.log / "events.jsonl").read_text()
     assert events.count('"kind":"plan"') >= 2 and '"gone"' in events
+
+
+def test_a_step_whose_line_was_lost_with_its_writer_is_noted_by_the_next(tmp_path: Path):
+    wanted = job(tmp_path, "torn", resilience={"checkpoint_every_steps": 0}, **LONG)
+    folder = prepared(wanted)
+    one, other = (
+        ElasticRun(wanted, folder, open_checkpoints(wanted, folder.checkpoints)) for _ in range(2)
+    )
+    for _ in range(3):
+        one.step(LocalWorld())
+    whole = folder.read_metrics()
+    folder.drop_metrics_after(2)  # as if killed before it wrote the third
+    other.load(one.state())
+    other.step(LocalWorld(generation=1))
+    found = folder.read_metrics()
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    assert found[2]["loss"] == whole[2]["loss"]
 
 
 @pytest.mark.slow
