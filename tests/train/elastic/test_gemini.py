@@ -116,7 +116,9 @@ def test_a_whole_group_lost_falls_back_to_the_store_and_says_so(
     lost = " ".join(report.lost())
     assert "share 2 of 4" in lost and "share 3 of 4" in lost and "share 1" not in lost
     back = [what for what in resumed(report) if what.store_bytes]
-    assert {what.step for what in back} == {15} and len(back) == 4
+    # The newest that was whole when they died; a busy machine may not have written 15 by then.
+    steps = {what.step for what in back}
+    assert len(steps) == 1 and steps <= {10, 15} and len(back) == 4
     refuse_other_samples(tmp_path, STEPS, whole=False)
     survivors = {name: pid for name, pid in hellos(report).items() if name in ("w0", "w1")}
     assert {name: logged(tmp_path)[name][-1]["pid"] for name in survivors} == survivors
