@@ -15,19 +15,16 @@ from typing import Any, TypeVar
 from cluster.clock import Clock, WallClock
 from cluster.settings import Settings
 from serve import build
-from serve.backlog import Backlog
 from serve.clients import ReplicaLost
-from serve.controller import Controller, Patience
 from serve.decode import DecodeReplica
 from serve.directory import Directory
-from serve.follow import follow
-from serve.ingress import Ingress
+from serve.in_process import InProcessService
 from serve.prefill import PrefillReplica
-from serve.prefixes import placed_prefixes
 from serve.state import ReplicaState, Role
 from serve.transport import Offer, PrefillReply
 
 T = TypeVar("T")
+PATIENCE_S = 60.0  # for a replica to take a request
 
 
 @dataclass
@@ -202,41 +199,14 @@ class LocalLauncher:
         return self.members[replica_id]
 
 
-class LocalService:
+class LocalService(InProcessService):
     """Controller, replicas and ingress on the running event loop; `ingress` is the Service."""
 
     def __init__(self, settings: Settings, model: build.Model, clock: Clock | None = None) -> None:
         clock = clock or WallClock()
         self.launcher = LocalLauncher(settings, model, clock)
-        self.controller = Controller(
-            self.launcher,
-            {"prefill": settings.prefill.replicas, "decode": settings.decode.replicas},
-            Patience(**settings.controller.model_dump()),
-            clock,
-        )
-        limits = settings.admission
-        self.ingress = Ingress(
-            "ingress-1",
-            self.launcher.connect_decode,
-            prefixes=placed_prefixes(settings),
-            backlog=Backlog(limits.max_queued_tokens, limits.max_queued_requests, clock),
-            patience_s=60,
-            clock=clock,
-        )
-        self.clock = clock
-
-    async def __aenter__(self) -> "LocalService":
-        await self.controller.start()
-        self._follower = asyncio.create_task(
-            follow(self.controller.watch, self._update, self.clock)
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._follower.cancel()
-        await self.ingress.stop()
-        await self.controller.stop()
-
-    def _update(self, directory: Directory) -> None:
-        self.launcher.update(directory)
-        self.ingress.update(directory)
+        wanted: dict[Role, int] = {
+            "prefill": settings.prefill.replicas,
+            "decode": settings.decode.replicas,
+        }
+        super().__init__(settings, self.launcher, wanted, PATIENCE_S, clock)

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from autoscale.catalog.kind import GpuKind
-from autoscale.catalog.reading import Strict, read_toml, validated
+from cluster.reading import Strict, read_toml, validated
 
 OWN = Path(__file__).parent / "data_sheets"
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from autoscale.catalog.offer import Market, Offer
-from autoscale.catalog.reading import Strict, read_toml, validated
+from cluster.reading import Strict, read_toml, validated
 
 Name = Annotated[str, Field(min_length=1)]
 

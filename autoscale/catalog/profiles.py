@@ -12,10 +12,10 @@ from autoscale.catalog.kind import GpuKind
 from autoscale.catalog.memory import MemoryRoom
 from autoscale.catalog.model import ModelSize
 from autoscale.catalog.profile import NOISE
-from autoscale.catalog.reading import Strict
 from autoscale.catalog.roofline import OF_COMPUTE, OF_MEMORY, Roofline
 from autoscale.catalog.steps import read_profile, read_splitwise
 from autoscale.placement.planner import ThroughputProfile
+from cluster.reading import Strict
 
 From = Literal["roofline", "measured", "rates", "splitwise", "helix", "distserve"]
 NEEDS: Mapping[From, tuple[str, ...]] = {

@@ -16,9 +16,9 @@ from pydantic import Field
 from autoscale.catalog.memory import MemoryRoom
 from autoscale.catalog.profile import NOISE, Point, TableError, curve, interpolate
 from autoscale.catalog.rates import shape_rate
-from autoscale.catalog.reading import Strict, read_toml, validated
 from autoscale.placement.demand import Bucket, Slo
 from autoscale.placement.plan import ReplicaShape
+from cluster.reading import Strict, read_toml, validated
 
 
 class ReplicaKey(NamedTuple):

@@ -16,10 +16,10 @@ from autoscale.catalog.catalog import PricedCatalog, read_catalog
 from autoscale.catalog.model import ModelSize
 from autoscale.catalog.profile import remembered
 from autoscale.catalog.profiles import ProfileTable, open_profile
-from autoscale.catalog.reading import Strict, read_toml, validated
 from autoscale.placement.demand import Bucket, Demand, Slo
 from autoscale.placement.plan import ReplicaShape, Role
 from autoscale.placement.planner import Problem, ThroughputProfile
+from cluster.reading import Strict, read_toml, validated
 
 LARGEST_TENSOR = 8
 

@@ -10,7 +10,7 @@ from cluster.settings.losses import MEASURED, TEXTS, Lossy, quality_cost
 DEFAULT = Settings().model
 
 
-def chosen(model: str = DEFAULT, **engine: str) -> Settings:
+def chosen(model: str = DEFAULT, **engine: str | bool) -> Settings:
     return Settings.model_validate({"model": model, "engine": engine})
 
 
