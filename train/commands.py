@@ -156,7 +156,7 @@ def carry_on(job: Job, folder: RunFolder, console: Console) -> int:
     if plot(folder, folder.plot):
         console.print(f"The loss is drawn in {folder.plot}", highlight=False)
     else:
-        console.print("The loss is not drawn: pip install sanderling[plot]", highlight=False)
+        console.print("The loss is not drawn: pip install sanderling[plot]", markup=False)
     if found.phase == "finished":
         console.print(f"Serve it: sanderling up --model {folder.path}", highlight=False)
     elif found.phase in ENDED:
