@@ -7,7 +7,7 @@ import torch
 from train.checkpoint.format import MANIFEST, parse_folder
 from train.checkpoint.piece import share
 from train.checkpoint.reader import Checkpoint, CheckpointReader
-from train.checkpoint.storage import Storage
+from train.checkpoint.storage import Storage, StorageError
 from train.checkpoint.writer import CheckpointWriter
 from train.state import TrainState
 from train.world import World
@@ -25,7 +25,14 @@ class StoredCheckpoints:
         writer = CheckpointWriter(self.storage, new_attempt(world), self.keep)
         meta = {"samples": state.samples, "meta": state.meta}
         pieces = share(state.tensors, world.rank, world.size)
-        writer.write(state.step, meta, pieces, world.rank, world.size)
+        failure: StorageError | None = None
+        try:
+            writer.write(state.step, meta, pieces, world.rank, world.size)
+        except StorageError as error:  # its receipt tells rank 0 why
+            failure = error
+        world.barrier()  # a rank that died as it wrote ends this, and nobody waits for its receipt
+        if failure is not None:
+            raise failure
         if world.rank == 0:
             writer.commit(state.step, world.size)
         world.barrier()
