@@ -140,7 +140,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _alone(*settings: str) -> AbstractContextManager[Endpoint]:
-    return sanderling("prefill.replicas=0", f"decode.threads={THREADS}", *settings)
+    """One replica with the threads of a peer; the bits of its answers may depend on company, as
+    those of all peers do."""
+    like_peers = ("prefill.replicas=0", f"decode.threads={THREADS}", "engine.batch_invariant=false")
+    return sanderling(*like_peers, *settings)
 
 
 def _requantised(slots: int, slot_tokens: int) -> AbstractContextManager[Endpoint]:

@@ -1,7 +1,8 @@
 """Proof rows of the CPU kernels over HTTP: the same load on our service, on llama.cpp's server (the
 published file, and a requantised one that it is faster on) and on vLLM's, in turns within one run.
-Rows are of `sanderling`, one replica with the threads that each peer has; the service as it
-comes, with prefill replicas and routing, is told beside it.
+Rows are of `sanderling`, one replica with the threads that each peer has, its bits free to depend
+on company as those of peers do; the service as it comes, with prefill replicas, routing and the
+same bits in any company, is told beside it.
 
 All servers stay up while one of them has work; what the idle ones take of a core is a row.
 
