@@ -142,8 +142,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _alone(*settings: str) -> AbstractContextManager[Endpoint]:
     """One replica with the threads of a peer; the bits of its answers may depend on company, as
     those of all peers do."""
-    like_peers = ("prefill.replicas=0", f"decode.threads={THREADS}", "engine.batch_invariant=false")
-    return sanderling(*like_peers, *settings)
+    return _one_replica("engine.batch_invariant=false", *settings)
+
+
+def _one_replica(*settings: str) -> AbstractContextManager[Endpoint]:
+    return sanderling("prefill.replicas=0", f"decode.threads={THREADS}", *settings)
 
 
 def _requantised(slots: int, slot_tokens: int) -> AbstractContextManager[Endpoint]:
@@ -169,7 +172,7 @@ ENGINES = {
             "sanderling-reference",
             "Q4_1 read as float32",
             OWN_VERSION,
-            lambda: _alone(REFERENCE),
+            lambda: _one_replica(REFERENCE),
         ),
         Engine("llama.cpp", "Q4_1", environments.LLAMA_CPP, llama_cpp),
         Engine(
