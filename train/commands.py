@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.registry import Registry
 from train.folder import ENDED, RunFolder, Status
-from train.job import Job, read_job
+from train.job import Job, checked, read_job
 from train.view import Progress, estimate_table, line, plot, status_table
 
 PATH = click.Path(path_type=Path)
@@ -219,7 +219,7 @@ def _with_workers(job: Job, workers: int | None) -> Job:
     if workers is None:
         return job
     table = job.workers.model_copy(update={"count": workers})
-    return job.model_copy(update={"workers": table})
+    return checked(job.model_copy(update={"workers": table}))
 
 
 def _find(run: Path) -> RunFolder:

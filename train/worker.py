@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         world = join(FileStore(rendezvous, int(size)), int(rank), int(size))
     try:
         run = Run(job, folder, open_checkpoints(job, folder.checkpoints))
-        run.resume()
+        run.resume(world)
         ending = run.run(world)
     except ValueError as error:
         print(error, flush=True)

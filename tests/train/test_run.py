@@ -160,6 +160,6 @@ def test_sample_ids_are_logged(tmp_path: Path):
 
     run = make(job(tmp_path, "ids"))
     run.run(LocalWorld())
-    lines = (run.folder.log / "samples-0.jsonl").read_text().splitlines()
+    lines = (run.folder.log / "samples.jsonl").read_text().splitlines()
     found = list(itertools.chain(*(json.loads(line)["ids"] for line in lines)))
     assert found == run.trainer.stream.ids(0, 72)

@@ -96,7 +96,7 @@ def test_a_run_is_stopped_shown_and_finished(tmp_path: Path):
 def _every_sample_once(folder: RunFolder, steps: int) -> None:
     """Over all epochs: counts differ by at most one."""
     counts: dict[int, int] = {}
-    for file in folder.log.glob("samples-*.jsonl"):
+    for file in folder.log.glob("samples.jsonl"):
         for line in file.read_text().splitlines():
             for number in json.loads(line)["ids"]:
                 counts[number] = counts.get(number, 0) + 1
