@@ -16,9 +16,7 @@ from train.world import World
 class Checkpoints(Protocol):
     """States of one run by step. `write` and `writer` are called by all workers of a world."""
 
-    def write(
-        self, step: int, meta: dict[str, Any], pieces: Sequence[Piece], world: World
-    ) -> None:
+    def write(self, step: int, meta: dict[str, Any], pieces: Sequence[Piece], world: World) -> None:
         """Keeps a copy of every worker's pieces; when it returns, all of it is durable. meta:
         {"samples": consumed so far, "meta": JSON values}."""
         ...

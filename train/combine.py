@@ -112,9 +112,7 @@ def _pipeline(job: "Job") -> Iterator[str]:
     if job.optimizer.name != "adamw":
         yield f'{asked} updates layer by layer: optimizer.name = "adamw" is accepted'
     if job.model.tied_head and not job.model.start_from:
-        yield (
-            f"{asked} needs layers that share no weights: model.tied_head = false is accepted"
-        )
+        yield (f"{asked} needs layers that share no weights: model.tied_head = false is accepted")
 
 
 def _either(names: tuple[str, ...]) -> str:

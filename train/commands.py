@@ -67,8 +67,11 @@ def run(job: Path, dry_run: bool, fresh: bool, workers: int | None) -> None:
         from train.journal import configure_torch
         from train.local import threads_of
 
+        launcher_of(wanted)
         configure_torch(threads_of(wanted), wanted.run.deterministic)
-        console.print(estimate_table(wanted, estimate(wanted)))
+        found = estimate(wanted)
+        console.print(estimate_table(wanted, found))
+        console.print(found.how, highlight=False)
         return
     folder = RunFolder(wanted.path)
     with folder.locked():

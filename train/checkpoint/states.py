@@ -26,9 +26,7 @@ class StoredCheckpoints:
         meta = {"samples": state.samples, "meta": state.meta}
         self.write(state.step, meta, share(state.tensors, world.rank, world.size), world)
 
-    def write(
-        self, step: int, meta: dict[str, Any], pieces: Sequence[Piece], world: World
-    ) -> None:
+    def write(self, step: int, meta: dict[str, Any], pieces: Sequence[Piece], world: World) -> None:
         """Keeps a copy of every rank's pieces; when it returns, on any rank, all of it is durable,
         or rank 0 has raised. meta: as `save` has it. StorageError, NotCommitted, WorldChanged."""
         writer = self.writer(world)

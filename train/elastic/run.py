@@ -1,4 +1,4 @@
-"""A job of `sanderling train` on one worker of those that come and go: a `Run` made a step at a time.
+"""A job of `sanderling train` on one worker of those that come and go: a `Run`, a step at a time.
 
 Each worker resumes from the newest checkpoint when it starts, so what all of them together lose is
 no more than the steps since. While one of them lives, no checkpoint is read into the run.

@@ -14,7 +14,7 @@ from train.checkpoint.piece import Piece, stretch
 from train.checkpoint.reader import Checkpoint, read_checked
 from train.data.stream import SampleStream
 from train.job import Job
-from train.parallel.pipeline_layers import AdamW, STATE
+from train.parallel.pipeline_layers import STATE, AdamW
 from train.parallel.pipeline_layout import Layout, grid
 from train.parallel.pipeline_model import JobLayers
 from train.parallel.pipeline_trainer import PipelineTrainer, Training

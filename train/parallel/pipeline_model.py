@@ -42,9 +42,9 @@ class JobLayers:
         """ValueError when the model's layers share weights."""
         if start.config.tied_head:
             raise ValueError(
-                f"pipeline.stages = {job.pipeline.stages} needs layers that share no weights, and "
-                f"the embedding of {job.model.start_from or 'the model'} is its output matrix, too: "
-                "pipeline.stages = 0 is accepted"
+                f"pipeline.stages = {job.pipeline.stages} needs layers that share no weights, but "
+                f"in {job.model.start_from or 'the model'} the embedding is the output matrix, "
+                "too: pipeline.stages = 0 is accepted"
             )
         self.job, self.start = job, start
         self.count = start.config.layers + ENDS
