@@ -125,17 +125,15 @@ class PipelineLearner:
     def _measure(self, training: Training, world: World) -> Measured:
         """Rank 0's times of the layers and the link between two workers, told to all."""
         link = measure_link(world) if world.size > 1 else (0.0, 1e12)
-        count = self.layers.count
-        rows = torch.zeros(8, count, dtype=torch.float64)
+        rows = torch.zeros(len(MEASURED), self.layers.count, dtype=torch.float64)
         if world.rank == 0:
             if self._measured is None:
                 self._measured = measure(training, self.job.micro_samples, *link)
             found = self._measured
             rows = torch.tensor([getattr(found, name) for name in MEASURED], dtype=torch.float64)
-        else:
-            rows = torch.zeros(len(MEASURED), count, dtype=torch.float64)
         world.broadcast(rows, 0)
-        return Measured(*(tuple(row) for row in rows.tolist()), *link)
+        named = dict(zip(MEASURED, map(tuple, rows.tolist()), strict=True))
+        return Measured(**named, latency_s=link[0], bytes_per_s=link[1])
 
     def step(self, world: World, stop: bool = False) -> StepReport:
         """See `Learner`."""

@@ -3,6 +3,7 @@ optimizer state, so that any layer can move to another worker by itself."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,10 @@ class AdamW:
         depend on its company."""
         held = list(parameters)
         other = self.weight_decay if self.vector_decay is None else self.vector_decay
+        matrices: dict[str, Any] = {"params": [p for p in held if p.dim() > 1]}
+        vectors: dict[str, Any] = {"params": [p for p in held if p.dim() < 2]}
         return torch.optim.AdamW(
-            [
-                {"params": [p for p in held if p.dim() > 1]},
-                {"params": [p for p in held if p.dim() < 2], "weight_decay": other},
-            ],
+            [matrices, vectors | {"weight_decay": other}],
             lr=self.lr(0),
             betas=self.betas,
             eps=self.eps,

@@ -25,13 +25,12 @@ class Output(nn.Module):
 
     def __init__(self, model: Llama) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.norm = model.model.norm
+        self.model = nn.ModuleDict({"norm": model.model.norm})
         self.lm_head = model.lm_head
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, tokens, vocab)."""
-        logits: Tensor = self.lm_head(self.model.norm(x))
+        logits: Tensor = self.lm_head(self.model["norm"](x))
         return logits
 
 
