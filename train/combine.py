@@ -49,6 +49,11 @@ def _mode(job: "Job") -> Iterator[str]:
         yield f"{asked} is about the stages of a pipeline: pipeline.stages = 1 or more is accepted"
     if mode == "bamboo" and job.pipeline.stages == 1:
         yield f"{asked} has the stage before take over, so pipeline.stages must be 2 or more"
+    if mode == "varuna" and not job.resilience.checkpoint_every_steps:
+        yield (
+            f"{asked} goes on from checkpoints, so resilience.checkpoint_every_steps = 0 must be "
+            "1 or more"
+        )
     if mode == "oobleck":
         least = (job.resilience.failures + 1) * job.pipeline.stages
         if job.workers.count < least:

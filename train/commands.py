@@ -65,11 +65,15 @@ def run(job: Path, dry_run: bool, fresh: bool, workers: int | None) -> None:
     if dry_run:
         from train.estimate import estimate
         from train.journal import configure_torch
-        from train.local import threads_of
+        from train.local import WorkerFailed, threads_of
 
         launcher_of(wanted)
         configure_torch(threads_of(wanted), wanted.run.deterministic)
-        found = estimate(wanted)
+        try:
+            found = estimate(wanted)
+        except WorkerFailed as error:
+            click.echo(f"sanderling: {error}", err=True)
+            sys.exit(2 if error.by_user else 1)
         console.print(estimate_table(wanted, found))
         console.print(found.how, highlight=False)
         return

@@ -83,6 +83,7 @@ class Saving:
         ended, self._told = beside.outcomes[self._told :], len(beside.outcomes)
         if world.rank or not ended:
             return
+        self.log.parent.mkdir(exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
             for outcome in ended:
                 line = {"step": outcome.step, "persist_s": outcome.persist_s}
