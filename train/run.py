@@ -142,15 +142,18 @@ class Run:
         return meta, self.trainer.pieces(world)
 
     def _end(self, world: World) -> Ending:
+        """Rank 0 says what is left to be done: who has just come does not know what was."""
         step = self.trainer.step_number
         ending: Ending = "finished" if step >= self.job.steps else "stopped"
-        if self.saving.saved_step != step or self.job.resilience.mode == "checkfreq":
+        over = world.rank == 0 and bool(self.journal.over_budget())
+        unsaved = self.saving.saved_step != step or self.job.resilience.mode == "checkfreq"
+        told = torch.tensor([over, unsaved, self.evaluated_step != step], dtype=torch.float32)
+        world.broadcast(told, 0)
+        if told[1]:
             self.saving.end(step, partial(self.pieces, world), world)
-        if ending == "finished" and self.evaluated_step != step:
+        if ending == "finished" and told[2]:
             self._evaluate(world)
-        over = torch.tensor([float(bool(world.rank == 0 and self.journal.over_budget()))])
-        world.broadcast(over, 0)
-        if ending == "stopped" and float(over):
+        if ending == "stopped" and told[0]:
             ending = "out of budget"
         weights = self.trainer.exported(world)
         if world.rank == 0:

@@ -87,7 +87,8 @@ class PipelineKeeper:
 
     def _take_note(self) -> None:
         """A step may have been ended with the peers who knew that it could be."""
-        if self.at() and self.run.last.get("step") != self.at():
+        known = self.at() in self.learner.trainer.losses  # not the step of a checkpoint
+        if known and self.run.last.get("step") != self.at():
             report = self.learner.last_report()
             self.run.last = {
                 "step": report.step,
