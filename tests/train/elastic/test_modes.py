@@ -63,8 +63,9 @@ class Killer:
 
 def disturbed(
     job_: Job, *victims: str, step: int = 5, build: Callable[..., Part] = part
-) -> tuple[RunFolder, list[str]]:
-    """A whole run in which workers are killed; its folder and what was said to be lost."""
+) -> tuple[RunFolder, list[dict[str, Any]]]:
+    """A whole run in which workers are killed; its folder, and what workers said when they went on
+    in later generations."""
     folder = RunFolder(job_.path)
     begin(job_, folder, console_of_nobody())
     launcher = ProcessLauncher(partial(build, folder.path.resolve(), 1), preload=PRELOAD)
@@ -72,8 +73,13 @@ def disturbed(
     supervise(job_, folder, launcher, killer)
     assert killer.killed and folder.status().phase == "finished"
     events = [line["event"] for line in read_lines(folder.log / "events.jsonl")]
-    later = [e for e in events if isinstance(e, dict) and e["generation"] > 1]
-    return folder, [words for e in later if e["kind"] == "resumed" for words in e["lost"]]
+    resumed = [e for e in events if isinstance(e, dict) and e["kind"] == "resumed"]
+    return folder, [e for e in resumed if e["generation"] > 1]
+
+
+def lost(resumed: list[dict[str, Any]]) -> list[str]:
+    """What could not be saved, in words."""
+    return [words for event in resumed for words in event["lost"]]
 
 
 def refuse_another_curve(folder: RunFolder, expected: list[float]) -> None:
@@ -106,12 +112,15 @@ def test_a_killed_worker_changes_nothing(
     mode: str, victim: str, tmp_path: Path, expected: dict[bool, list[float]]
 ):
     job_ = wanted(tmp_path, mode)
-    folder, lost = disturbed(job_, victim)
+    folder, resumed = disturbed(job_, victim)
     refuse_another_curve(folder, expected[job_.model.tied_head])
+    assert resumed
     if mode == "varuna":
-        assert lost and all("are made again from the checkpoint of step" in word for word in lost)
+        assert all(event["store_bytes"] for event in resumed)
+        assert all("from the checkpoint of step" in words for words in lost(resumed))
     else:
-        assert lost == [], "nothing was made twice"
+        assert lost(resumed) == [], "nothing was made twice"
+        assert not any(event["store_bytes"] for event in resumed), "no checkpoint was read"
 
 
 def part_that_forgets(path: Path, threads: int, name: str) -> Part:
@@ -124,8 +133,9 @@ def part_that_forgets(path: Path, threads: int, name: str) -> Part:
 def test_without_taking_over_steps_are_made_again(
     tmp_path: Path, expected: dict[bool, list[float]]
 ):
-    folder, lost = disturbed(wanted(tmp_path, "bamboo"), "w1", build=part_that_forgets)
-    assert lost and all("are made again from the first weights" in word for word in lost)
+    folder, resumed = disturbed(wanted(tmp_path, "bamboo"), "w1", build=part_that_forgets)
+    said = lost(resumed)
+    assert said and all("are made again from the first weights" in words for words in said)
     refuse_another_curve(folder, expected[False])
 
 
@@ -133,9 +143,10 @@ def test_without_taking_over_steps_are_made_again(
 def test_neighbours_lost_together_need_a_checkpoint_and_it_is_said(
     tmp_path: Path, expected: dict[bool, list[float]]
 ):
-    folder, lost = disturbed(wanted(tmp_path, "bamboo", every=2), "w1", "w2")
-    assert any("are lost: stage 1 (rank 1) and stage 2 (rank 2) went" in word for word in lost)
-    assert any("are made again from the checkpoint of step" in word for word in lost)
+    folder, resumed = disturbed(wanted(tmp_path, "bamboo", every=2), "w1", "w2")
+    said = lost(resumed)
+    assert any("are lost: stage 1 (rank 1) and stage 2 (rank 2) went" in words for words in said)
+    assert all(event["store_bytes"] for event in resumed)
     refuse_another_curve(folder, expected[False])
 
 
@@ -144,6 +155,6 @@ def test_gemini_without_a_whole_group_goes_back_to_the_checkpoint_and_says_so(
     tmp_path: Path, expected: dict[bool, list[float]]
 ):
     """Three workers with two copies are a ring: two neighbours hold all of one share."""
-    folder, lost = disturbed(wanted(tmp_path, "gemini", every=2), "w0", "w1")
-    assert any("nobody who is left holds it" in word for word in lost)
+    folder, resumed = disturbed(wanted(tmp_path, "gemini", every=2), "w0", "w1")
+    assert any("nobody who is left holds it" in words for words in lost(resumed))
     refuse_another_curve(folder, expected[True])
