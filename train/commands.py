@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.registry import Registry
 from train.folder import ENDED, RunFolder, Status
-from train.job import Job, read_job
+from train.job import Job, checked, read_job
 from train.view import Progress, estimate_table, line, plot, status_table
 
 PATH = click.Path(path_type=Path)
@@ -65,10 +65,17 @@ def run(job: Path, dry_run: bool, fresh: bool, workers: int | None) -> None:
     if dry_run:
         from train.estimate import estimate
         from train.journal import configure_torch
-        from train.local import threads_of
+        from train.local import WorkerFailed, threads_of
 
+        launcher_of(wanted)
         configure_torch(threads_of(wanted), wanted.run.deterministic)
-        console.print(estimate_table(wanted, estimate(wanted)))
+        try:
+            found = estimate(wanted)
+        except WorkerFailed as error:
+            click.echo(f"sanderling: {error}", err=True)
+            sys.exit(2 if error.by_user else 1)
+        console.print(estimate_table(wanted, found))
+        console.print(found.how, highlight=False)
         return
     folder = RunFolder(wanted.path)
     with folder.locked():
@@ -219,7 +226,7 @@ def _with_workers(job: Job, workers: int | None) -> Job:
     if workers is None:
         return job
     table = job.workers.model_copy(update={"count": workers})
-    return job.model_copy(update={"workers": table})
+    return checked(job.model_copy(update={"workers": table}))
 
 
 def _find(run: Path) -> RunFolder:

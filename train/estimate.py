@@ -1,5 +1,6 @@
-"""What a job will take: floating-point operations and bytes by count, activations and seconds by
-trying one micro-batch here. Behind `--dry-run`, and the MFU of a run.
+"""What a job will take: floating-point operations and bytes by count, activations by trying one
+micro-batch here, seconds by a rehearsal on the job's own workers. Behind `--dry-run`, and the MFU
+of a run.
 """
 
 import time
@@ -11,23 +12,26 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from train.job import Job
-from train.layout import FlatModel
 from train.model import Llama
-from train.optimizer import build_optimizer
-from train.precision import COMPUTE
-from train.weights import build_model, read_start
+from train.precision import COMPUTE, master_dtype
+from train.weights import Start, build_model, read_start
 
 PROBE = 1024
 """Side of the square matrices whose product measures what the machine can do."""
+
+
+CROWD = 4
+"""Workers for each core from which on nobody is started to rehearse."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Per worker, without what Python and torch take themselves.
 
-    state_bytes: weights, masters, gradient and optimizer state at the job's sharding stage;
-    activation_bytes: what one micro-batch keeps for its backward pass; step_s: of one optimizer
-    step on all workers, from one micro-batch on this machine, cores shared among local workers.
+    state_bytes: weights, masters, gradient and optimizer state, as sharding and pipeline divide
+    them; activation_bytes: what one micro-batch keeps for its backward pass; step_s: of one
+    optimizer step on all workers; other_s: of the whole run, but steps: starting and ending,
+    checkpoints at a fixed interval, evaluations; how: where the seconds are from.
     """
 
     parameters: int
@@ -36,11 +40,13 @@ class Estimate:
     step_s: float
     steps: int
     flops_per_token: float
+    other_s: float
+    how: str
 
     @property
     def hours(self) -> float:
         """Of the whole run."""
-        return self.step_s * self.steps / 3600
+        return (self.step_s * self.steps + self.other_s) / 3600
 
 
 def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) -> float:
@@ -63,35 +69,95 @@ def peak_flops(dtype: torch.dtype, rounds: int = 5) -> float:
 
 
 def estimate(job: Job) -> Estimate:
-    """Builds the job's model and tries one micro-batch of made-up tokens."""
+    """Builds the job's model, tries one micro-batch of made-up tokens, and rehearses where the
+    workers are this machine's. ValueError as the job's parts have it, WorkerFailed."""
     start = read_start(job)
     model = build_model(job, start)
-    flat = FlatModel(model, COMPUTE[job.precision.compute])
-    optimizer = build_optimizer(flat, job.optimizer)
-    parameters = flat.masters.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    wide = master_dtype(COMPUTE[job.precision.compute]).itemsize
     samples = min(job.micro_samples, -(-job.batch_samples // job.workers.count))
     shape = (samples, job.data.sequence_tokens + 1)
     tokens = torch.arange(shape[0] * shape[1]).view(shape) % start.config.vocab
+    model.to(COMPUTE[job.precision.compute])
     activation_bytes = _kept_bytes(model, tokens)
-    micro_s = min(_micro_s(model, tokens) for _ in range(2))
-    portions = -(-job.batch_samples // (job.workers.count * samples))
+    here = job.workers.where in ("local", "elastic")
+    if here and job.workers.count <= CROWD * (psutil.cpu_count() or 1):
+        del model
+        step_s, other_s, how = _rehearsed(job, start)
+    else:
+        portions = -(-job.batch_samples // (job.workers.count * samples))
+        step_s, other_s = min(_micro_s(model, tokens) for _ in range(2)) * portions, 0.0
+        how = "From one micro-batch here, as if each worker had such a machine: updates, sums over "
+        how += "workers, checkpoints and evaluations are not in it."
     return Estimate(
         parameters,
-        state_bytes(job, flat, sum(_bytes(t) for t in optimizer.tensors().values())),
+        state_bytes(job, start, parameters, moment_bytes(job, start, wide)),
         activation_bytes,
-        micro_s * portions * _crowding(job),
+        step_s,
         job.steps,
         flops_per_token(start.config, parameters, job.data.sequence_tokens),
+        other_s,
+        how,
     )
 
 
-def state_bytes(job: Job, flat: FlatModel, optimizer_bytes: int) -> int:
-    """Of a worker at the job's sharding stage (ZeRO, Rajbhandari et al. 2020, figure 1)."""
+def _rehearsed(job: Job, start: Start) -> tuple[float, float, str]:
+    """Seconds of a step and of all else, and how they are known."""
+    from train.rehearsal import rehearse
+
+    found = rehearse(job, start)
+    every, evaluations = job.resilience.every_steps, job.report.evaluate_every_steps
+    written = 1 + (job.steps // every if every else 0)
+    evaluated = 1 + (job.steps // evaluations if evaluations else 0)
+    rows = max(job.report.evaluate_tokens // job.data.sequence_tokens, 1)
+    other_s = found.start_s + written * found.checkpoint_s + evaluated * rows * found.row_s
+    how = f"From steps of the job's {job.workers.count} workers on this machine"
+    if job.resilience.mode in ("checkfreq", "gemini"):
+        how += f"; what {job.resilience.mode} does beside them is not in it"
+    return found.step_s, other_s, f"{how}."
+
+
+def moment_bytes(job: Job, start: Start, wide: int) -> int:
+    """Of the optimizer's state for the whole model; wide: bytes of one number."""
+    with torch.device("meta"):
+        shapes = [p.shape for p in Llama(start.config).parameters()]
+    if job.optimizer.name == "adamw":
+        return sum(2 * wide * shape.numel() for shape in shapes)
+    return sum(wide * (sum(shape) if len(shape) > 1 else shape.numel()) for shape in shapes)
+
+
+def state_bytes(job: Job, start: Start, parameters: int, moments: int) -> int:
+    """Of a worker. Sharded: ZeRO's table (Rajbhandari et al. 2020, figure 1), gradients in the
+    compute dtype, and Gemini's copies of shares: two versions of each while one is made. In a
+    pipeline: of the largest stage, with Bamboo of the largest two that follow each other."""
+    compute = COMPUTE[job.precision.compute]
+    size, wide = compute.itemsize, master_dtype(compute).itemsize
+    masters = 0 if size == wide else parameters * wide
     stage, share = job.sharding.stage, 1 / job.workers.count
-    weights, gradient = _bytes(flat.weights), _bytes(flat.gradient)
-    masters = 0 if flat.masters is flat.weights else _bytes(flat.masters)
+    if job.pipeline.stages:
+        return round((2 * size * parameters + moments) * _largest_stage(job, start))
+    weights, gradient = size * parameters, (size if stage else wide) * parameters
+    if job.resilience.mode == "gemini":
+        # Gradients are summed whole; a share lies in memory as it is trained on, and in copies.
+        own = (parameters * wide + moments) * share
+        return round(weights + wide * parameters + own * (1 + 2 * job.resilience.copies))
     kept = weights * (share if stage == 3 else 1) + gradient * (share if stage >= 2 else 1)
-    return round(kept + (masters + optimizer_bytes) * (share if stage else 1))
+    return round(kept + (masters + moments) * (share if stage else 1))
+
+
+def _largest_stage(job: Job, start: Start) -> float:
+    """Its share of the model's weights."""
+    from train.parallel.pipeline_model import JobLayers
+    from train.resilience.templates import Cutter
+
+    costs = JobLayers(job, start).costs()
+    template = Cutter(costs).template(job.pipeline.stages, job.batch_samples)
+    assert template is not None, "stages are at most as many as layers"
+    weights = [sum(costs.state_bytes[slice(*span)]) for span in template.spans]
+    if job.resilience.mode == "bamboo":
+        following = weights[1:] + weights[:1]
+        weights = [own + next_ for own, next_ in zip(weights, following, strict=True)]
+    return max(weights) / sum(costs.state_bytes)
 
 
 def _kept_bytes(model: Llama, tokens: Tensor) -> int:
@@ -115,14 +181,3 @@ def _micro_s(model: Llama, tokens: Tensor) -> float:
     started_s = time.perf_counter()
     model.loss(tokens).backward()  # type: ignore[no-untyped-call]
     return time.perf_counter() - started_s
-
-
-def _crowding(job: Job) -> float:
-    """How many threads share a core when all local workers compute; 1 elsewhere or at ease."""
-    cores = psutil.cpu_count(logical=False) or 1
-    threads = job.workers.count * torch.get_num_threads()
-    return max(1.0, threads / cores) if job.workers.where == "local" else 1.0
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -7,7 +7,7 @@ metrics.jsonl     a line for every reported step                      by rank 0
 status.json       where the run is                                    by rank 0
 stop              there while somebody asks the run to end            by `train stop`
 lock              locked while a command runs the workers
-log/              what workers print; samples-<rank>.jsonl on request by each of them
+log/              what workers print; on request samples.jsonl       by rank 0
 config.json, model.safetensors, tokenizer.json ...  the model so far  by rank 0
 loss.png          the loss over tokens                                by the command, at the end
 """
@@ -55,6 +55,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.log = path / "log"
+        self.samples = self.log / "samples.jsonl"
         self.plot = path / "loss.png"
         self._job, self._status = path / "job.json", path / "status.json"
         self._stop, self._lock = path / "stop", path / "lock"
@@ -133,15 +134,32 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines."""
-        if not self.metrics.is_file():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return read_lines(self.metrics)
 
     def drop_metrics_after(self, step: int) -> None:
         """Forgets steps that will be repeated."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append_samples(self, step: int, ids: list[int]) -> None:
+        """The ids of a step's samples, of all workers: rank r of n has computed the r-th of n
+        contiguous shares."""
+        self.log.mkdir(exist_ok=True)
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+
+    def drop_samples_after(self, step: int) -> None:
+        """Forgets steps that will be repeated."""
+        if self.samples.is_file():
+            kept = [line for line in read_lines(self.samples) if line["step"] <= step]
+            write(self.samples, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of JSON in a file; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write(path: Path, text: str) -> None:

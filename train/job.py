@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.reading import Strict, read_toml, validated
+from train.combine import refused
 
 KNOWN_SOURCES = ("brown", "python")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -109,7 +110,9 @@ class WorkersTable(Strict):
 
     count: int = Field(2, ge=1, le=1024, description="Worker processes at the start.")
     threads: int = Field(0, ge=0, le=1024, description="Of each; 0: cores / workers, at least 1.")
-    where: str = Field("local", description="local, or another launcher by name.")
+    where: str = Field(
+        "local", description="local; elastic: who dies is replaced; ray: the same as Ray actors."
+    )
 
 
 class ShardingTable(Strict):
@@ -120,19 +123,46 @@ class ShardingTable(Strict):
     )
 
 
-class ResilienceTable(Strict):
-    """What a loss costs."""
+class PipelineTable(Strict):
+    """The model's layers divided among workers, in chains of stages side by side."""
 
-    mode: Literal["checkpoint"] = Field(
-        "checkpoint", description="checkpoint; others are so far used in code (train/resilience)."
+    stages: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Workers of a chain (oobleck, varuna: fewest of one); 0: no pipeline.",
+    )
+
+
+class ResilienceTable(Strict):
+    """What a loss costs. train/README.md says what each mode needs beside it."""
+
+    mode: Literal["none", "checkpoint", "checkfreq", "gemini", "bamboo", "oobleck", "varuna"] = (
+        Field("checkpoint", description="What is done against losses (train/resilience).")
     )
     checkpoints: str = Field(
         "", description="Folder or s3://bucket/prefix to keep them at; empty: the run's folder."
     )
     checkpoint_every_steps: int = Field(
-        50, ge=0, description="0: only at the end and when stopped."
+        50,
+        ge=0,
+        description="0: only at the end and when stopped, as with mode none; checkfreq measures.",
     )
     keep: int = Field(2, ge=1, le=1000, description="Checkpoints kept, newest first.")
+    slowdown: float = Field(
+        0.035, gt=0, le=1, description="Share of time that checkpoints may cost (checkfreq)."
+    )
+    copies: int = Field(
+        2, ge=2, le=1024, description="Workers that hold each share, its owner included (gemini)."
+    )
+    failures: int = Field(
+        1, ge=1, le=1023, description="Losses at once that pipelines must survive (oobleck)."
+    )
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between checkpoints at a fixed interval; 0: none on the way."""
+        return 0 if self.mode in ("none", "checkfreq") else self.checkpoint_every_steps
 
 
 class BudgetTable(Strict):
@@ -159,7 +189,7 @@ class ReportTable(Strict):
         False, description="Also TensorBoard's files (pip install tensorboard)."
     )
     sample_ids: bool = Field(
-        False, description="Also the ids of the samples of each step, by rank."
+        False, description="Also the ids of the samples of each step (log/samples.jsonl)."
     )
 
 
@@ -178,6 +208,7 @@ class Job(Strict):
     precision: PrecisionTable = PrecisionTable()
     workers: WorkersTable = WorkersTable()
     sharding: ShardingTable = ShardingTable()
+    pipeline: PipelineTable = PipelineTable()
     resilience: ResilienceTable = ResilienceTable()
     budget: BudgetTable = BudgetTable()
     report: ReportTable = ReportTable()
@@ -195,11 +226,8 @@ class Job(Strict):
                 f"run.micro_batch_tokens = {self.run.micro_batch_tokens} must be at least "
                 f"data.sequence_tokens = {sequence}"
             )
-        if self.sharding.stage:
-            raise ValueError(
-                f"sharding.stage = {self.sharding.stage}: jobs keep the whole state on every "
-                "worker so far, and 0 is accepted; train.parallel.zero shares it out in code"
-            )
+        for sentence in refused(self):
+            raise ValueError(sentence)
         return self
 
     @property
@@ -221,6 +249,13 @@ class Job(Strict):
     def path(self) -> Path:
         """The run's folder."""
         return self.folder / self.name
+
+
+def checked(job: Job) -> Job:
+    """A job whose tables were replaced, once more. ValueError as for a file."""
+    for sentence in refused(job):
+        raise ValueError(sentence)
+    return job
 
 
 def read_job(path: Path) -> Job:

@@ -34,9 +34,11 @@ def threads_of(job: Job) -> int:
     return job.workers.threads or max(1, cores // job.workers.count)
 
 
-def launch(job: Job, folder: RunFolder, watch: Callable[[], None]) -> None:
+def launch(
+    job: Job, folder: RunFolder, watch: Callable[[], None], module: str = "train.worker"
+) -> None:
     """Runs the job's workers to their end; `watch` is called every POLL_S. WorkerFailed when one
-    fails; on any error (and Ctrl-C) no process stays behind."""
+    fails; on any error (and Ctrl-C) no process stays behind. module: what each of them runs."""
     folder.log.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sanderling-train-") as meeting:
         processes: list[subprocess.Popen[bytes]] = []
@@ -44,7 +46,8 @@ def launch(job: Job, folder: RunFolder, watch: Callable[[], None]) -> None:
             for rank in range(job.workers.count):
                 log = _log(folder, rank)
                 with log.open("wb") as file:
-                    processes.append(_start(job, folder, rank, Path(meeting) / "store", file))
+                    store = Path(meeting) / "store"
+                    processes.append(_start(job, folder, rank, store, file, module))
             _wait(processes, folder, watch)
         finally:
             for process in processes:
@@ -58,7 +61,7 @@ def _log(folder: RunFolder, rank: int) -> Path:
 
 
 def _start(
-    job: Job, folder: RunFolder, rank: int, store: Path, log: IO[bytes]
+    job: Job, folder: RunFolder, rank: int, store: Path, log: IO[bytes], module: str
 ) -> subprocess.Popen[bytes]:
     threads, size = threads_of(job), job.workers.count
     root = str(Path(__file__).resolve().parents[1])
@@ -70,7 +73,7 @@ def _start(
     }
     numbers = [str(rank), str(size), str(store), str(threads)]
     return subprocess.Popen(
-        [sys.executable, "-m", "train.worker", str(folder.path), *numbers],
+        [sys.executable, "-m", module, str(folder.path), *numbers],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,

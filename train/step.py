@@ -6,6 +6,7 @@ the last finished step, and `step` can be called again with another world.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,8 @@ class Trainer:
         self.flat = FlatModel(model, COMPUTE[job.precision.compute])
         self.optimizer = build_optimizer(self.flat, job.optimizer)
         self.step_number = self.samples = 0
+        self.before_update: Callable[[], None] = lambda: None
+        """Called in each step before the first change of the state."""
 
     def step(self, world: World, stop: bool = False) -> StepReport:
         """One optimizer step with all workers of the world. stop: this one asks for an end."""
@@ -61,13 +64,10 @@ class Trainer:
         summed[-1] = float(stop)
         world.all_reduce(summed)
         norm = clip(flat.gradient, self.job.optimizer.clip_norm)
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"step {self.step_number + 1}: the gradient is not finite; "
-                f"optimizer.learning_rate = {self.job.optimizer.learning_rate} may be too high"
-            )
+        refuse_infinite(norm, self.step_number + 1, self.job)
         rate = self.job.optimizer.learning_rate
         rate *= factor(self.job.schedule, self.step_number, self.job.steps)
+        self.before_update()
         self.optimizer.update(self.step_number + 1, rate)
         flat.publish()
         self.step_number += 1
@@ -97,3 +97,12 @@ class Trainer:
             for name, tensor in mine.items():
                 tensor.copy_(state.tensors[name])
         self.step_number, self.samples = state.step, state.samples
+
+
+def refuse_infinite(norm: float, step: int, job: Job) -> None:
+    """ValueError when a gradient's norm is no number to go on with."""
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"step {step}: the gradient is not finite; "
+            f"optimizer.learning_rate = {job.optimizer.learning_rate} may be too high"
+        )

@@ -4,6 +4,7 @@ exists. And its text side: the tokenizer that the data is spelled with.
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,14 +95,20 @@ def build_model(job: Job, start: Start) -> Llama:
     model.tie()
     if job.precision.compute == "float64":
         model.double()
+    fill(job, start, dict(model.named_parameters()))
+    return model
+
+
+def fill(job: Job, start: Start, parameters: Mapping[str, Tensor]) -> None:
+    """Sets parameters, by their names in the whole model, to the values that the job begins with:
+    some of them, or all."""
     source = _source(job, start.config) if job.model.start_from else None
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             if source is None:
                 draw(name, parameter, job.run.seed, start.config.layers)
             else:
                 _read(source, name, parameter)
-    return model
 
 
 def draw(name: str, parameter: Tensor, seed: int, layers: int) -> None:

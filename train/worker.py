@@ -5,6 +5,7 @@ Started by `train.local`, which it outlives by at most one step.
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -19,8 +20,9 @@ USER_ERROR = 2
 """Exit status when the last line of the log is a sentence for the user."""
 
 
-def main(arguments: list[str]) -> int:
-    """Trains to the run's end; the exit status."""
+def work(arguments: list[str], act: Callable[[Run, World], str]) -> int:
+    """Takes its place among the workers and does `act`, whose result is printed with the step it
+    came to; the exit status."""
     path, rank, size, rendezvous, threads = arguments
     folder = RunFolder(Path(path))
     job = folder.job()
@@ -31,8 +33,8 @@ def main(arguments: list[str]) -> int:
         world = join(FileStore(rendezvous, int(size)), int(rank), int(size))
     try:
         run = Run(job, folder, open_checkpoints(job, folder.checkpoints))
-        run.resume()
-        ending = run.run(world)
+        run.resume(world)
+        ending = act(run, world)
     except ValueError as error:
         print(error, flush=True)
         return USER_ERROR
@@ -54,4 +56,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(work(sys.argv[1:], lambda run, world: run.run(world)))

@@ -11,10 +11,10 @@ import numpy as np
 
 from tests.prove.row import Row
 from tests.prove.suites import Suite, run
-from tests.train.crew import Crew
 from tests.train.parallel import plain
 from tests.train.parallel.test_pipeline import LAYOUTS, follow
 from tests.train.parallel.test_pipeline import STEPS as COMPARED
+from tests.train.processes import Crew
 from tests.train.resilience import oobleck_workers, varuna_workers
 from tests.train.resilience.bamboo_workers import (
     SAMPLES,

@@ -35,10 +35,60 @@ REFUSED = {
     "schedule = {name = 'wsd', warmup = 0.9}": "at most 1",
     "name = '../elsewhere'": "name",
     "optimizer.learning_rate = nan": "learning_rate",
-    "sharding.stage = 1": "0 is accepted",
-    "resilience.mode = 'gemini'": "'checkpoint'",
+    "sharding.stage = 4": "sharding.stage",
+    "resilience.mode = 'prayer'": "'bamboo'",
     "x = ": "not valid TOML",
 }
+
+
+ELASTIC = "workers = {count = 4, where = 'elastic'}\n"
+PIPELINE = "precision.compute = 'float32'\nmodel.tied_head = false\n"
+APART = {
+    "sharding.stage = 2\noptimizer.name = 'adafactor'": 'optimizer.name = "adamw" is accepted',
+    ELASTIC + "sharding.stage = 3": '1 with resilience.mode = "gemini"',
+    ELASTIC + "sharding.stage = 1": '1 with resilience.mode = "gemini"',
+    "resilience.mode = 'gemini'\nsharding.stage = 1": "workers.where = 'local'",
+    ELASTIC + "resilience.mode = 'gemini'": "sharding.stage = 0 must be 1",
+    ELASTIC + "resilience = {mode = 'gemini', copies = 5}\nsharding.stage = 1": "2 to 4",
+    ELASTIC + "resilience.mode = 'bamboo'": "pipeline.stages = 1 or more is accepted",
+    ELASTIC + PIPELINE + "resilience.mode = 'bamboo'\npipeline.stages = 1": "must be 2 or more",
+    ELASTIC + PIPELINE + "resilience.mode = 'oobleck'\npipeline.stages = 3": "at least 6",
+    ELASTIC + PIPELINE + "resilience.mode = 'oobleck'\npipeline.stages = 2": "a micro-batch",
+    ELASTIC + PIPELINE + "pipeline.stages = 2": '"bamboo", "oobleck" or "varuna" is accepted',
+    ELASTIC
+    + PIPELINE
+    + "pipeline.stages = 2\nresilience = {mode = 'varuna', checkpoint_every_steps = 0}": "1 or more",
+    PIPELINE + "pipeline.stages = 3": "workers.count = 2",
+    PIPELINE + "workers.count = 3\npipeline.stages = 2": "a multiple of pipeline.stages = 2",
+    PIPELINE + "workers.count = 6\npipeline.stages = 6": "at most 5 are accepted",
+    PIPELINE + "pipeline.stages = 2\nsharding.stage = 1": "sharding.stage = 0 is accepted",
+    PIPELINE + "pipeline.stages = 2\noptimizer.name = 'adafactor'": '"adamw" is accepted',
+    "pipeline.stages = 2": '"float32" or "float64" is accepted',
+    "pipeline.stages = 2\nprecision.compute = 'float32'": "model.tied_head = false is accepted",
+}
+
+
+@pytest.mark.parametrize("text", APART)
+def test_what_does_not_go_together_is_named(text: str, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "job.toml", text)
+    assert APART[text] in str(error.value) and "job.toml" in str(error.value)
+
+
+TOGETHER = (
+    *(f"sharding.stage = {stage}\nresilience.mode = '{mode}'" for stage in range(4)
+      for mode in ("none", "checkpoint", "checkfreq")),
+    ELASTIC + "resilience.mode = 'checkfreq'",
+    ELASTIC + "resilience.mode = 'gemini'\nsharding.stage = 1",
+    PIPELINE + "pipeline.stages = 2\nresilience.mode = 'checkfreq'",
+    *(ELASTIC + PIPELINE + f"pipeline.stages = 2\nrun.micro_batch_tokens = 256\n"
+      f"resilience.mode = '{mode}'" for mode in ("bamboo", "oobleck", "varuna")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TOGETHER)
+def test_what_goes_together_is_accepted(text: str, tmp_path: Path):
+    assert read(tmp_path / "job.toml", text).steps > 0
 
 
 @pytest.mark.parametrize("text", REFUSED)

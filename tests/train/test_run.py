@@ -11,6 +11,7 @@ from train.checkpoints import open_checkpoints
 from train.commands import begin, forget, refuse_changes
 from train.folder import RunFolder, Status
 from train.job import Job
+from train.learner import Whole
 from train.run import Run
 from train.view import console_of_nobody
 from train.world import LocalWorld, WorldChanged
@@ -32,6 +33,11 @@ def make(wanted: Job) -> Run:
     run = Run(wanted, folder, open_checkpoints(wanted, folder.checkpoints))
     run.resume()
     return run
+
+
+def held(run: Run) -> Whole:
+    assert isinstance(run.trainer, Whole)
+    return run.trainer
 
 
 def losses(run: Run) -> list[float]:
@@ -62,7 +68,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path: Path):
     assert parts.trainer.step_number == 1
     assert parts.run(LocalWorld()) == "finished"
     assert losses(parts) == losses(whole) and len(losses(whole)) == 6
-    assert torch.equal(parts.trainer.flat.masters, whole.trainer.flat.masters)
+    assert torch.equal(held(parts).flat.masters, held(whole).flat.masters)
     assert parts.folder.status().bits_per_byte == whole.folder.status().bits_per_byte
     assert (parts.folder.path / "model.safetensors").is_file()
 
@@ -104,7 +110,7 @@ def test_bits_per_byte_are_counted_by_hand(tmp_path: Path):
     nats, tokens = 0.0, 0
     for start in range(0, 160, length):
         row = torch.from_numpy(corpus.held_out[start : start + length + 1].astype("int64"))
-        logits = run.trainer.model(row[None, :-1])[0].detach()
+        logits = held(run).model(row[None, :-1])[0].detach()
         logs = logits - logits.exp().sum(-1, keepdim=True).log()
         nats -= sum(float(logs[i, row[i + 1]]) for i in range(length))
         tokens += length
@@ -160,6 +166,6 @@ def test_sample_ids_are_logged(tmp_path: Path):
 
     run = make(job(tmp_path, "ids"))
     run.run(LocalWorld())
-    lines = (run.folder.log / "samples-0.jsonl").read_text().splitlines()
+    lines = (run.folder.log / "samples.jsonl").read_text().splitlines()
     found = list(itertools.chain(*(json.loads(line)["ids"] for line in lines)))
-    assert found == run.trainer.stream.ids(0, 72)
+    assert found == run.stream.ids(0, 72)

@@ -96,7 +96,7 @@ def test_a_run_is_stopped_shown_and_finished(tmp_path: Path):
 def _every_sample_once(folder: RunFolder, steps: int) -> None:
     """Over all epochs: counts differ by at most one."""
     counts: dict[int, int] = {}
-    for file in folder.log.glob("samples-*.jsonl"):
+    for file in folder.log.glob("samples.jsonl"):
         for line in file.read_text().splitlines():
             for number in json.loads(line)["ids"]:
                 counts[number] = counts.get(number, 0) + 1
@@ -128,6 +128,73 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(tmp_path: Path):
         resumed.kill()
     steps = [line["step"] for line in folder.read_metrics()]
     assert steps == list(range(1, len(steps) + 1)) and folder.status().phase == "stopped"
+
+
+UNTIED = "[model]\ntied_head = false"
+BY_COMMAND = {
+    "checkfreq": ("", 'mode = "checkfreq"\nslowdown = 1.0', "count = 2"),
+    "sharded": ("[sharding]\nstage = 3", "", "count = 4"),
+    "gemini": ("[sharding]\nstage = 1", 'mode = "gemini"', "count = 3"),
+    "bamboo": ("[pipeline]\nstages = 3", 'mode = "bamboo"', "count = 3"),
+    "oobleck": ("[pipeline]\nstages = 1", 'mode = "oobleck"', "count = 3"),
+    "varuna": ("[pipeline]\nstages = 2", 'mode = "varuna"', "count = 3"),
+}
+"""Tables of a job, its resilience, its workers."""
+IN_PLACE = ("gemini", "bamboo", "oobleck", "varuna")
+
+
+def write_mode(path: Path, mode: str, steps: int) -> Path:
+    table, resilience, workers = BY_COMMAND[mode]
+    file = write_job(path, steps)
+    text = file.read_text().replace("[model]", UNTIED).replace("[workers]", f"[workers]\n{workers}")
+    where = 'where = "elastic"' if mode in IN_PLACE else ""
+    text = text.replace("[workers]", f"[workers]\n{where}")
+    text = text.replace("[resilience]", f"[resilience]\n{resilience}")
+    file.write_text(f"{text}\n{table}\n")
+    return file
+
+
+@pytest.mark.live
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", BY_COMMAND)
+def test_a_mode_survives_a_kill_by_the_command(mode: str, tmp_path: Path):
+    """A worker is killed by -9; where that ends the run, the command is given once more (ZeRO's
+    with one worker fewer). In the end losses are those of an undisturbed run of one worker."""
+    steps = 120
+    plain = write_job(tmp_path / "plain", steps)
+    plain.write_text(plain.read_text().replace("[model]", UNTIED))
+    assert sanderling(plain).returncode == 0
+    file, folder = write_mode(tmp_path, mode, steps), RunFolder(tmp_path / "t")
+    running = subprocess.Popen(command(file), cwd=ROOT)
+    try:
+        _wait_for(lambda: folder.status().step >= 15)
+        victim = _workers(running.pid)[-1]
+        victim.kill()
+        code = running.wait(DEADLINE_S)
+    finally:
+        running.kill()
+    if mode in IN_PLACE:
+        assert code == 0
+    else:
+        assert code == 1 and folder.status().phase == "failed"
+        fewer = ("--workers", "3") if mode == "sharded" else ()
+        done = sanderling(file, *fewer)
+        assert done.returncode == 0, done.stderr
+    assert folder.status().phase == "finished"
+    found, expected = (
+        [line["loss"] for line in run.read_metrics() if "loss" in line]
+        for run in (folder, RunFolder(tmp_path / "plain" / "t"))
+    )
+    assert len(found) == steps and found == pytest.approx(expected, abs=1e-9)
+    _every_sample_once(folder, steps)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)]
+
+
+def _workers(pid: int) -> list[psutil.Process]:
+    """Processes that train: of the local launcher, or what the elastic one's server has forked."""
+    children = psutil.Process(pid).children(recursive=True)
+    leaves = [child for child in children if not child.children()]
+    return [leaf for leaf in leaves if "resource_tracker" not in str(leaf.cmdline())]
 
 
 def _wait_for(condition) -> None:

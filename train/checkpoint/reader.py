@@ -137,6 +137,15 @@ class Checkpoint:
             done = last + 1
 
 
+def read_checked(found: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A whole tensor of a checkpoint. ValueError unless it is there in this shape."""
+    there = found.shape(name) if name in found.names else None
+    if there != shape:
+        said = "nothing" if there is None else f"shape {there}"
+        raise ValueError(f"state: {name} needs {shape}, found {said}.")
+    return found.tensor(name)
+
+
 class CheckpointReader:
     """passed_over: what the last `newest` did not take, newest first."""
 

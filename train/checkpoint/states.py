@@ -1,11 +1,13 @@
 """A run's states as checkpoints: what `train.checkpoints.Checkpoints` asks for, on any storage."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from train.checkpoint.format import MANIFEST, parse_folder
-from train.checkpoint.piece import share
+from train.checkpoint.piece import Piece, share
 from train.checkpoint.reader import Checkpoint, CheckpointReader
 from train.checkpoint.storage import Storage, StorageError
 from train.checkpoint.writer import CheckpointWriter
@@ -20,26 +22,37 @@ class StoredCheckpoints:
         self.storage, self.keep = storage, keep
 
     def save(self, state: TrainState, world: World) -> None:
-        """Keeps a copy of the state; when it returns, on any rank, the state is durable, or rank 0
-        has raised. StorageError, NotCommitted, WorldChanged."""
-        writer = CheckpointWriter(self.storage, new_attempt(world), self.keep)
+        """Keeps a copy of a state that all ranks hold alike; see `write`."""
         meta = {"samples": state.samples, "meta": state.meta}
-        pieces = share(state.tensors, world.rank, world.size)
+        self.write(state.step, meta, share(state.tensors, world.rank, world.size), world)
+
+    def write(self, step: int, meta: dict[str, Any], pieces: Sequence[Piece], world: World) -> None:
+        """Keeps a copy of every rank's pieces; when it returns, on any rank, all of it is durable,
+        or rank 0 has raised. meta: as `save` has it. StorageError, NotCommitted, WorldChanged."""
+        writer = self.writer(world)
         failure: StorageError | None = None
         try:
-            writer.write(state.step, meta, pieces, world.rank, world.size)
+            writer.write(step, meta, pieces, world.rank, world.size)
         except StorageError as error:  # its receipt tells rank 0 why
             failure = error
         world.barrier()  # a rank that died as it wrote ends this, and nobody waits for its receipt
         if failure is not None:
             raise failure
         if world.rank == 0:
-            writer.commit(state.step, world.size)
+            writer.commit(step, world.size)
         world.barrier()
 
-    def newest(self) -> TrainState | None:
+    def writer(self, world: World) -> CheckpointWriter:
+        """A writer for this world's ranks, which all ask for it together."""
+        return CheckpointWriter(self.storage, new_attempt(world), self.keep)
+
+    def find(self) -> Checkpoint | None:
         """The newest whole one, or None; why others were passed over is logged."""
-        checkpoint = CheckpointReader(self.storage).newest()
+        return CheckpointReader(self.storage).newest()
+
+    def newest(self) -> TrainState | None:
+        """The same, read."""
+        checkpoint = self.find()
         return None if checkpoint is None else read_state(checkpoint)
 
     def clear(self) -> None:

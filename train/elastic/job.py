@@ -1,33 +1,24 @@
-"""A job of `sanderling train` on workers that come and go: a `Run` made one step at a time, and the
-launchers that put it under a supervisor (`workers.where`: this machine's processes, or Ray).
-
-Each worker resumes from the newest checkpoint when it starts, so what all of them together lose is
-no more than the steps since. While one of them lives, no checkpoint is read into the run.
-"""
+"""Jobs of `sanderling train` on workers that come and go: what a worker builds, and the launchers
+that put it under a supervisor (`workers.where`: this machine's processes, or Ray)."""
 
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from train.checkpoints import Checkpoints, open_checkpoints
-from train.elastic.keeper import Replicas
+from train.checkpoints import open_checkpoints
+from train.elastic.keeper import Keeper, Replicas
 from train.elastic.membership import JobFailed, Policy
+from train.elastic.peers import PeerMemory
 from train.elastic.process import Part, ProcessLauncher
 from train.elastic.ray_workers import RayLauncher
+from train.elastic.run import ElasticRun
 from train.elastic.supervisor import Journal, Launcher, Supervisor
 from train.folder import RunFolder
 from train.job import Job
 from train.journal import configure_torch
 from train.local import WorkerFailed, threads_of
-from train.run import Run
-from train.state import TrainState
-from train.step import StepReport
-from train.world import World
 
 PRELOAD = ("train.elastic.worker", "train.run")
 WAIT_S = 60.0
@@ -35,55 +26,8 @@ WAIT_S = 60.0
 machines are there keeps its size, and with it its bits."""
 
 
-class ElasticRun(Run):
-    """A job on one worker, a step at a time: a `Trainee` whose state has the run's own facts."""
-
-    def __init__(self, job: Job, folder: RunFolder, checkpoints: Checkpoints) -> None:
-        super().__init__(job, folder, checkpoints)
-        self._generation = -1
-        self.stopped = False
-
-    def load(self, state: TrainState) -> None:
-        """The trainer's, and what the run has spent."""
-        self.trainer.load(state)
-        self.last = state.meta.get("last", {})
-        self._spent = (state.meta.get("trained_s", 0.0), state.meta.get("usd", 0.0))
-        status = self.journal.status
-        self.journal.status = replace(status, trained_s=self._spent[0], usd=self._spent[1])
-
-    def step(self, world: World, stop: bool = False) -> StepReport:
-        """One step with all that follows it (journal, checkpoint, evaluation). Rank 0 also asks for
-        an end where a person or the budget does; then `stopped` is true everywhere after it."""
-        first = world.rank == 0
-        if first and world.generation != self._generation:
-            status = self.journal.status
-            spent = (status.trained_s, status.usd) if self._generation >= 0 else self._spent
-            self.journal.begin(self.trainer.step_number, *spent, world)
-            self._note_what_is_missing()
-        self._generation = world.generation
-        over = first and (self.folder.stop_asked or bool(self.journal.over_budget()))
-        report = self.trainer.step(world, stop or over)
-        self._after(report, world)
-        if report.stop:
-            ending = torch.tensor([float(over)])
-            world.broadcast(ending, 0)
-            self.stopped = bool(ending)
-        return report
-
-    def _note_what_is_missing(self) -> None:
-        """Who noted the steps may have been lost between the last one and its line."""
-        lines = self.folder.read_metrics()
-        noted = max((line["step"] for line in lines if "loss" in line), default=0)
-        if self.last and noted < self.last["step"] == self.trainer.step_number:
-            self.journal.note(StepReport(**self.last, stop=False, ids=[]))  # type: ignore[arg-type]
-
-    def ended(self) -> bool:
-        """Whether no step is to follow."""
-        return self.stopped or self.trainer.step_number >= self.job.steps
-
-    def finish(self, world: World) -> None:
-        """The last checkpoint, the evaluation and the exported model."""
-        self._end(world)
+SHRINKING = ("bamboo", "oobleck")
+"""Modes whose survivors go on without whoever was lost, until the run is started again."""
 
 
 def part(path: Path, threads: int, name: str) -> Part:
@@ -92,8 +36,22 @@ def part(path: Path, threads: int, name: str) -> Part:
     job = folder.job()
     configure_torch(threads, job.run.deterministic)
     run = ElasticRun(job, folder, open_checkpoints(job, folder.checkpoints))
+    return Part(_keeper(run), job.steps, ended=run.ended, finish=run.finish)
+
+
+def _keeper(run: ElasticRun) -> Keeper:
+    """How the job's resilience mode keeps the state among workers."""
+    if run.job.pipeline.stages:
+        from train.elastic.stages import PipelineKeeper
+
+        return PipelineKeeper(run)
+    if run.job.resilience.mode == "gemini":
+        from train.elastic.shares import SharedRun, StoredShares
+
+        trainee = SharedRun(run)
+        return PeerMemory(trainee, run.job.resilience.copies, StoredShares(trainee))
     run.resume()
-    return Part(Replicas(run), job.steps, ended=run.ended, finish=run.finish)
+    return Replicas(run)
 
 
 def launch(job: Job, folder: RunFolder, watch: Callable[[], None]) -> None:
@@ -132,7 +90,9 @@ def supervise(
 ) -> None:
     """Runs the job to its end; the supervisor's log is events.jsonl in the run's log folder."""
     folder.log.mkdir(parents=True, exist_ok=True)
-    policy = Policy(job.workers.count, wait_s=WAIT_S)
+    mode = job.resilience.mode
+    wait_s = 0.0 if mode == "varuna" else WAIT_S  # it has a form for whoever is there
+    policy = Policy(job.workers.count, wait_s=wait_s, replaced=mode not in SHRINKING)
     supervisor = Supervisor(policy, launcher, host=host)
     supervisor.on_event = partial(_log, folder.log / "events.jsonl")
     failures: list[JobFailed] = []

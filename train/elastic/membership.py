@@ -20,7 +20,8 @@ class Policy:
     for a replacement that starts before they go on without it.
     hurry_s: a step still under way so long before a member's machine goes is abandoned, so that
     there is time to hand over. failed_starts: so many workers in a row that end before they are
-    ready end the job."""
+    ready end the job. replaced: whether who is lost once training has begun is replaced, or the
+    others go on with one fewer for good."""
 
     target: int
     least: int = 1
@@ -29,6 +30,7 @@ class Policy:
     wait_s: float = 0.0
     hurry_s: float = 2.0
     failed_starts: int = 3
+    replaced: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.target:
@@ -117,6 +119,8 @@ class Membership:
             self._failed_starts += 1
             if self._failed_starts >= self.policy.failed_starts:
                 raise JobFailed(f"{self._failed_starts} workers ended while they started: {why}")
+        if self.plan and not self.policy.replaced and worker.state in ("running", "idle"):
+            self.resize(max(self.policy.target - 1, 1))
         if worker.state == "running" and self.phase in ("running", "pausing"):
             self._barren = 0
             self._break()

@@ -3,6 +3,7 @@ optimizer state, so that any layer can move to another worker by itself."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,24 @@ class LayeredModel:
 
 @dataclass(frozen=True)
 class AdamW:
-    """The settings of torch.optim.AdamW; lr by the number of finished steps."""
+    """The settings of torch.optim.AdamW; lr by the number of finished steps. vector_decay: of what
+    has fewer than two dimensions; None: as of all else."""
 
     lr: Callable[[int], float] = field(default=lambda step: 1e-3)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    vector_decay: float | None = None
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         """One update at a time and tensor by tensor, so that the bits of a layer's weights do not
         depend on its company."""
+        held = list(parameters)
+        other = self.weight_decay if self.vector_decay is None else self.vector_decay
+        matrices: dict[str, Any] = {"params": [p for p in held if p.dim() > 1]}
+        vectors: dict[str, Any] = {"params": [p for p in held if p.dim() < 2]}
         return torch.optim.AdamW(
-            parameters,
+            [matrices, vectors | {"weight_decay": other}],
             lr=self.lr(0),
             betas=self.betas,
             eps=self.eps,

@@ -1,6 +1,7 @@
 """A worker of a pipeline over several steps: runs its stage, adds gradients up over chains, updates
 its layers, and knows after a change of workers which step everybody is at."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,13 +20,17 @@ from train.world import World
 @dataclass(frozen=True)
 class Training:
     """What is trained, on what, and how. loss_scale: what every micro-batch's loss is multiplied
-    by, 1 / (samples x tokens of each) for a mean; observe: told every act of a stage before it."""
+    by, 1 / (samples x tokens of each) for a mean; observe: told every act of a stage before it;
+    clip_norm: largest norm of the whole gradient, 0 for any; before_update: told this norm before
+    a step changes the state."""
 
     model: LayeredModel
     batches: Batches
     update: AdamW
     loss_scale: float
     observe: Callable[[Act], None] = lambda act: None
+    clip_norm: float = 0.0
+    before_update: Callable[[float], None] = lambda norm: None
 
 
 class Move(NamedTuple):
@@ -45,7 +50,9 @@ class LayersLost(Exception):
 
 
 class PipelineTrainer:
-    """One worker. steps: finished ones; losses: of the steps it took part in, by their number.
+    """One worker. steps: finished ones; losses: of the steps it took part in, by their number;
+    norm: of the last step's gradient over all layers, before clipping. vote: whether this worker
+    asks for an end after the next step; asked: whether anybody did in the last one.
 
     After a `WorldChanged` from `step`, the state is that of the last finished step, possibly one
     behind a peer's: call `agree` in the new world first.
@@ -57,6 +64,8 @@ class PipelineTrainer:
         self.steps = self.samples = 0
         self.losses: dict[int, float] = {}
         self.sent_bytes = 0
+        self.norm = 0.0
+        self.vote = self.asked = False
         self._run: StageRun | None = None
         self._summed: dict[int, Tensor] | None = None
         place = layout.place(rank)
@@ -80,11 +89,12 @@ class PipelineTrainer:
 
     def agree(self, world: World) -> None:
         """In a new world: if a peer has finished the step under way, so does this one."""
-        mine = torch.tensor([self.steps, self.losses.get(self.steps, 0.0)], dtype=torch.float64)
-        rows = world.all_gather(mine)
-        steps, loss = max((int(row[0]), float(row[1])) for row in rows)
+        told = [self.steps, self.losses.get(self.steps, 0.0), self.norm]
+        rows = world.all_gather(torch.tensor(told, dtype=torch.float64))
+        steps, loss, norm = max((int(row[0]), float(row[1]), float(row[2])) for row in rows)
         if steps > self.steps:
             assert self._summed is not None and steps == self.steps + 1
+            self.norm = norm
             self._apply(loss)
 
     def restart(self) -> None:
@@ -156,15 +166,28 @@ class PipelineTrainer:
         )
 
     def _share_loss(self, world: World) -> float:
-        mine = sum(self._run.losses) if self._run else 0.0
-        sums = world.all_gather(torch.tensor([mine], dtype=torch.float64))
-        return sum(float(sums[chain.stages[-1].rank]) for chain in self.layout.chains)
+        """The step's loss, and with it the gradient's norm and who asks to stop. The norm is summed
+        layer by layer, so that it does not depend on which layers a stage has."""
+        mine = torch.zeros(2 + self.layout.layers, dtype=torch.float64)
+        mine[0] = sum(self._run.losses) if self._run else 0.0
+        mine[1] = float(self.vote)
+        for layer, gradient in (self._summed or {}).items():
+            mine[2 + layer] = torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+        rows = world.all_gather(mine)
+        first = [self.layout.holders(layer)[0] for layer in range(self.layout.layers)]
+        self.norm = math.sqrt(sum(float(rows[r][2 + n]) for n, r in enumerate(first)))
+        self.asked = any(bool(row[1]) for row in rows)
+        return sum(float(rows[chain.stages[-1].rank][0]) for chain in self.layout.chains)
 
     def _apply(self, loss: float) -> None:
         """Ends the step: every layer that has a gradient is updated."""
         assert self._summed is not None
+        limit = self.training.clip_norm
+        self.training.before_update(self.norm)
         self.held.clear_gradients()
         for layer, gradient in self._summed.items():
+            if limit and self.norm > limit:
+                gradient.mul_(limit / (self.norm + 1e-6))
             self.held.apply(layer, gradient, self.steps)
         self._run = self._summed = None
         self.steps += 1

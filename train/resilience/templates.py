@@ -113,11 +113,13 @@ class Plan(NamedTuple):
 @dataclass(frozen=True)
 class Planner:
     """Oobleck's planner. micros: micro-batches of a step, over all pipelines; failures: f, losses
-    at once that any plan must survive, so at least f + 1 pipelines."""
+    at once that any plan must survive, so at least f + 1 pipelines; least_workers: of a pipeline,
+    where memory_bytes does not say it."""
 
     costs: LayerCosts
     micros: int
     failures: int = 1
+    least_workers: int = 1
 
     @cached_property
     def templates(self) -> dict[int, Template]:
@@ -125,7 +127,8 @@ class Planner:
         is for an even share of the micro-batches over f + 1 pipelines."""
         cutter = Cutter(self.costs)
         share = max(1, self.micros // (self.failures + 1))
-        made = {n: cutter.template(n, share) for n in range(1, len(self.costs.seconds) + 1)}
+        sizes = range(self.least_workers, len(self.costs.seconds) + 1)
+        made = {n: cutter.template(n, share) for n in sizes}
         return {n: template for n, template in made.items() if template is not None}
 
     @property

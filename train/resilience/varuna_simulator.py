@@ -122,13 +122,18 @@ def _stage(measured: Measured, span: Span) -> StageTimes:
     )
 
 
-def choose(measured: Measured, workers: int, samples: int, micro_samples: int) -> Choice:
-    """The fastest (P, D) with P x D <= workers, over all of them; always `samples` a step, so D
-    chains share its micro-batches. ValueError where the model fits in none."""
+def choose(
+    measured: Measured, workers: int, samples: int, micro_samples: int, least_stages: int = 1
+) -> Choice:
+    """The fastest (P, D) with P x D <= workers, over all of them with least_stages or more; always
+    `samples` a step, so D chains share its micro-batches. ValueError where the model fits in none,
+    or there are too few workers."""
+    if workers < least_stages:
+        raise ValueError(f"{workers} workers: a chain of pipeline.stages = {least_stages} has more")
     cutter = Cutter(measured.costs)
     micros = -(-samples // micro_samples)
     best: Choice | None = None
-    for stages in range(1, min(workers, len(measured.forward_s)) + 1):
+    for stages in range(least_stages, min(workers, len(measured.forward_s)) + 1):
         for chains in range(1, min(workers // stages, samples) + 1):
             template = cutter.template(stages, -(-micros // chains))
             if template is not None:

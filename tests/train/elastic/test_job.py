@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tests.train.test_run import job, losses, make
 from train.checkpoints import open_checkpoints
 from train.commands import begin
-from train.elastic.job import PRELOAD, ElasticRun, launch, part, supervise
+from train.elastic.job import PRELOAD, launch, part, supervise
 from train.elastic.process import ProcessLauncher
-from train.folder import RunFolder
+from train.elastic.run import ElasticRun
+from train.folder import RunFolder, read_lines
 from train.job import Job
 from train.local import WorkerFailed
 from train.view import console_of_nobody
@@ -77,11 +78,15 @@ def test_a_step_whose_line_was_lost_with_its_writer_is_noted_by_the_next(tmp_pat
         one.step(LocalWorld())
     whole = folder.read_metrics()
     folder.drop_metrics_after(2)  # as if killed before it wrote the third
+    folder.drop_samples_after(2)
     other.load(one.state())
     other.step(LocalWorld(generation=1))
     found = folder.read_metrics()
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     assert found[2]["loss"] == whole[2]["loss"]
+    sampled = read_lines(folder.samples)
+    assert [line["step"] for line in sampled] == [1, 2, 3, 4]
+    assert [n for line in sampled for n in line["ids"]] == other.stream.ids(0, 4 * 12)
 
 
 @pytest.mark.slow

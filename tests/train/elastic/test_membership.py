@@ -142,6 +142,28 @@ def test_survivors_wait_for_a_replacement_as_long_as_told():
     assert stage.plans[-1].ranks == ("w1",)
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_the_lost_are_replaced_or_not(replaced: bool):
+    """Pipelines whose others take over go on with one fewer, in the old order; but who is lost
+    before any training is always replaced."""
+    stage = Stage(Policy(3, wait_s=60, replaced=replaced))
+    stage.starting.remove("w1")
+    stage.lose("w1")
+    stage.obey()
+    stage.ready()
+    assert sorted(stage.plans[-1].ranks) == ["w0", "w2", "w3"]
+    stage.step(1)
+    lost, *others = stage.plans[-1].ranks
+    stage.lose(lost)
+    stage.answer("changed", *others)
+    assert stage.starting == (["w4"] if replaced else [])
+    if not replaced:
+        assert stage.plans[-1].ranks == tuple(others) and stage.plans[-1].generation == 2
+        stage.lose(others[0])
+        stage.answer("changed", others[1])
+        assert stage.plans[-1].ranks == (others[1],) and not stage.starting
+
+
 def test_fewer_than_least_do_not_train():
     stage = Stage(Policy(3, least=2))
     stage.ready()

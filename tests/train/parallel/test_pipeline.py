@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.train.crew import Crew
 from tests.train.parallel import plain, tiny
+from tests.train.processes import Crew
 from train.parallel.pipeline import Act, is_forward_next
 from train.parallel.pipeline_layers import AdamW, HeldLayers
 from train.parallel.pipeline_layout import Chain, Layout, Span, Stage, even_spans, grid

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.train.crew import die
 from tests.train.parallel import tiny
+from tests.train.processes import die
 from train.parallel.pipeline import Act, StageRun
 from train.parallel.pipeline_channels import Channels
 from train.parallel.pipeline_layers import AdamW

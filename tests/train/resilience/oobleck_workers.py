@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.train.crew import die
+from tests.train.processes import die
 from tests.train.resilience.bamboo_workers import SAMPLES, training
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layout import Layout

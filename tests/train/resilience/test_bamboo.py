@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.crew import Crew
 from tests.train.parallel import plain
+from tests.train.processes import Crew
 from tests.train.resilience.bamboo_workers import (
     SAMPLES,
     Death,

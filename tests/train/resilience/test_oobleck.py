@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.train.crew import Crew
 from tests.train.parallel import plain, tiny
+from tests.train.processes import Crew
 from tests.train.resilience.bamboo_workers import SAMPLES, Death, refused, steps
 from tests.train.resilience.oobleck_workers import MICRO_SAMPLES, PLANNER, begin, changed, fresh
 from train.parallel.pipeline_layers import AdamW, HeldLayers

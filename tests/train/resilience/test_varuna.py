@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.crew import Crew
 from tests.train.parallel import plain, tiny
+from tests.train.processes import Crew
 from tests.train.resilience.bamboo_workers import SAMPLES, Death, steps
 from tests.train.resilience.varuna_workers import asked, resume
 from train.parallel.pipeline_layers import AdamW, HeldLayers

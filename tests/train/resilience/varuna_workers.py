@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.train.crew import die
 from tests.train.parallel import tiny
+from tests.train.processes import die
 from tests.train.resilience.bamboo_workers import training
 from train.parallel.pipeline import Act
 from train.parallel.pipeline_layers import LayeredModel

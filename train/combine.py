@@ -1,0 +1,125 @@
+"""Which settings of a job go together; one sentence for each that does not, with what is accepted.
+
+Imports no torch, as `train.job` does not.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.job import Job
+
+IN_PLACE = ("elastic", "ray")
+"""Launchers (`workers.where`) whose workers outlive each other."""
+OF_PIPELINES = ("bamboo", "oobleck", "varuna")
+"""Resilience modes that are about a pipeline's stages."""
+ENDS = 2
+"""Layers that a pipeline counts beside the decoder's: the embedding, and norm with output."""
+
+
+def refused(job: "Job") -> Iterator[str]:
+    """What does not go together, the most telling first."""
+    yield from _mode(job)
+    yield from _sharding(job)
+    if job.pipeline.stages:
+        yield from _pipeline(job)
+
+
+def _mode(job: "Job") -> Iterator[str]:
+    mode, where = job.resilience.mode, job.workers.where
+    in_place = where in IN_PLACE
+    asked = f'resilience.mode = "{mode}"'
+    if mode in ("gemini", *OF_PIPELINES) and not in_place:
+        yield (
+            f"{asked} needs workers that outlive each other, and workers.where = {where!r}: "
+            f"{_either(IN_PLACE)} is accepted"
+        )
+    if mode == "gemini":
+        if job.sharding.stage != 1:
+            yield (
+                f"{asked} keeps each worker's share of the state in its peers' memory, so "
+                f"sharding.stage = {job.sharding.stage} must be 1"
+            )
+        if job.resilience.copies > job.workers.count:
+            yield (
+                f"resilience.copies = {job.resilience.copies} need as many workers, and "
+                f"workers.count = {job.workers.count}: 2 to {job.workers.count} are accepted"
+            )
+    if mode in OF_PIPELINES and not job.pipeline.stages:
+        yield f"{asked} is about the stages of a pipeline: pipeline.stages = 1 or more is accepted"
+    if mode == "bamboo" and job.pipeline.stages == 1:
+        yield f"{asked} has the stage before take over, so pipeline.stages must be 2 or more"
+    if mode == "varuna" and not job.resilience.checkpoint_every_steps:
+        yield (
+            f"{asked} goes on from checkpoints, so resilience.checkpoint_every_steps = 0 must be "
+            "1 or more"
+        )
+    if mode == "oobleck":
+        least = (job.resilience.failures + 1) * job.pipeline.stages
+        if job.workers.count < least:
+            yield (
+                f"{asked} needs resilience.failures + 1 = {job.resilience.failures + 1} pipelines "
+                f"of pipeline.stages = {job.pipeline.stages} workers, so workers.count = "
+                f"{job.workers.count} must be at least {least}"
+            )
+        micros = -(-job.batch_samples // job.micro_samples)
+        if micros <= job.resilience.failures:
+            yield (
+                f"{asked} gives each of its pipelines a micro-batch, and run.batch_tokens has "
+                f"{micros} of run.micro_batch_tokens = {job.run.micro_batch_tokens}: "
+                f"resilience.failures + 1 = {job.resilience.failures + 1} or more are accepted"
+            )
+
+
+def _sharding(job: "Job") -> Iterator[str]:
+    stage = job.sharding.stage
+    if not stage:
+        return
+    asked = f"sharding.stage = {stage}"
+    if job.optimizer.name != "adamw":
+        yield f'{asked} shares out AdamW\'s moments: optimizer.name = "adamw" is accepted'
+    if job.pipeline.stages:
+        yield (
+            f"{asked} with pipeline.stages = {job.pipeline.stages}: a pipeline divides the state "
+            "by layers already, and sharding.stage = 0 is accepted"
+        )
+    if job.workers.where in IN_PLACE and not (stage == 1 and job.resilience.mode == "gemini"):
+        yield (
+            f"{asked} with workers.where = {job.workers.where!r}: accepted are sharding.stage = 0, "
+            'and 1 with resilience.mode = "gemini"; 1 to 3 with workers.where = "local"'
+        )
+
+
+def _pipeline(job: "Job") -> Iterator[str]:
+    stages, count = job.pipeline.stages, job.workers.count
+    asked = f"pipeline.stages = {stages}"
+    if stages > count:
+        yield f"{asked} needs as many workers, and workers.count = {count}"
+    if not job.model.start_from and stages > job.model.layers + ENDS:
+        yield (
+            f"{asked}: a model of model.layers = {job.model.layers} has {ENDS} more with its ends, "
+            f"so at most {job.model.layers + ENDS} are accepted"
+        )
+    if job.workers.where in IN_PLACE and job.resilience.mode not in OF_PIPELINES:
+        yield (
+            f"{asked} with workers.where = {job.workers.where!r} needs a way to lose a stage: "
+            f"resilience.mode {_either(OF_PIPELINES)} is accepted, or workers.where = 'local'"
+        )
+    if job.workers.where not in IN_PLACE and count % stages:
+        yield f"workers.count = {count} must be a multiple of {asked}, so that chains are whole"
+    if job.batch_samples < count // stages:
+        yield (
+            f"run.batch_tokens has {job.batch_samples} samples, too few for {count // stages} "
+            f"chains of {asked}"
+        )
+    if job.precision.compute == "bfloat16":
+        yield f'{asked} keeps no masters: precision.compute = "float32" or "float64" is accepted'
+    if job.optimizer.name != "adamw":
+        yield f'{asked} updates layer by layer: optimizer.name = "adamw" is accepted'
+    if job.model.tied_head and not job.model.start_from:
+        yield (f"{asked} needs layers that share no weights: model.tied_head = false is accepted")
+
+
+def _either(names: tuple[str, ...]) -> str:
+    *most, last = [f'"{name}"' for name in names]
+    return f"{', '.join(most)} or {last}"

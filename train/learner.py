@@ -1,0 +1,123 @@
+"""What a run asks of whoever makes its steps, and the one that holds the whole state: `Whole`.
+
+Others hold a part of it: `train.sharded` (ZeRO), `train.parallel.pipeline_job` (layers).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.checkpoint.piece import Piece, share
+from train.checkpoint.reader import Checkpoint, read_checked
+from train.data.stream import SampleStream
+from train.data.stream import share as share_out
+from train.job import Job
+from train.state import TrainState
+from train.step import StepReport, Trainer
+from train.weights import Start, build_model
+from train.world import World
+
+
+class Learner(Protocol):
+    """One worker's part of a job. All workers of a world call its methods together."""
+
+    before_update: Callable[[], None]
+    """Called in each step before the first change of the state."""
+
+    @property
+    def step_number(self) -> int:
+        """Finished steps."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Consumed so far."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model."""
+        ...
+
+    def enter(self, world: World) -> None:
+        """Takes its place among the workers, with the first weights; before anything else."""
+        ...
+
+    def step(self, world: World, stop: bool = False) -> StepReport:
+        """One optimizer step. stop: this worker asks for an end after it."""
+        ...
+
+    def pieces(self, world: World) -> list[Piece]:
+        """What this worker writes of a checkpoint; live."""
+        ...
+
+    def restore(self, found: Checkpoint) -> None:
+        """Goes on from a checkpoint, whoever wrote it. ValueError when it is of another model."""
+        ...
+
+    def nats(self, rows: Sequence[Tensor], world: World) -> float:
+        """What rows of tokens, (1, tokens + 1) each and all equally long, cost under the weights;
+        summed over all workers, the same on each."""
+        ...
+
+    def exported(self, world: World) -> dict[str, Tensor]:
+        """All weights by name, as computed with, on rank 0; whatever is there on others."""
+        ...
+
+
+def build_learner(job: Job, start: Start, stream: SampleStream) -> Learner:
+    """The one that the job's settings name."""
+    if job.pipeline.stages:
+        from train.parallel.pipeline_job import PipelineLearner
+
+        return PipelineLearner(job, start, stream)
+    model = build_model(job, start)
+    if not job.sharding.stage:
+        return Whole(job, model, stream)
+    if job.resilience.mode == "gemini":
+        from train.elastic.shares import SharedOut
+
+        return SharedOut(job, model, stream)
+    from train.sharded import ShardedTrainer
+
+    return ShardedTrainer(job, model, stream)
+
+
+class Whole(Trainer):
+    """A learner that holds all of the state, as every other worker does."""
+
+    @property
+    def parameters(self) -> int:
+        """See `Learner`."""
+        return self.flat.masters.numel()
+
+    def enter(self, world: World) -> None:
+        """Nothing is to be divided."""
+
+    def pieces(self, world: World) -> list[Piece]:
+        """See `Learner`: an equal share of every tensor."""
+        return share(self.state().tensors, world.rank, world.size)
+
+    def restore(self, found: Checkpoint) -> None:
+        """See `Learner`."""
+        tensors = {
+            name: read_checked(found, name, tuple(tensor.shape))
+            for name, tensor in self.state().tensors.items()
+        }
+        self.load(TrainState(found.step, found.meta["samples"], tensors))
+
+    def nats(self, rows: Sequence[Tensor], world: World) -> float:
+        """See `Learner`."""
+        mine = share_out(0, len(rows), world.rank, world.size)
+        total = torch.zeros(1, dtype=torch.float64)
+        with torch.no_grad():
+            for row in rows[mine.first : mine.first + mine.samples]:
+                total += float(self.model.loss(row))
+        world.all_reduce(total)
+        return float(total)
+
+    def exported(self, world: World) -> dict[str, Tensor]:
+        """See `Learner`."""
+        return self.flat.named(self.flat.weights)
