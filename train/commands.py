@@ -209,7 +209,7 @@ def forget(folder: RunFolder) -> None:
         from train.checkpoints import open_checkpoints
 
         open_checkpoints(folder.job(), folder.checkpoints).clear()
-    for path in (folder.corpus, folder.log):
+    for path in (folder.corpus, folder.log, folder.board):
         shutil.rmtree(path, ignore_errors=True)
     folder.metrics.unlink(missing_ok=True)
     (folder.path / "status.json").unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from tests.live.service import service
 from tests.prove.row import Row
+from tests.prove.train_speed import llama
 from train.data.corpus import Corpus, open_corpus
 from train.data.stream import SampleStream
 from train.folder import RunFolder
@@ -97,9 +99,10 @@ def learnt(job: Job, bits: float, took_s: float) -> Row:
 
 
 def plain_bits(job: Job, corpus: Corpus) -> float:
-    """Bits per byte of the same model trained on the same tokens by a plain loop: one process,
-    float32 weights under autocast, torch's AdamW and schedules, whole batches."""
-    model = build_model(job, read_start(job))
+    """Bits per byte of transformers' Llama, from the same first weights, trained on the same tokens
+    by a plain loop: one process, float32 weights under autocast, torch's AdamW, whole batches."""
+    model = llama()
+    model.load_state_dict(build_model(job, read_start(job)).state_dict())
     stream = SampleStream(corpus.train, job.data.sequence_tokens, job.run.seed)
     optimizer = torch.optim.AdamW(
         [
@@ -118,22 +121,24 @@ def plain_bits(job: Job, corpus: Corpus) -> float:
             group["lr"] = job.optimizer.learning_rate * rising
         batch = stream.batch(step * job.batch_samples, job.batch_samples)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch[:, :-1])
+            logits = model(batch[:, :-1]).logits
         loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    model.eval()
     return held_out_bits(job, model, corpus)
 
 
 @torch.no_grad()
-def held_out_bits(job: Job, model: torch.nn.Module, corpus: Corpus) -> float:
+def held_out_bits(job: Job, model: Any, corpus: Corpus) -> float:
     """In float32, over the same first tokens of the held-out text."""
     length, nats, tokens = job.data.sequence_tokens, 0.0, 0
     for start in range(0, job.report.evaluate_tokens, length):
         row = torch.from_numpy(corpus.held_out[start : start + length + 1].astype("int64"))
-        nats += float(functional.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum"))
+        logits = model(row[None, :-1]).logits[0]
+        nats += float(functional.cross_entropy(logits, row[1:], reduction="sum"))
         tokens += length
     per_byte = (len(corpus.held_out) - 1) / corpus.held_out_bytes
     return nats / tokens / math.log(2) * per_byte
