@@ -70,7 +70,7 @@ class Progress:
             self._live.update(_bar(status))
         elif status.phase == "training" and now_s >= self._due_s and status.step != self._shown:
             self._due_s, self._shown = now_s + LINE_S, status.step
-            self.console.print(line(status), highlight=False)
+            self.console.print(line(status), highlight=False, soft_wrap=True)
 
 
 def _bar(status: Status) -> Table:

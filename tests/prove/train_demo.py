@@ -34,6 +34,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "train-brown.toml"
 PROCESSOR_S = 60.0
 TRIED_STEPS = 5
 LIMIT_S = 1800.0
+ANSWER_TOKENS = 24
 
 
 def rows() -> Iterator[Row]:
@@ -145,16 +146,29 @@ def held_out_bits(job: Job, model: Any, corpus: Corpus) -> float:
 
 
 def served(folder: RunFolder) -> Row:
-    """`sanderling up --model <run>` completes a text as transformers does with the run's folder."""
+    """`sanderling up --model <run>` completes a text, and answers a chat, as transformers does with
+    the run's folder."""
     from transformers import AutoModelForCausalLM
 
-    prompt, length = "The President of the United ", 24
+    prompt = "The President of the United "
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
-    ids = torch.tensor([list(prompt.encode())])
-    made = model.generate(ids, max_new_tokens=length, do_sample=False)[0, ids.shape[1] :]
-    expected = bytes(made.tolist()).decode()
-    body = {"model": folder.path.name, "prompt": prompt, "max_tokens": length, "temperature": 0}
+    expected = (continued(model, prompt), continued(model, f"{prompt}\n"))
+    body = {"model": folder.path.name, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": prompt}]}
     with service(f"model={folder.path}", "prefill.replicas=0") as live:
-        answer = httpx.post(f"{live.url}/v1/completions", json=body, timeout=120)
-    text = answer.raise_for_status().json()["choices"][0]["text"]
-    return Row("the run's folder is served", expected.__repr__(), repr(text), text == expected)
+        url = f"{live.url}/v1"
+        text = httpx.post(f"{url}/completions", json=body | {"prompt": prompt}, timeout=120)
+        answer = httpx.post(f"{url}/chat/completions", json=body | chat, timeout=120)
+    found = (
+        text.raise_for_status().json()["choices"][0]["text"],
+        answer.raise_for_status().json()["choices"][0]["message"]["content"],
+    )
+    check = "the run's folder is served: a completion and a chat"
+    return Row(check, repr(expected), repr(found), found == expected)
+
+
+def continued(model: Any, prompt: str) -> str:
+    """The likeliest bytes after a prompt, by transformers."""
+    ids = torch.tensor([list(prompt.encode())])
+    made = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :]
+    return bytes(made.tolist()).decode()

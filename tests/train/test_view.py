@@ -45,7 +45,7 @@ def held_out(folder: RunFolder) -> list[dict[str, float]]:
 
 def test_a_step_is_told_of_once_where_there_is_no_terminal(tmp_path: Path):
     folder, out = RunFolder(tmp_path), io.StringIO()
-    with folder.locked(), Progress(folder, Console(file=out, width=200)) as progress:
+    with folder.locked(), Progress(folder, Console(file=out, width=12)) as progress:
         for now_s, step in ((0, 1), (60, 1), (120, 2), (121, 3), (180, 3)):
             folder.write_status(Status("training", step=step, steps=9, tokens=step * 8))
             progress.update(now_s)
