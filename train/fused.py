@@ -164,7 +164,7 @@ class _Attention(Function):
         batch, tokens, heads, width = query.shape
         kv_heads, group = key.shape[2], heads // key.shape[2]
         scale = 1 / math.sqrt(width)
-        queries = _by_group(query, kv_heads).mul_(scale)
+        queries = _by_group(query, kv_heads) * scale
         outs = _by_group(gradient, kv_heads)
         keys, values = _by_group(key, kv_heads), _by_group(value, kv_heads)
         of_queries, of_keys = torch.empty_like(queries), torch.zeros_like(keys)
@@ -211,8 +211,8 @@ def _whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _by_group(x: Tensor, kv_heads: int) -> Tensor:
-    """(batch, tokens, heads, width) as (batch x kv_heads, tokens x heads / kv_heads, width), a
-    copy of its own."""
+    """(batch, tokens, heads, width) as (batch x kv_heads, tokens x heads / kv_heads, width),
+    contiguous; with one key head that may be the tensor itself."""
     batch, tokens, heads, width = x.shape
     split = x.view(batch, tokens, kv_heads, heads // kv_heads, width).transpose(1, 2)
     return split.contiguous().view(batch * kv_heads, -1, width)

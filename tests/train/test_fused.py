@@ -129,6 +129,19 @@ def test_attention_that_sees_later_keys_is_noticed(monkeypatch):
     assert max(differences(fused.attention, plain_attention, inputs)) > 1e-2
 
 
+def test_a_gradient_leaves_what_it_was_computed_from():
+    """With one key head nothing has to be moved, so nothing is copied; asked twice, it is the
+    same."""
+    inputs = attention_inputs(9, 4, 1)
+    kept = [x.detach().clone() for x in inputs]
+    value = fused.attention(*inputs)
+    given = torch.randn_like(value)
+    once = torch.autograd.grad(value, inputs, given, retain_graph=True)
+    again = torch.autograd.grad(value, inputs, given)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, inputs, strict=True))
+
+
 def test_matrices_below_each_other_are_not_copied():
     flat = torch.randn(100)
     first, second = flat[4:28].view(4, 6), flat[28:40].view(2, 6)
