@@ -144,7 +144,7 @@ def begin(job: Job, folder: RunFolder, console: Console) -> None:
         texts = documents(job.data.sources)
         corpus = prepare(folder.corpus, texts, start.encode, start.end_id, job.data.held_out_every)
         found = f"{len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out"
-        console.print(found, highlight=False)
+        console.print(found, highlight=False, soft_wrap=True)
 
 
 def carry_on(job: Job, folder: RunFolder, console: Console) -> int:
@@ -159,15 +159,19 @@ def carry_on(job: Job, folder: RunFolder, console: Console) -> int:
         click.echo(f"sanderling: {error}", err=True)
         return 2 if error.by_user else 1
     found = folder.status()
-    console.print(f"{found.phase}: {line(found)}", highlight=False)
+    console.print(f"{found.phase}: {line(found)}", highlight=False, soft_wrap=True)
     if plot(folder, folder.plot):
-        console.print(f"The loss is drawn in {folder.plot}", highlight=False)
+        console.print(f"The loss is drawn in {folder.plot}", highlight=False, soft_wrap=True)
     else:
         console.print("The loss is not drawn: pip install sanderling[plot]", markup=False)
     if found.phase == "finished":
-        console.print(f"Serve it: sanderling up --model {folder.path}", highlight=False)
+        console.print(
+            f"Serve it: sanderling up --model {folder.path}", highlight=False, soft_wrap=True
+        )
     elif found.phase in ENDED:
-        console.print(f"Go on: sanderling train resume {folder.path}", highlight=False)
+        console.print(
+            f"Go on: sanderling train resume {folder.path}", highlight=False, soft_wrap=True
+        )
     return 0
 
 
@@ -216,7 +220,7 @@ def forget(folder: RunFolder) -> None:
         from train.checkpoints import open_checkpoints
 
         open_checkpoints(folder.job(), folder.checkpoints).clear()
-    for path in (folder.corpus, folder.log):
+    for path in (folder.corpus, folder.log, folder.board):
         shutil.rmtree(path, ignore_errors=True)
     folder.metrics.unlink(missing_ok=True)
     (folder.path / "status.json").unlink(missing_ok=True)

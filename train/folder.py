@@ -4,6 +4,7 @@ job.json          the job as it was resolved                          by the com
 corpus/           token ids                                           by the command, once
 checkpoints/      states to go on from                                by all workers
 metrics.jsonl     a line for every reported step                      by rank 0
+tensorboard/      the same for TensorBoard, if the job asks for it    by rank 0
 status.json       where the run is                                    by rank 0
 stop              there while somebody asks the run to end            by `train stop`
 lock              locked while a command runs the workers
@@ -56,6 +57,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.log = path / "log"
         self.samples = self.log / "samples.jsonl"
+        self.board = path / "tensorboard"
         self.plot = path / "loss.png"
         self._job, self._status = path / "job.json", path / "status.json"
         self._stop, self._lock = path / "stop", path / "lock"

@@ -186,7 +186,7 @@ class ReportTable(Strict):
     evaluate_every_steps: int = Field(0, ge=0, description="0: only at the end.")
     evaluate_tokens: int = Field(65_536, ge=1, description="Held-out tokens of an evaluation.")
     tensorboard: bool = Field(
-        False, description="Also TensorBoard's files (pip install tensorboard)."
+        False, description="Also TensorBoard's files (pip install sanderling[tensorboard])."
     )
     sample_ids: bool = Field(
         False, description="Also the ids of the samples of each step (log/samples.jsonl)."

@@ -1,5 +1,6 @@
 """What rank 0 writes down of a run: metrics, status, and whether the budget is used up."""
 
+import ctypes
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,12 @@ STATUS_S = 0.3
 SMOOTHING = 0.9
 """Of the step time that rates and times left are told from."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt (malloc.h)."""
+KEPT_BYTES = 1 << 30
+LARGEST_HEAP_BYTES = 32 << 20
+"""The most that M_MMAP_THRESHOLD takes on 64 bits."""
+
 
 class Journal:
     """The records of one run while this process is rank 0."""
@@ -29,11 +36,16 @@ class Journal:
         self.flops_per_token = flops_per_token(config, parameters, job.data.sequence_tokens)
         self.peak = 0.0
         self._step_s, self._last_s, self._written_s = 0.0, 0.0, 0.0
-        self._board = _open_board(folder) if job.report.tensorboard else None
+        self._open_board = _board_opener() if job.report.tensorboard else None
+        self._board: Any = None
 
     def begin(self, step: int, trained_s: float, usd: float, world: World) -> None:
         """Training starts, or goes on, after `step` steps that took so long and cost so much."""
         self.folder.drop_metrics_after(step)
+        self._close_board()
+        if self._open_board is not None:
+            # Steps that will be repeated are forgotten there, too.
+            self._board = self._open_board(str(self.folder.board), purge_step=step + 1)
         self.peak = self.peak or peak_flops(COMPUTE[self.job.precision.compute])
         tokens = step * self.job.run.batch_tokens
         self.status = replace(
@@ -85,8 +97,7 @@ class Journal:
         """Training ends, for now or for good."""
         self.status = replace(self.status, phase=phase, reason=reason)
         self.folder.write_status(self.status)
-        if self._board is not None:
-            self._board.flush()
+        self._close_board()
 
     def rest(self, taken_s: float) -> None:
         """Time between steps (a checkpoint, an evaluation) that is not the next step's."""
@@ -106,6 +117,11 @@ class Journal:
         if budget.usd is not None and self.status.usd >= budget.usd:
             return f"budget.usd = {budget.usd} are spent"
         return ""
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
 
     def _write_metrics(self, report: StepReport, took_s: float) -> None:
         self._append(
@@ -128,18 +144,32 @@ class Journal:
                 self._board.add_scalar(name, line[name], line["step"])
 
 
-def _open_board(folder: RunFolder) -> Any:
-    """TensorBoard's writer. ValueError where it is not installed."""
+def _board_opener() -> Any:
+    """TensorBoard's writer, a class. ValueError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
-            "report.tensorboard = true needs TensorBoard: pip install tensorboard"
+            "report.tensorboard = true needs TensorBoard: pip install sanderling[tensorboard], "
+            "or leave it false and read metrics.jsonl, which has the same numbers."
         ) from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    return SummaryWriter
 
 
 def configure_torch(threads: int, deterministic: bool) -> None:
     """The process-wide switches of a worker."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    # Nothing reads a new tensor before it is written, and filling them all is a pass over each.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for what is allocated next. A step's tensors are megabytes,
+    which it would give back to the kernel and get again page by page, a tenth of a step's time.
+    Other C libraries are left as they are."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BYTES)

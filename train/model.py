@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kernels.reference.rope import inverse_frequencies
 from models.config import ModelConfig
+from train.fused import attention, project, rms_norm, rotate, swiglu
 
 INITIAL_STD = 0.02
 """Standard deviation of fresh matrices; those that write to the residual stream have it divided
@@ -27,7 +28,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) in, the same out."""
-        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -45,26 +46,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (batch, tokens, hidden); cos, sin: (tokens, head_dim / 2)."""
         batch, tokens, _ = x.shape
-        query = rotate(self.q_proj(x).view(batch, tokens, self.heads, self.width), cos, sin)
-        key = rotate(self.k_proj(x).view(batch, tokens, self.kv_heads, self.width), cos, sin)
-        value = self.v_proj(x).view(batch, tokens, self.kv_heads, self.width)
-        mixed = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        sizes = [self.heads + self.kv_heads, self.kv_heads]
+        joined = self._project(x).view(batch, tokens, sum(sizes), self.width)
+        turned, value = joined.split(sizes, 2)
+        query, key = rotate(turned, cos, sin).split([self.heads, self.kv_heads], 2)
+        mixed = attention(query, key, value)
+        out: Tensor = self.o_proj(mixed.reshape(batch, tokens, -1))
         return out
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (batch, tokens, heads, head_dim), its halves turned by each position's angles (Su et al.
-    2021, in the half-split order)."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    def _project(self, x: Tensor) -> Tensor:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        out = project(x, *(part.weight for part in parts))
+        if self.q_proj.bias is None:
+            return out
+        return out + torch.cat([part.bias for part in parts])
 
 
 class FeedForward(nn.Module):
@@ -78,7 +73,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) in, the same out."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        joined = project(x, self.gate_proj.weight, self.up_proj.weight)
+        out: Tensor = self.down_proj(swiglu(joined))
         return out
 
 

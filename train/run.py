@@ -77,6 +77,8 @@ class Run:
         first = world.rank == 0
         if first:
             self.begin(world)
+        if self.job.model.start_from and not self.trainer.step_number and self.evaluated_step:
+            self._evaluate(world)  # what the model knew before
         asked = False
         while self.trainer.step_number < self.job.steps and not asked:
             stop = first and (self.folder.stop_asked or bool(self.journal.over_budget()))

@@ -1,7 +1,7 @@
 """A run for people: the progress line, the status table, the estimate, the loss plot."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 BAR_WIDTH = 24
 LINE_S = 10.0
-"""Between two lines where the output is no terminal."""
+"""Between two lines where the output is no terminal; a step is told of once."""
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +52,7 @@ class Progress:
     def __init__(self, folder: RunFolder, console: Console) -> None:
         self.folder, self.console = folder, console
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._due_s, self._now_s = 0.0, 0.0
+        self._due_s, self._shown = 0.0, -1
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
@@ -68,9 +68,9 @@ class Progress:
         status = self.folder.status()
         if self.console.is_terminal:
             self._live.update(_bar(status))
-        elif status.phase == "training" and now_s >= self._due_s:
-            self._due_s = now_s + LINE_S
-            self.console.print(line(status), highlight=False)
+        elif status.phase == "training" and now_s >= self._due_s and status.step != self._shown:
+            self._due_s, self._shown = now_s + LINE_S, status.step
+            self.console.print(line(status), highlight=False, soft_wrap=True)
 
 
 def _bar(status: Status) -> Table:
@@ -94,7 +94,7 @@ def status_table(folder: RunFolder) -> Table:
         else f"{status.bits_per_byte:.4f} bits/byte",
         "speed": f"{status.tokens_per_s:,.0f} tokens/s, MFU {status.mfu:.1%}",
         "workers": f"{status.workers}, generation {status.generation}",
-        "trained": f"{duration(status.trained_s)}, {status.usd:.4f} $",
+        "trained": duration(status.trained_s) + (f", {status.usd:.4f} $" if status.usd else ""),
     }
     if status.phase == "training" and status.left_s is not None:
         rows["left"] = duration(status.left_s)
@@ -115,7 +115,7 @@ def estimate_table(job: Job, found: "Estimate") -> Table:
         "activations": f"{found.activation_bytes / MIB:.1f} MiB per worker",
         "computation": f"{per_token:.1f} MFLOP per token",
         "steps": f"{found.steps} of {job.run.batch_tokens} tokens on {workers} workers",
-        "step": f"{found.step_s * 1e3:.0f} ms",
+        "step": f"{found.step_s * 1e3:.0f} ms" if found.step_s < 10 else duration(found.step_s),
         "in all": duration(found.hours * 3600) + (f", {usd:.4f} $" if usd else ""),
     }
     for name, value in rows.items():
@@ -129,25 +129,39 @@ def plot(folder: RunFolder, path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    from matplotlib.ticker import EngFormatter
+
     lines = folder.read_metrics()
     trained = [entry for entry in lines if "loss" in entry]
     held_out = [entry for entry in lines if "bits_per_byte" in entry]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(
-        [entry["tokens"] for entry in trained], [entry["loss"] for entry in trained], label="loss"
-    )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("nats per token")
-    for entry in held_out:
-        axes.annotate(
-            f"{entry['bits_per_byte']:.3f} bits/byte held out",
-            (entry["tokens"], axes.get_ylim()[0]),
-            ha="right",
-        )
+    axes.plot([entry["tokens"] for entry in trained], [entry["loss"] for entry in trained])
+    axes.set(title=folder.path.name, xlabel="tokens", ylabel="nats per token, each step")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
+    if held_out:
+        _draw_held_out(axes.twinx(), held_out)
     figure.savefig(path)
     return True
+
+
+def _draw_held_out(axes: Any, held_out: list[dict[str, Any]]) -> None:
+    bits = [entry["bits_per_byte"] for entry in held_out]
+    axes.plot([entry["tokens"] for entry in held_out], bits, "o--", color="tab:orange")
+    axes.set_ylabel("bits per byte, held out", color="tab:orange")
+    axes.margins(y=0.25)
+    for entry in (held_out[0], held_out[-1]):
+        place = (entry["tokens"], entry["bits_per_byte"])
+        side = "right" if entry["tokens"] else "left"
+        axes.annotate(
+            f"{place[1]:.3f}",
+            place,
+            (0, 8),
+            textcoords="offset points",
+            ha=side,
+            color="tab:orange",
+        )
 
 
 def console_of_nobody() -> Console:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from tests.live.service import service
 from tests.prove.row import Row
+from tests.prove.train_speed import llama
 from train.data.corpus import Corpus, open_corpus
 from train.data.stream import SampleStream
 from train.folder import RunFolder
@@ -32,6 +34,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "train-brown.toml"
 PROCESSOR_S = 60.0
 TRIED_STEPS = 5
 LIMIT_S = 1800.0
+ANSWER_TOKENS = 24
 
 
 def rows() -> Iterator[Row]:
@@ -97,9 +100,10 @@ def learnt(job: Job, bits: float, took_s: float) -> Row:
 
 
 def plain_bits(job: Job, corpus: Corpus) -> float:
-    """Bits per byte of the same model trained on the same tokens by a plain loop: one process,
-    float32 weights under autocast, torch's AdamW and schedules, whole batches."""
-    model = build_model(job, read_start(job))
+    """Bits per byte of transformers' Llama, from the same first weights, trained on the same tokens
+    by a plain loop: one process, float32 weights under autocast, torch's AdamW, whole batches."""
+    model = llama()
+    model.load_state_dict(build_model(job, read_start(job)).state_dict())
     stream = SampleStream(corpus.train, job.data.sequence_tokens, job.run.seed)
     optimizer = torch.optim.AdamW(
         [
@@ -118,38 +122,53 @@ def plain_bits(job: Job, corpus: Corpus) -> float:
             group["lr"] = job.optimizer.learning_rate * rising
         batch = stream.batch(step * job.batch_samples, job.batch_samples)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch[:, :-1])
+            logits = model(batch[:, :-1]).logits
         loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    model.eval()
     return held_out_bits(job, model, corpus)
 
 
 @torch.no_grad()
-def held_out_bits(job: Job, model: torch.nn.Module, corpus: Corpus) -> float:
+def held_out_bits(job: Job, model: Any, corpus: Corpus) -> float:
     """In float32, over the same first tokens of the held-out text."""
     length, nats, tokens = job.data.sequence_tokens, 0.0, 0
     for start in range(0, job.report.evaluate_tokens, length):
         row = torch.from_numpy(corpus.held_out[start : start + length + 1].astype("int64"))
-        nats += float(functional.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum"))
+        logits = model(row[None, :-1]).logits[0]
+        nats += float(functional.cross_entropy(logits, row[1:], reduction="sum"))
         tokens += length
     per_byte = (len(corpus.held_out) - 1) / corpus.held_out_bytes
     return nats / tokens / math.log(2) * per_byte
 
 
 def served(folder: RunFolder) -> Row:
-    """`sanderling up --model <run>` completes a text as transformers does with the run's folder."""
+    """`sanderling up --model <run>` completes a text, and answers a chat, as transformers does with
+    the run's folder."""
     from transformers import AutoModelForCausalLM
 
-    prompt, length = "The President of the United ", 24
+    prompt = "The President of the United "
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
-    ids = torch.tensor([list(prompt.encode())])
-    made = model.generate(ids, max_new_tokens=length, do_sample=False)[0, ids.shape[1] :]
-    expected = bytes(made.tolist()).decode()
-    body = {"model": folder.path.name, "prompt": prompt, "max_tokens": length, "temperature": 0}
+    expected = (continued(model, prompt), continued(model, f"{prompt}\n"))
+    body = {"model": folder.path.name, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": prompt}]}
     with service(f"model={folder.path}", "prefill.replicas=0") as live:
-        answer = httpx.post(f"{live.url}/v1/completions", json=body, timeout=120)
-    text = answer.raise_for_status().json()["choices"][0]["text"]
-    return Row("the run's folder is served", expected.__repr__(), repr(text), text == expected)
+        url = f"{live.url}/v1"
+        text = httpx.post(f"{url}/completions", json=body | {"prompt": prompt}, timeout=120)
+        answer = httpx.post(f"{url}/chat/completions", json=body | chat, timeout=120)
+    found = (
+        text.raise_for_status().json()["choices"][0]["text"],
+        answer.raise_for_status().json()["choices"][0]["message"]["content"],
+    )
+    check = "the run's folder is served: a completion and a chat"
+    return Row(check, repr(expected), repr(found), found == expected)
+
+
+def continued(model: Any, prompt: str) -> str:
+    """The likeliest bytes after a prompt, by transformers."""
+    ids = torch.tensor([list(prompt.encode())])
+    made = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :]
+    return bytes(made.tolist()).decode()
