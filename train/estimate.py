@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
+from train.communication.exchange import Exchange
+from train.communication.transport import dense_bytes
 from train.job import Job
 from train.layout import FlatModel
 from train.model import Llama
-from train.optimizer import build_optimizer
 from train.precision import COMPUTE
 from train.weights import build_model, read_start
 
@@ -27,7 +28,8 @@ class Estimate:
 
     state_bytes: weights, masters, gradient and optimizer state at the job's sharding stage;
     activation_bytes: what one micro-batch keeps for its backward pass; step_s: of one optimizer
-    step on all workers, from one micro-batch on this machine, cores shared among local workers.
+    step on all workers, from one micro-batch on this machine, cores shared among local workers;
+    sent_bytes: in a step after the warm-up, by the compressor's formula; dense_bytes: uncompressed.
     """
 
     parameters: int
@@ -36,6 +38,8 @@ class Estimate:
     step_s: float
     steps: int
     flops_per_token: float
+    sent_bytes: float
+    dense_bytes: int
 
     @property
     def hours(self) -> float:
@@ -67,7 +71,7 @@ def estimate(job: Job) -> Estimate:
     start = read_start(job)
     model = build_model(job, start)
     flat = FlatModel(model, COMPUTE[job.precision.compute])
-    optimizer = build_optimizer(flat, job.optimizer)
+    exchange = Exchange(job, flat)
     parameters = flat.masters.numel()
     samples = min(job.micro_samples, -(-job.batch_samples // job.workers.count))
     shape = (samples, job.data.sequence_tokens + 1)
@@ -75,13 +79,17 @@ def estimate(job: Job) -> Estimate:
     activation_bytes = _kept_bytes(model, tokens)
     micro_s = min(_micro_s(model, tokens) for _ in range(2))
     portions = -(-job.batch_samples // (job.workers.count * samples))
+    kept = sum(_bytes(tensor) for tensor in exchange.optimizer.tensors().values())
+    workers = job.workers.count
     return Estimate(
         parameters,
-        state_bytes(job, flat, sum(_bytes(t) for t in optimizer.tensors().values())),
+        state_bytes(job, flat, kept) + exchange.memory_bytes(workers),
         activation_bytes,
         micro_s * portions * _crowding(job),
         job.steps,
         flops_per_token(start.config, parameters, job.data.sequence_tokens),
+        exchange.formula_bytes(workers),
+        dense_bytes(_bytes(flat.summed), workers),
     )
 
 

@@ -5,12 +5,15 @@ import os
 import torch
 
 from train.checkpoint.format import MANIFEST, parse_folder
-from train.checkpoint.piece import share
+from train.checkpoint.piece import share, stretch
 from train.checkpoint.reader import Checkpoint, CheckpointReader
 from train.checkpoint.storage import Storage, StorageError
 from train.checkpoint.writer import CheckpointWriter
 from train.state import TrainState
 from train.world import World
+
+RANK = "rank"
+"""Prefix of what differs by rank: rank0/error/..., which each writes whole."""
 
 
 class StoredCheckpoints:
@@ -25,6 +28,9 @@ class StoredCheckpoints:
         writer = CheckpointWriter(self.storage, new_attempt(world), self.keep)
         meta = {"samples": state.samples, "meta": state.meta}
         pieces = share(state.tensors, world.rank, world.size)
+        for name, tensor in state.ranks.get(world.rank, {}).items():
+            whole = stretch(f"{RANK}{world.rank}/{name}", tensor, 0, tensor.numel())
+            pieces.append(whole)
         failure: StorageError | None = None
         try:
             writer.write(state.step, meta, pieces, world.rank, world.size)
@@ -51,9 +57,15 @@ class StoredCheckpoints:
 
 def read_state(checkpoint: Checkpoint) -> TrainState:
     """A whole state, from whatever layout it was written in."""
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
-    meta = checkpoint.meta
-    return TrainState(checkpoint.step, meta["samples"], tensors, meta["meta"])
+    tensors, meta = {}, checkpoint.meta
+    ranks: dict[int, dict[str, torch.Tensor]] = {}
+    for name in checkpoint.names:
+        first, _, rest = name.partition("/")
+        if first.startswith(RANK):
+            ranks.setdefault(int(first.removeprefix(RANK)), {})[rest] = checkpoint.tensor(name)
+        else:
+            tensors[name] = checkpoint.tensor(name)
+    return TrainState(checkpoint.step, meta["samples"], tensors, meta["meta"], ranks)
 
 
 def new_attempt(world: World) -> str:
