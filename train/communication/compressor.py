@@ -76,6 +76,7 @@ class Compressor(Protocol):
     """One rank's; every rank calls it with the same parts in the same order."""
 
     memory: Memory
+    warmup_steps: int
     clips_locally: bool
     """Whether the gradient has to be clipped before it, since what comes out is no gradient."""
 

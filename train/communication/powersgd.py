@@ -1,5 +1,5 @@
-"""PowerSGD (Vogels et al., NeurIPS 2019): a matrix's gradient as the product of two thin ones, found
-by one step of power iteration from those of the last step.
+"""PowerSGD (Vogels et al., NeurIPS 2019): a matrix's gradient as the product of two thin ones,
+found by one step of power iteration from those of the last step.
 
 With M a rank's gradient and what it still owes: P = sum of M Q, made orthonormal; Q = sum of M' P;
 the sum over ranks is then about P Q'. Vectors, and matrices that would not halve, are summed as
