@@ -18,7 +18,7 @@ from train.communication.qsgd import (
     quantise,
 )
 
-DRAWS = 4000
+DRAWS = 1000
 
 
 def gamma(numbers: list[int]) -> str:
@@ -116,10 +116,10 @@ def test_the_mean_is_the_value(levels: int):
     assert sigmas(values, found) < 4
     step = float(values.norm()) / levels
     up = (values.abs() / step).frac()
-    often = DRAWS * up * (1 - up) > 20
+    often = DRAWS * up * (1 - up) > 10
     deviation = step * (up * (1 - up) / DRAWS).sqrt()
     each = (found.mean(0) - values).abs()[often] / deviation[often]
-    assert len(each) > 300 and float(each.max()) < 5
+    assert len(each) > 200 and float(each.max()) < 5
 
 
 def test_rounding_to_nearest_is_not_unbiased():
@@ -137,14 +137,27 @@ def test_the_variance_is_below_its_bound(levels: int):
     assert 0 < variance <= bound * float(values.square().sum())
 
 
-def test_the_code_is_as_short_as_the_theorem_says():
-    """Corollary 3.3: with s = sqrt(n), at most 2.8 n + 32 bits are expected."""
-    levels = math.isqrt(STRETCH)
+def expected_bits(spread: float) -> float:
+    """Of a normal value that is so many levels wide, rounded at random: by integration."""
+    x = np.linspace(0, 8, 80_001)
+    density = 2 * np.exp(-x * x / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    lower = np.floor(x * spread).astype(int)
+    up = x * spread - lower
+
+    def length(level: int) -> int:
+        return len(gamma([level]))
+
+    table = np.array([length(level) for level in range(lower.max() + 2)])
+    return float((density * ((1 - up) * table[lower] + up * table[lower + 1])).sum())
+
+
+@pytest.mark.parametrize("levels", [3, 22, 127])
+def test_codes_are_as_long_as_expected(levels: int):
     lengths = []
-    for draw in range(50):
-        numbers, norms = quantise(normal(STRETCH, draw), levels, seeded(draw))
-        lengths.append(elias.bits_of(numbers) + 32 * len(norms))
-    assert np.mean(lengths) <= 2.8 * STRETCH + 32
+    for draw in range(100):
+        numbers, _ = quantise(normal(STRETCH, draw), levels, seeded(draw))
+        lengths.append(elias.bits_of(numbers) / STRETCH)
+    assert np.mean(lengths) == pytest.approx(expected_bits(levels / math.sqrt(STRETCH)), rel=0.02)
 
 
 def test_a_gradient_that_is_no_number_stays_none():
