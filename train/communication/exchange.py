@@ -34,7 +34,7 @@ class Exchange:
         overlap = job.communication.overlap
         whole = [(0, flat.gradient.numel())]
         self.spans = spans_of(flat, job.communication.bucket_bytes) if overlap else whole
-        self.parts = [_part(flat, span) for span in self.spans]
+        self.parts = [_part(flat, span) for span in self.spans] if self.compressor else []
         self.transport: Callable[[World], Transport] = Transport
         self.sent_bytes = self.dense_bytes = 0
         self._overlap = Overlap(_parameters(flat, self.spans), self._send) if overlap else None
