@@ -1,5 +1,5 @@
-"""Proof rows of what workers send: bytes on the counting transport, ratios against the papers, losses
-against Adam's, and steps on a throttled link."""
+"""Proof rows of what workers send: bytes on the counting transport, ratios against the papers,
+losses against Adam's, and steps on a throttled link."""
 
 import itertools
 import statistics

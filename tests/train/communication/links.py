@@ -1,5 +1,5 @@
-"""Slow links and slow layers, for tests of overlap: both wait rather than work, so that a busy machine
-does not count."""
+"""Slow links and slow layers, for tests of overlap: both wait rather than work, so that a busy
+machine does not count."""
 
 import time
 from typing import Any
@@ -17,19 +17,16 @@ LAYERS = 10
 
 
 class Throttled(Transport):
-    """A link of so many bytes per second: a token bucket that starts empty. sending_s: how long it
-    was busy."""
+    """A link of so many bytes per second, one thing after another."""
 
     def __init__(self, world: World, bytes_per_s: float):
         super().__init__(world)
-        self.bytes_per_s, self.sending_s = bytes_per_s, 0.0
-        self._free_at_s = 0.0
+        self.bytes_per_s, self._free_at_s = bytes_per_s, 0.0
 
     def count(self, sent: int) -> None:
         super().count(sent)
         takes_s = sent / self.bytes_per_s
-        self.sending_s += takes_s
-        self._free_at_s = max(self._free_at_s, time.monotonic() - takes_s) + takes_s
+        self._free_at_s = max(self._free_at_s, time.monotonic()) + takes_s
         time.sleep(max(0.0, self._free_at_s - time.monotonic()))
 
 
