@@ -25,9 +25,7 @@ class DdpHook:
     None: gradients. compressor and world are the same kinds on every rank.
     """
 
-    def __init__(
-        self, compressor: Compressor, world: World, momentum: float | None = None
-    ) -> None:
+    def __init__(self, compressor: Compressor, world: World, momentum: float | None = None) -> None:
         self.compressor, self.transport = compressor, Transport(world)
         self.momentum = momentum
         self.step = 0

@@ -1,6 +1,7 @@
 """Compression as a job's file switches it on: refusals, what is printed, and going on from a
 checkpoint."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def go(
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_run_goes_on_to_the_bit(kind: str, corpus: Path, tmp_path: Path):
-    """Stopped in the middle and started again on as many workers; without its memory it does not."""
+    """Stopped in the middle, started again on as many workers; without its memory it does not."""
     whole = on_threads(2, go, kind, corpus, tmp_path / "whole", STEPS, False)[0]
     first = on_threads(2, go, kind, corpus, tmp_path / "cut", HALF, False)[0]
     second = on_threads(2, go, kind, corpus, tmp_path / "cut", HALF, False)[0]
@@ -124,7 +125,7 @@ def test_a_run_cannot_change_its_compression():
 
 
 def printed(table: Any) -> str:
-    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 

@@ -1,4 +1,4 @@
-"""Buckets that are sent while the backward pass goes on: on a throttled link, and what is summed."""
+"""Buckets that are sent while the backward pass goes on: on a slow link, and what is summed."""
 
 import statistics
 import time
@@ -145,7 +145,7 @@ def test_a_failure_while_sending_is_raised():
 
 
 def test_a_compressed_run_overlaps(tmp_path: Path):
-    """PowerSGD in buckets learns what it learns in one piece: each matrix has factors of its own."""
+    """PowerSGD in buckets learns what it does in one piece: each matrix has factors of its own."""
     tiny.corpus(tmp_path)
     compression = {"kind": "powersgd", "rank": 4, "warmup_steps": 2}
     whole = losses(tmp_path, job(10, compression=compression))

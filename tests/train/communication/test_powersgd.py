@@ -147,7 +147,7 @@ def test_equals_torchs_hook():
 
 
 def reduced(world: ThreadWorld, shape: tuple[int, int], rank: int, warm: bool) -> list[float]:
-    """Relative error of the sum of one matrix, the same at each of eight steps, nothing fed back."""
+    """Relative error of the sum of one matrix, the same at each step, nothing fed back."""
     part = Part("m", (shape,))
     compressor = PowerSgd(rank, 0, 0, error_feedback=False, warm_start=warm)
     generator = torch.Generator().manual_seed(world.rank)
