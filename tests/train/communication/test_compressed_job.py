@@ -29,7 +29,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "powersgd": {"compression": {"kind": "powersgd", "warmup_steps": 2}},
     "dgc": {
         "compression": {"kind": "dgc", "ratio": 0.05, "warmup_steps": 2},
-        "optimizer": {"name": "sgd"},
+        "optimizer": {"name": "sgd", "learning_rate": 0.3},
     },
     "qsgd": {"compression": {"kind": "qsgd", "warmup_steps": 2}},
 }
