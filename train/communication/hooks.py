@@ -51,7 +51,10 @@ class DdpHook:
         return buffer
 
 
-def compressed(state: DdpHook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def compressed(
+    state: DdpHook,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """The hook itself, for `register_comm_hook`."""
     shapes = tuple(tuple(gradient.shape) for gradient in bucket.gradients())
     number, buffer, last = bucket.index(), bucket.buffer(), bucket.is_last()

@@ -40,7 +40,7 @@ class Wait(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         time.sleep(context.backward_s)
         return gradient, None, None
 
@@ -57,7 +57,7 @@ class Slow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             # What takes its time in the backward pass comes before the layer's own gradient.
-            x = Wait.apply(torch.tanh(layer(x)), self.forward_s, self.backward_s)  # type: ignore
+            x = Wait.apply(torch.tanh(layer(x)), self.forward_s, self.backward_s)
         return x
 
 
