@@ -21,6 +21,7 @@ def refused(job: "Job") -> Iterator[str]:
     """What does not go together, the most telling first."""
     yield from _mode(job)
     yield from _sharding(job)
+    yield from _compression(job)
     if job.pipeline.stages:
         yield from _pipeline(job)
 
@@ -87,6 +88,27 @@ def _sharding(job: "Job") -> Iterator[str]:
         yield (
             f"{asked} with workers.where = {job.workers.where!r}: accepted are sharding.stage = 0, "
             'and 1 with resilience.mode = "gemini"; 1 to 3 with workers.where = "local"'
+        )
+
+
+def _compression(job: "Job") -> Iterator[str]:
+    kind, overlap = job.compression.kind, job.communication.overlap
+    wanted = {"onebit": "adamw", "dgc": "sgd"}
+    asked = f'compression.kind = "{kind}"' if kind != "none" else "communication.overlap = true"
+    if wanted.get(kind, job.optimizer.name) != job.optimizer.name:
+        yield (
+            f'{asked} is a form of optimizer.name = "{wanted[kind]}", but '
+            f'optimizer.name = "{job.optimizer.name}"'
+        )
+    if overlap and kind in wanted and job.optimizer.clip_norm:
+        yield (
+            f"communication.overlap = true with {asked} needs optimizer.clip_norm = 0: workers "
+            "clip before they send, and a gradient's norm is known only when all of it is there"
+        )
+    if (kind != "none" or overlap) and (job.sharding.stage or job.pipeline.stages):
+        yield (
+            f"{asked} is about workers that hold the whole state: sharding.stage = 0 and "
+            "pipeline.stages = 0 are accepted"
         )
 
 

@@ -33,7 +33,7 @@ LAUNCHERS = Registry(
 )
 """Who runs a job's workers to their end."""
 
-CURVE = ("model", "data", "run", "optimizer", "schedule")
+CURVE = ("model", "data", "run", "optimizer", "schedule", "compression", "communication")
 """Tables that a run cannot change on the way; of `run`, how much is computed at once may."""
 
 

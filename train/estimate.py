@@ -5,13 +5,17 @@ of a run.
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
 
 from models.config import ModelConfig
+from train.communication.exchange import Exchange
+from train.communication.transport import dense_bytes
 from train.job import Job
+from train.layout import FlatModel
 from train.model import Llama
 from train.precision import COMPUTE, master_dtype
 from train.weights import Start, build_model, read_start
@@ -31,7 +35,9 @@ class Estimate:
     state_bytes: weights, masters, gradient and optimizer state, as sharding and pipeline divide
     them; activation_bytes: what one micro-batch keeps for its backward pass; step_s: of one
     optimizer step on all workers; other_s: of the whole run, but steps: starting and ending,
-    checkpoints at a fixed interval, evaluations; how: where the seconds are from.
+    checkpoints at a fixed interval, evaluations; how: where the seconds are from; sent_bytes: of a
+    worker in a step after the warm-up, by the compressor's formula; dense_bytes: uncompressed; both
+    0 where the state is divided.
     """
 
     parameters: int
@@ -42,6 +48,8 @@ class Estimate:
     flops_per_token: float
     other_s: float
     how: str
+    sent_bytes: float
+    dense_bytes: int
 
     @property
     def hours(self) -> float:
@@ -80,6 +88,7 @@ def estimate(job: Job) -> Estimate:
     tokens = torch.arange(shape[0] * shape[1]).view(shape) % start.config.vocab
     model.to(COMPUTE[job.precision.compute])
     activation_bytes = _kept_bytes(model, tokens)
+    sums = _sums(job, model, moment_bytes(job, start, wide))
     here = job.workers.where in ("local", "elastic")
     if here and job.workers.count <= CROWD * (psutil.cpu_count() or 1):
         del model
@@ -91,14 +100,37 @@ def estimate(job: Job) -> Estimate:
         how += "workers, checkpoints and evaluations are not in it."
     return Estimate(
         parameters,
-        state_bytes(job, start, parameters, moment_bytes(job, start, wide)),
+        state_bytes(job, start, parameters, sums.moments) + sums.memory,
         activation_bytes,
         step_s,
         job.steps,
         flops_per_token(start.config, parameters, job.data.sequence_tokens),
         other_s,
         how,
+        sums.sent,
+        sums.dense,
     )
+
+
+class _Sums(NamedTuple):
+    """Bytes of the optimizer's state and of what compression remembers; sent by a worker in a step,
+    and uncompressed."""
+
+    moments: int
+    memory: int = 0
+    sent: float = 0.0
+    dense: int = 0
+
+
+def _sums(job: Job, model: Llama, moments: int) -> _Sums:
+    if job.sharding.stage or job.pipeline.stages:
+        return _Sums(moments)
+    flat, workers = FlatModel(model, COMPUTE[job.precision.compute]), job.workers.count
+    exchange = Exchange(job, flat)
+    if job.compression.kind != "none":  # which may have taken over a part of the optimizer
+        moments = sum(tensor.nbytes for tensor in exchange.optimizer.tensors().values())
+    dense = dense_bytes(flat.summed.nbytes, workers)
+    return _Sums(moments, exchange.memory_bytes(workers), exchange.formula_bytes(workers), dense)
 
 
 def _rehearsed(job: Job, start: Start) -> tuple[float, float, str]:

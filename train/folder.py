@@ -29,7 +29,9 @@ ENDED = ("finished", "stopped", "failed", "out of budget")
 @dataclass(frozen=True)
 class Status:
     """Where a run is. phase: "starting", "training" or one of ENDED; loss: nats per token, of the
-    last step; bits_per_byte: on held-out text, when last evaluated; usd: spent so far."""
+    last step; bits_per_byte: on held-out text, when last evaluated; usd: spent so far;
+    sent_bytes, dense_bytes: by a worker in the last step for the gradient's sum, and what it would
+    be uncompressed."""
 
     phase: str
     step: int = 0
@@ -42,6 +44,8 @@ class Status:
     left_s: float | None = None
     trained_s: float = 0.0
     usd: float = 0.0
+    sent_bytes: int = 0
+    dense_bytes: int = 0
     workers: int = 0
     generation: int = 0
     reason: str = ""

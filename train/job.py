@@ -67,12 +67,13 @@ class RunTable(Strict):
 
 
 class OptimizerTable(Strict):
-    """AdamW (Loshchilov and Hutter 2019) or, in less memory, Adafactor (Shazeer and Stern 2018)."""
+    """AdamW (Loshchilov and Hutter 2019); in less memory Adafactor (Shazeer and Stern 2018); or
+    momentum SGD."""
 
-    name: Literal["adamw", "adafactor"] = Field("adamw", description="The update rule.")
+    name: Literal["adamw", "adafactor", "sgd"] = Field("adamw", description="The update rule.")
     learning_rate: float = Field(3e-3, gt=0, le=10, description="At its highest.")
     weight_decay: float = Field(0.1, ge=0, le=1, description="Of matrices; norms have none.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment (adamw).")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment (adamw, sgd).")
     beta2: float = Field(0.95, gt=0, lt=1, description="Decay of the second moment (adamw).")
     epsilon: float = Field(
         1e-8, gt=0, description="Added to the root of the second moment (adamw)."
@@ -121,6 +122,37 @@ class ShardingTable(Strict):
     stage: Literal[0, 1, 2, 3] = Field(
         0, description="0 all of it, 1 its share of moments, 2 also gradients, 3 also weights."
     )
+
+
+class CompressionTable(Strict):
+    """How gradients are made smaller on their way between workers (train/communication)."""
+
+    kind: Literal["none", "onebit", "powersgd", "dgc", "qsgd"] = Field(
+        "none", description="1-bit Adam, PowerSGD, Deep Gradient Compression, QSGD, or as they are."
+    )
+    rank: int = Field(2, ge=1, le=4096, description="Of a matrix's gradient (powersgd).")
+    ratio: float = Field(0.001, gt=0, le=1, description="Share of values that is sent (dgc).")
+    bits: int = Field(8, ge=2, le=8, description="A value takes at most (qsgd).")
+    warmup_steps: int = Field(
+        100, ge=0, description="Steps that send all; dgc: in which it sends less and less."
+    )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        for name, kind in (("rank", "powersgd"), ("ratio", "dgc"), ("bits", "qsgd")):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.kind != kind:
+                raise ValueError(
+                    f'{name} = {value} is read where kind = "{kind}", but kind = "{self.kind}"'
+                )
+        return self
+
+
+class CommunicationTable(Strict):
+    """When gradients are sent."""
+
+    overlap: bool = Field(False, description="While the backward pass goes on, in buckets.")
+    bucket_bytes: int = Field(4 << 20, ge=1024, description="Of a bucket's gradient (overlap).")
 
 
 class PipelineTable(Strict):
@@ -209,6 +241,8 @@ class Job(Strict):
     workers: WorkersTable = WorkersTable()
     sharding: ShardingTable = ShardingTable()
     pipeline: PipelineTable = PipelineTable()
+    compression: CompressionTable = CompressionTable()
+    communication: CommunicationTable = CommunicationTable()
     resilience: ResilienceTable = ResilienceTable()
     budget: BudgetTable = BudgetTable()
     report: ReportTable = ReportTable()

@@ -75,6 +75,8 @@ class Journal:
             step=report.step,
             tokens=report.step * self.job.run.batch_tokens,
             loss=report.loss,
+            sent_bytes=report.sent_bytes,
+            dense_bytes=report.dense_bytes,
             tokens_per_s=rate,
             mfu=rate * self.flops_per_token / (size * self.peak),
             left_s=(self.job.steps - report.step) * self._step_s,
@@ -132,6 +134,7 @@ class Journal:
                 "gradient_norm": report.gradient_norm,
                 "learning_rate": report.learning_rate,
                 "step_s": took_s,
+                "sent_bytes": report.sent_bytes,
                 "workers": self.status.workers,
                 "generation": self.status.generation,
             }

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from train.checkpoint.piece import Piece, share
+from train.checkpoint.piece import Piece
 from train.checkpoint.reader import Checkpoint, read_checked
+from train.checkpoint.states import of_ranks, state_pieces
 from train.data.stream import SampleStream
 from train.data.stream import share as share_out
 from train.job import Job
@@ -97,8 +98,8 @@ class Whole(Trainer):
         """Nothing is to be divided."""
 
     def pieces(self, world: World) -> list[Piece]:
-        """See `Learner`: an equal share of every tensor."""
-        return share(self.state().tensors, world.rank, world.size)
+        """See `Learner`: an equal share of every tensor, and what only this worker has."""
+        return state_pieces(self.state(), world)
 
     def restore(self, found: Checkpoint) -> None:
         """See `Learner`."""
@@ -106,7 +107,8 @@ class Whole(Trainer):
             name: read_checked(found, name, tuple(tensor.shape))
             for name, tensor in self.state().tensors.items()
         }
-        self.load(TrainState(found.step, found.meta["samples"], tensors))
+        ranks = of_ranks(found)
+        self.load(TrainState(found.step, found.meta["samples"], tensors, ranks=ranks))
 
     def nats(self, rows: Sequence[Tensor], world: World) -> float:
         """See `Learner`."""

@@ -1,4 +1,4 @@
-"""What turns a summed gradient into new masters: AdamW, or Adafactor in less memory.
+"""What turns a summed gradient into new masters: AdamW, Adafactor in less memory, or momentum SGD.
 
 Both work on flat buffers in place and draw nothing at random, so that workers with equal state and
 gradient stay equal to the bit.
@@ -161,8 +161,33 @@ def _factored(slot: Slot) -> Mapping[str, tuple[int, ...]]:
     return {"exp_avg_sq_row": (rows, 1), "exp_avg_sq_column": (1, columns)}
 
 
+class Sgd:
+    """SGD with momentum beta1 (0: none, and no state), as torch.optim.SGD; weight decay is that of
+    AdamW, times the learning rate and of matrices alone."""
+
+    def __init__(self, flat: FlatModel, table: OptimizerTable, momentum: float) -> None:
+        self.flat, self.table, self.momentum = flat, table, momentum
+        self.exp_avg = torch.zeros_like(flat.masters) if momentum else None
+
+    def update(self, step: int, learning_rate: float) -> None:
+        """See `Optimizer`."""
+        change = self.flat.gradient
+        if self.exp_avg is not None:
+            change = self.exp_avg.mul_(self.momentum).add_(change)
+        self.flat.masters[: self.flat.decayed].mul_(1 - learning_rate * self.table.weight_decay)
+        self.flat.masters.add_(change, alpha=-learning_rate)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Optimizer`."""
+        if self.exp_avg is None:
+            return {}
+        return {f"exp_avg/{name}": t for name, t in self.flat.named(self.exp_avg).items()}
+
+
 def build_optimizer(flat: FlatModel, table: OptimizerTable) -> Optimizer:
     """The optimizer that the job names, with fresh state."""
+    if table.name == "sgd":
+        return Sgd(flat, table, table.beta1)
     return AdamW(flat, table) if table.name == "adamw" else Adafactor(flat, table)
 
 

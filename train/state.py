@@ -18,13 +18,15 @@ class TrainState:
     samples: training samples consumed so far, which is all that the data stream has to know;
     tensors: by "<kind>/<parameter's name>", the same on every rank of data parallel workers, live
     (a step changes them in place: copy what must not change); meta: JSON values, such as the job's
-    fingerprint.
+    fingerprint; ranks: what differs by rank (what compression still owes), this rank's alone, or
+    of all of them where the state was read from a checkpoint.
     """
 
     step: int
     samples: int
     tensors: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
+    ranks: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> dict[str, Tensor]:
         """Tensors of one kind, by the parameter's name."""

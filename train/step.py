@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from train.communication.exchange import Exchange
 from train.data.stream import SampleStream, share
 from train.job import Job
 from train.layout import FlatModel
 from train.model import Llama
-from train.optimizer import build_optimizer, clip
 from train.precision import COMPUTE
 from train.schedule import factor
 from train.state import TrainState
@@ -27,7 +27,8 @@ class StepReport:
     """A finished step, the same on every worker but for `ids`.
 
     step: from 1; samples: consumed after it; loss: nats per token before the update;
-    stop: whether a worker asked for an end; ids: samples that this worker computed.
+    stop: whether a worker asked for an end; ids: samples that this worker computed; sent_bytes,
+    dense_bytes: what it sent for the gradient's sum, and would have sent uncompressed.
     """
 
     step: int
@@ -37,6 +38,8 @@ class StepReport:
     learning_rate: float
     stop: bool
     ids: list[int]
+    sent_bytes: int = 0
+    dense_bytes: int = 0
 
 
 class Trainer:
@@ -45,7 +48,8 @@ class Trainer:
     def __init__(self, job: Job, model: Llama, stream: SampleStream) -> None:
         self.job, self.model, self.stream = job, model, stream
         self.flat = FlatModel(model, COMPUTE[job.precision.compute])
-        self.optimizer = build_optimizer(self.flat, job.optimizer)
+        self.exchange = Exchange(job, self.flat)
+        self.optimizer = self.exchange.optimizer
         self.step_number = self.samples = 0
         self.before_update: Callable[[], None] = lambda: None
         """Called in each step before the first change of the state."""
@@ -55,15 +59,17 @@ class Trainer:
         mine = share(self.samples, self.job.batch_samples, world.rank, world.size)
         flat, summed = self.flat, self.flat.summed
         flat.clear_gradient()
-        tokens = self.job.run.batch_tokens
-        for first in range(mine.first, mine.first + mine.samples, self.job.micro_samples):
-            count = min(self.job.micro_samples, mine.first + mine.samples - first)
+        tokens, end = self.job.run.batch_tokens, mine.first + mine.samples
+        self.exchange.begin(world, self.step_number + 1)
+        for first in range(mine.first, end, self.job.micro_samples):
+            count = min(self.job.micro_samples, end - first)
+            if first + count == end:
+                self.exchange.follow()
             loss = self.model.loss(self.stream.batch(first, count)) / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             summed[-2] += loss.detach()
         summed[-1] = float(stop)
-        world.all_reduce(summed)
-        norm = clip(flat.gradient, self.job.optimizer.clip_norm)
+        norm = self.exchange.sum()
         refuse_infinite(norm, self.step_number + 1, self.job)
         rate = self.job.optimizer.learning_rate
         rate *= factor(self.job.schedule, self.step_number, self.job.steps)
@@ -74,7 +80,8 @@ class Trainer:
         self.samples += self.job.batch_samples
         ids = self.stream.ids(mine.first, mine.samples)
         loss_nats, asked = float(summed[-2]), bool(summed[-1])
-        return StepReport(self.step_number, self.samples, loss_nats, norm, rate, asked, ids)
+        told = (self.step_number, self.samples, loss_nats, norm, rate, asked, ids)
+        return StepReport(*told, self.exchange.sent_bytes, self.exchange.dense_bytes)
 
     def state(self) -> TrainState:
         """The run as it stands, its tensors live."""
@@ -82,7 +89,8 @@ class Trainer:
         tensors = {f"param/{name}": tensor for name, tensor in named(self.flat.weights).items()}
         if self.flat.weights is not self.flat.masters:
             tensors |= {f"master/{name}": t for name, t in named(self.flat.masters).items()}
-        return TrainState(self.step_number, self.samples, tensors | self.optimizer.tensors())
+        tensors |= self.optimizer.tensors()
+        return TrainState(self.step_number, self.samples, tensors, ranks=self.exchange.memory())
 
     def load(self, state: TrainState) -> None:
         """Goes on from a state of the same job, whose values are copied. ValueError when it is of
@@ -96,6 +104,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in mine.items():
                 tensor.copy_(state.tensors[name])
+        self.exchange.load(state.ranks)
         self.step_number, self.samples = state.step, state.samples
 
 

@@ -43,7 +43,15 @@ def line(status: Status) -> str:
         words.append(f"{duration(status.left_s or 0)} left")
     if status.usd:
         words.append(f"{status.usd:.4f} $")
+    if status.sent_bytes and status.sent_bytes < status.dense_bytes:
+        words.append(f"sent 1/{status.dense_bytes / status.sent_bytes:.1f} of dense")
     return ", ".join(words)
+
+
+def sent(sent_bytes: float, dense_bytes: float) -> str:
+    """What a worker sends a step, and how much less than uncompressed that is."""
+    share = dense_bytes / sent_bytes
+    return f"{sent_bytes / MIB:.3f} MiB per worker and step, 1/{share:.1f} of dense"
 
 
 class Progress:
@@ -96,6 +104,8 @@ def status_table(folder: RunFolder) -> Table:
         "workers": f"{status.workers}, generation {status.generation}",
         "trained": duration(status.trained_s) + (f", {status.usd:.4f} $" if status.usd else ""),
     }
+    if status.sent_bytes:
+        rows["communication"] = sent(status.sent_bytes, status.dense_bytes) + ", measured"
     if status.phase == "training" and status.left_s is not None:
         rows["left"] = duration(status.left_s)
     for name, value in rows.items():
@@ -116,11 +126,20 @@ def estimate_table(job: Job, found: "Estimate") -> Table:
         "computation": f"{per_token:.1f} MFLOP per token",
         "steps": f"{found.steps} of {job.run.batch_tokens} tokens on {workers} workers",
         "step": f"{found.step_s * 1e3:.0f} ms" if found.step_s < 10 else duration(found.step_s),
+        "communication": _sent(job, found),
         "in all": duration(found.hours * 3600) + (f", {usd:.4f} $" if usd else ""),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _sent(job: Job, found: "Estimate") -> str:
+    if not found.sent_bytes:
+        return "none: one worker" if job.workers.count == 1 else "by how the state is divided"
+    late = job.compression.kind != "none" and job.compression.warmup_steps
+    told = sent(found.sent_bytes, found.dense_bytes)
+    return told + (f" after {late} steps of warm-up" if late else "")
 
 
 def plot(folder: RunFolder, path: Path) -> bool:

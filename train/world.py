@@ -118,34 +118,34 @@ class GlooWorld:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """See `World`."""
-        with _as_change():
+        with as_change():
             dist.all_reduce(tensor, group=self._group)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """See `World`."""
-        with _as_change():
+        with as_change():
             dist.broadcast(tensor, group=self._group, group_src=source)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """See `World`."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _as_change():
+        with as_change():
             dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
     def send(self, tensor: Tensor, to: int) -> None:
         """See `World`."""
-        with _as_change():
+        with as_change():
             dist.send(tensor, group=self._group, group_dst=to)
 
     def recv(self, tensor: Tensor, source: int) -> None:
         """See `World`."""
-        with _as_change():
+        with as_change():
             dist.recv(tensor, group=self._group, group_src=source)
 
     def barrier(self) -> None:
         """See `World`."""
-        with _as_change():
+        with as_change():
             dist.barrier(group=self._group)
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ def join(
 
 
 @contextmanager
-def _as_change() -> "Iterator[None]":
+def as_change() -> "Iterator[None]":
     """Gloo's RuntimeError about a peer as a `WorldChanged`."""
     try:
         yield

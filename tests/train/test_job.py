@@ -26,7 +26,7 @@ def test_an_empty_file_is_the_demo(tmp_path: Path):
 REFUSED = {
     "run.batch_tokens = 100": "must be a multiple of data.sequence_tokens = 256",
     "run.token = 3": "the nearest is tokens",
-    "optimizer.name = 'sgd'": "'adamw' or 'adafactor'",
+    "optimizer.name = 'lion'": "'adamw', 'adafactor' or 'sgd'",
     "model.heads = 5": "hidden must be a multiple of 2 x heads = 10",
     "model.kv_heads = 3": "heads must be a multiple of kv_heads = 3",
     "run.micro_batch_tokens = 8": "must be at least data.sequence_tokens = 256",

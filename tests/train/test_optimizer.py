@@ -54,6 +54,8 @@ def both(table: OptimizerTable, dtype: torch.dtype) -> tuple[Weights, Weights]:
         peer = torch.optim.AdamW(
             parts, lr=table.learning_rate, betas=betas, eps=table.epsilon, foreach=False
         )
+    elif table.name == "sgd":
+        peer = torch.optim.SGD(parts, lr=table.learning_rate, momentum=table.beta1)
     else:
         peer = torch.optim.Adafactor(parts, lr=table.learning_rate, foreach=False)
     for step in range(1, STEPS + 1):
@@ -94,6 +96,16 @@ def test_decaying_norms_is_noticed(monkeypatch):
     with pytest.raises(AssertionError):
         mine, theirs = both(table, torch.float64)
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs(momentum: float):
+    """Without weight decay, which torch's adds to the gradient instead."""
+    table = OptimizerTable(name="sgd", beta1=momentum, weight_decay=0, learning_rate=0.05)
+    mine, theirs = both(table, torch.float64)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    decayed, _ = both(table.model_copy(update={"weight_decay": 0.1}), torch.float64)
+    assert float((decayed["first.weight"] - mine["first.weight"]).abs().max()) > 1e-4
 
 
 def test_adafactor_keeps_a_row_and_a_column():

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 
 from train.checkpoint.format import MANIFEST, parse_folder
-from train.checkpoint.piece import Piece, share
+from train.checkpoint.piece import Piece, share, stretch
 from train.checkpoint.reader import Checkpoint, CheckpointReader
 from train.checkpoint.storage import Storage, StorageError
 from train.checkpoint.writer import CheckpointWriter
 from train.state import TrainState
 from train.world import World
+
+RANK = "rank"
+"""Prefix of what differs by rank: rank0/error/..., which each writes whole."""
 
 
 class StoredCheckpoints:
@@ -24,7 +27,7 @@ class StoredCheckpoints:
     def save(self, state: TrainState, world: World) -> None:
         """Keeps a copy of a state that all ranks hold alike; see `write`."""
         meta = {"samples": state.samples, "meta": state.meta}
-        self.write(state.step, meta, share(state.tensors, world.rank, world.size), world)
+        self.write(state.step, meta, state_pieces(state, world), world)
 
     def write(self, step: int, meta: dict[str, Any], pieces: Sequence[Piece], world: World) -> None:
         """Keeps a copy of every rank's pieces; when it returns, on any rank, all of it is durable,
@@ -62,11 +65,30 @@ class StoredCheckpoints:
                 self.storage.drop(folder, MANIFEST)
 
 
+def state_pieces(state: TrainState, world: World) -> list[Piece]:
+    """This rank's equal share of what all hold alike, and all of what only it has."""
+    pieces = share(state.tensors, world.rank, world.size)
+    for name, tensor in state.ranks.get(world.rank, {}).items():
+        pieces.append(stretch(f"{RANK}{world.rank}/{name}", tensor, 0, tensor.numel()))
+    return pieces
+
+
+def of_ranks(checkpoint: Checkpoint) -> dict[int, dict[str, torch.Tensor]]:
+    """What differed by rank when it was written, by rank."""
+    ranks: dict[int, dict[str, torch.Tensor]] = {}
+    for name in checkpoint.names:
+        first, _, rest = name.partition("/")
+        if first.startswith(RANK):
+            ranks.setdefault(int(first.removeprefix(RANK)), {})[rest] = checkpoint.tensor(name)
+    return ranks
+
+
 def read_state(checkpoint: Checkpoint) -> TrainState:
     """A whole state, from whatever layout it was written in."""
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
-    meta = checkpoint.meta
-    return TrainState(checkpoint.step, meta["samples"], tensors, meta["meta"])
+    alike = (name for name in checkpoint.names if not name.startswith(RANK))
+    tensors, meta = {name: checkpoint.tensor(name) for name in alike}, checkpoint.meta
+    ranks = of_ranks(checkpoint)
+    return TrainState(checkpoint.step, meta["samples"], tensors, meta["meta"], ranks)
 
 
 def new_attempt(world: World) -> str:

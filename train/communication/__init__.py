@@ -1,0 +1,1 @@
+"""What workers tell each other of a gradient: compressors, counted bytes, overlap."""
