@@ -24,13 +24,13 @@ class Exchange:
     """One worker's. Each step: `begin`, `follow` before its last backward pass, `sum`.
 
     sent_bytes: what this worker sent in the last step; dense_bytes: what it would have sent
-    uncompressed; transport: what opens a world's, for tests on slow links.
+    uncompressed; optimizer: None for the job's; transport: what opens a world's, for tests on slow links.
     """
 
-    def __init__(self, job: Job, flat: FlatModel) -> None:
+    def __init__(self, job: Job, flat: FlatModel, optimizer: Optimizer | None = None) -> None:
         self.job, self.flat = job, flat
         self.compressor = build_compressor(job)
-        self.optimizer = _optimizer(job, flat)
+        self.optimizer = optimizer or _optimizer(job, flat)
         overlap = job.communication.overlap
         whole = [(0, flat.gradient.numel())]
         self.spans = spans_of(flat, job.communication.bucket_bytes) if overlap else whole

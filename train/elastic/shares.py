@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.checkpoint.piece import Piece, dtype_name
 from train.checkpoint.reader import Checkpoint, read_checked
+from train.communication.exchange import Exchange
 from train.data.stream import SampleStream, share
 from train.elastic.facts import share_facts
 from train.elastic.messages import Version
@@ -94,6 +95,7 @@ class SharedOut(Whole):
         self.wide = self.flat.masters.dtype
         self.flat.masters = self.flat.masters[:0]
         self.shared = SharedAdamW(self.flat, job.optimizer)
+        self.exchange = Exchange(job, self.flat, self.shared)
         self.optimizer = self.shared
         self.step_number = self.samples = 0
         self.before_update = lambda: None
