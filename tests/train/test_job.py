@@ -35,7 +35,7 @@ REFUSED = {
     "schedule = {name = 'wsd', warmup = 0.9}": "at most 1",
     "name = '../elsewhere'": "name",
     "optimizer.learning_rate = nan": "learning_rate",
-    "sharding.stage = 4": "sharding.stage",
+    "sharding.stage = 4": "1, 2 or 3",
     "resilience.mode = 'prayer'": "'bamboo'",
     "x = ": "not valid TOML",
 }
