@@ -1,4 +1,4 @@
-"""What a job is said to take: bytes by the table of ZeRO, seconds by a rehearsal that counts all."""
+"""What a job is said to take: bytes by the table of ZeRO, seconds by a rehearsal."""
 
 import json
 from pathlib import Path

@@ -35,7 +35,7 @@ REFUSED = {
     "schedule = {name = 'wsd', warmup = 0.9}": "at most 1",
     "name = '../elsewhere'": "name",
     "optimizer.learning_rate = nan": "learning_rate",
-    "sharding.stage = 4": "sharding.stage",
+    "sharding.stage = 4": "1, 2 or 3",
     "resilience.mode = 'prayer'": "'bamboo'",
     "x = ": "not valid TOML",
 }
@@ -43,6 +43,7 @@ REFUSED = {
 
 ELASTIC = "workers = {count = 4, where = 'elastic'}\n"
 PIPELINE = "precision.compute = 'float32'\nmodel.tied_head = false\n"
+NO_CHECKPOINTS = "resilience = {mode = 'varuna', checkpoint_every_steps = 0}\n"
 APART = {
     "sharding.stage = 2\noptimizer.name = 'adafactor'": 'optimizer.name = "adamw" is accepted',
     ELASTIC + "sharding.stage = 3": '1 with resilience.mode = "gemini"',
@@ -55,9 +56,7 @@ APART = {
     ELASTIC + PIPELINE + "resilience.mode = 'oobleck'\npipeline.stages = 3": "at least 6",
     ELASTIC + PIPELINE + "resilience.mode = 'oobleck'\npipeline.stages = 2": "a micro-batch",
     ELASTIC + PIPELINE + "pipeline.stages = 2": '"bamboo", "oobleck" or "varuna" is accepted',
-    ELASTIC
-    + PIPELINE
-    + "pipeline.stages = 2\nresilience = {mode = 'varuna', checkpoint_every_steps = 0}": "1 or more",
+    ELASTIC + PIPELINE + NO_CHECKPOINTS + "pipeline.stages = 2": "1 or more",
     PIPELINE + "pipeline.stages = 3": "workers.count = 2",
     PIPELINE + "workers.count = 3\npipeline.stages = 2": "a multiple of pipeline.stages = 2",
     PIPELINE + "workers.count = 6\npipeline.stages = 6": "at most 5 are accepted",
