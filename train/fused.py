@@ -31,9 +31,10 @@ class _RMSNorm(Function):
         return (wide * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         """With y = x / r: (g w - y mean(g w y)) / r, and the sum of g y."""
+        (gradient,) = gradients
         x, weight, inverse = ctx.saved_tensors
         wide, scale = gradient.to(inverse.dtype), weight.to(inverse.dtype)
         normal = x * inverse
@@ -46,7 +47,7 @@ class _RMSNorm(Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension (Zhang and Sennrich 2019), in float32 at least.
     x: (..., width); weight: (width,)."""
-    out: Tensor = _RMSNorm.apply(x, weight, eps)
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -59,19 +60,20 @@ class _Project(Function):
         return functional.linear(x, joined)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """One product for the input, one for all matrices."""
+        (gradient,) = gradients
         x, *weights = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         of_weights = rows.t() @ x.flatten(0, -2)
         of_x = (rows @ _joined(weights)).view(x.shape)
-        return of_x, *of_weights.split([len(weight) for weight in weights])
+        return of_x, *torch.split(of_weights, [len(weight) for weight in weights])
 
 
 def project(x: Tensor, *weights: Tensor) -> Tensor:
     """x: (..., width) times several matrices (out_i, width) in one product: (..., sum of out_i)."""
-    out: Tensor = _Project.apply(x, *weights)
+    out: Tensor = _Project.apply(x, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -98,9 +100,10 @@ class _SwiGLU(Function):
         return opened * up
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         """Both halves are written where the joined product's gradient wants them."""
+        (gradient,) = gradients
         joined, opened = ctx.saved_tensors
         gate, up = joined.chunk(2, -1)
         out = torch.empty_like(joined)
@@ -112,7 +115,7 @@ class _SwiGLU(Function):
 
 def swiglu(joined: Tensor) -> Tensor:
     """silu(gate) x up (Shazeer 2020) of (..., 2 x width), gate first."""
-    out: Tensor = _SwiGLU.apply(joined)
+    out: Tensor = _SwiGLU.apply(joined)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -124,9 +127,10 @@ class _Rotate(Function):
         return _turned(x, cos, sin)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """The same angles, the other way."""
+        (gradient,) = gradients
         cos, sin = ctx.saved_tensors
         return _turned(gradient, cos, -sin), None, None
 
@@ -134,7 +138,7 @@ class _Rotate(Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: (batch, tokens, heads, head_dim), its halves turned by each position's angles (Su et al.
     2021, in the half-split order); cos, sin: (tokens, head_dim / 2)."""
-    out: Tensor = _Rotate.apply(x, cos, sin)
+    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -156,10 +160,11 @@ class _Attention(Function):
         return _whole(query, key, value)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores anew, ROWS of queries at a time against the keys up to theirs. The queries of a
         key's group are rows beside each other, so its gradient is summed by the product."""
+        (gradient,) = gradients
         query, key, value = ctx.saved_tensors
         batch, tokens, heads, width = query.shape
         kv_heads, group = key.shape[2], heads // key.shape[2]
@@ -195,7 +200,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     kv_heads, head_dim), heads a multiple of kv_heads. Out: as query."""
     if query.shape[1] > SHORT_TOKENS:
         return _whole(query, key, value)
-    out: Tensor = _Attention.apply(query, key, value)
+    out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out
 
 

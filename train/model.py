@@ -37,6 +37,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = config.heads, config.kv_heads, config.head_dim
+        self.biased = config.qkv_bias
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden, query, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden, key, bias=config.qkv_bias)
@@ -48,8 +49,9 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         sizes = [self.heads + self.kv_heads, self.kv_heads]
         joined = self._project(x).view(batch, tokens, sum(sizes), self.width)
-        turned, value = joined.split(sizes, 2)
-        query, key = rotate(turned, cos, sin).split([self.heads, self.kv_heads], 2)
+        turned, value = torch.split(joined, sizes, 2)
+        both = rotate(turned, cos, sin)
+        query, key = torch.split(both, [self.heads, self.kv_heads], 2)
         mixed = attention(query, key, value)
         out: Tensor = self.o_proj(mixed.reshape(batch, tokens, -1))
         return out
@@ -57,7 +59,7 @@ class Attention(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         parts = (self.q_proj, self.k_proj, self.v_proj)
         out = project(x, *(part.weight for part in parts))
-        if self.q_proj.bias is None:
+        if not self.biased:
             return out
         return out + torch.cat([part.bias for part in parts])
 
