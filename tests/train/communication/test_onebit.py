@@ -53,7 +53,7 @@ def gradients(rank: int, step: int) -> torch.Tensor:
 
 def mean_error(world: ThreadWorld, feedback: bool, steps: int) -> float:
     """How far the sum of all that came is from the sum of all that was given, by step."""
-    part, link = Part("p", ((20, 20), (200,))), ThreadTransport(world)  # type: ignore[arg-type]
+    part, link = Part("p", ((20, 20), (200,))), ThreadTransport(world)
     compressor = SignCompressor(0, error_feedback=feedback)
     owed = torch.zeros(600, dtype=torch.float64)
     for step in range(1, steps + 1):
