@@ -117,9 +117,9 @@ def rate_factor(wanted: Any, step: int) -> float:
     """The default schedule, a cosine after 5 % of warm-up, falling to a tenth."""
     warmup = round(0.05 * wanted.steps)
     if step <= warmup:
-        return step / warmup
+        return float(step / warmup)
     done = (step - warmup) / (wanted.steps - warmup)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+    return float(0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def test_alone_it_is_adam_with_its_variance_frozen(corpus: Path):
