@@ -45,6 +45,7 @@ def learn(world: ThreadWorld, corpus: Path, wanted: Any, change: Any = None) -> 
 def losses(corpus: Path, wanted: Any, change: Any = None, size: int = 2) -> dict[str, Any]:
     """Of rank 0, after every rank was seen to have the same weights."""
     found = on_threads(size, learn, corpus, wanted, change)
-    assert all((rank["weights"] == found[0]["weights"]).all() for rank in found)
-    last = found[0]["losses"][-20:]
-    return found[0] | {"end": sum(last) / len(last)}
+    first: dict[str, Any] = found[0]
+    assert all((rank["weights"] == first["weights"]).all() for rank in found)
+    last = first["losses"][-20:]
+    return first | {"end": sum(last) / len(last)}

@@ -44,7 +44,7 @@ def gradient(rank: int, step: int) -> torch.Tensor:
 
 def run(world: ThreadWorld, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     """STEPS sums on one rank, the exact ones beside them."""
-    compressor, link = build(kind, **settings), ThreadTransport(world)  # type: ignore[arg-type]
+    compressor, link = build(kind, **settings), ThreadTransport(world)
     found, exact = [], []
     for step in range(1, STEPS + 1):
         local = gradient(world.rank, step)
@@ -118,7 +118,7 @@ def test_bytes_are_those_of_the_formula(kind: str):
 
 def abandoned(world: ThreadWorld, kind: str, tries: int) -> list[torch.Tensor]:
     """Three sums, of which the second is tried `tries` times before it counts."""
-    compressor, link = build(kind, **KINDS[kind]), ThreadTransport(world)  # type: ignore[arg-type]
+    compressor, link = build(kind, **KINDS[kind]), ThreadTransport(world)
     found = []
     for step in (1, 2, 3):
         for _ in range(tries if step == 2 else 0):

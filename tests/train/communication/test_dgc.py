@@ -28,7 +28,7 @@ def gradient(rank: int, step: int) -> torch.Tensor:
 def run(world: ThreadWorld, settings: dict[str, Any]) -> dict[str, Any]:
     """Sums of each step, and what is kept back after it."""
     compressor = DeepGradient(RATIO, MOMENTUM, 0, **settings)
-    link = ThreadTransport(world)  # type: ignore[arg-type]
+    link = ThreadTransport(world)
     found, kept = [], []
     for step in range(1, STEPS + 1):
         local = gradient(world.rank, step)
@@ -97,7 +97,7 @@ def test_the_share_falls_as_published():
 
 
 def one_step(world: ThreadWorld, part: Part) -> int:
-    link = ThreadTransport(world)  # type: ignore[arg-type]
+    link = ThreadTransport(world)
     local = torch.randn(part.elements, generator=torch.Generator().manual_seed(world.rank))
     DeepGradient(0.001, 0.9, 0).reduce(part, local, link, 1)
     return link.sent_bytes

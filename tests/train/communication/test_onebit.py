@@ -53,7 +53,7 @@ def gradients(rank: int, step: int) -> torch.Tensor:
 
 def mean_error(world: ThreadWorld, feedback: bool, steps: int) -> float:
     """How far the sum of all that came is from the sum of all that was given, by step."""
-    part, link = Part("p", ((20, 20), (200,))), ThreadTransport(world)  # type: ignore[arg-type]
+    part, link = Part("p", ((20, 20), (200,))), ThreadTransport(world)
     compressor = SignCompressor(0, error_feedback=feedback)
     owed = torch.zeros(600, dtype=torch.float64)
     for step in range(1, steps + 1):
@@ -117,9 +117,9 @@ def rate_factor(wanted: Any, step: int) -> float:
     """The default schedule, a cosine after 5 % of warm-up, falling to a tenth."""
     warmup = round(0.05 * wanted.steps)
     if step <= warmup:
-        return step / warmup
+        return float(step / warmup)
     done = (step - warmup) / (wanted.steps - warmup)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+    return float(0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def test_alone_it_is_adam_with_its_variance_frozen(corpus: Path):

@@ -48,7 +48,7 @@ def test_the_ratio_of_resnet18_is_the_published_one(rank: int, published: int):
 
 def sent_by_one_step(world: ThreadWorld, rank: int) -> int:
     part = Part("all", resnet18())
-    transport = ThreadTransport(world)  # type: ignore[arg-type]
+    transport = ThreadTransport(world)
     local = torch.randn(part.elements, generator=torch.Generator().manual_seed(world.rank))
     PowerSgd(rank, 0, 0).reduce(part, local, transport, 1)
     return transport.sent_bytes
@@ -156,7 +156,7 @@ def reduced(world: ThreadWorld, shape: tuple[int, int], rank: int, warm: bool) -
     world.all_reduce(whole)
     errors = []
     for step in range(1, 41):
-        found = compressor.reduce(part, local, ThreadTransport(world), step)  # type: ignore
+        found = compressor.reduce(part, local, ThreadTransport(world), step)
         compressor.memory.commit()
         errors.append(float((found - whole).norm() / whole.norm()))
     return errors

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from train.communication.transport import Transport
@@ -29,7 +30,7 @@ class Table:
 class ThreadWorld:
     """A `World` of threads."""
 
-    group = None
+    group: dist.ProcessGroup | None = None
     generation = 0
 
     def __init__(self, table: Table, rank: int):
