@@ -120,6 +120,49 @@ class ShardingTable(Strict):
     )
 
 
+class MemoryTable(Strict):
+    """What is done to train in less memory (train/memory)."""
+
+    activations: Literal["keep", "recompute", "mesa", "gact"] = Field(
+        "keep", description="Kept, computed again, in 8 bits (mesa) or in as many as pay (gact)."
+    )
+    bits: float = Field(8, ge=1, le=8, description="Mean bits of saved numbers (gact); mesa has 8.")
+    recompute: Literal["all", "cheap"] = Field(
+        "all", description="A whole layer, or all but products and attention (recompute)."
+    )
+    layers: int = Field(0, ge=0, description="Layers from the first on that do so; 0: all.")
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none", description="Where masters and moments are: cpu; disk: weights and gradient, too."
+    )
+    folder: str = Field(
+        "", description="Of the files; empty: none for cpu (plain memory), the run's for disk."
+    )
+    late_from_step: int = Field(
+        0, ge=0, description="From this step on updates come one late, beside the next (cpu); 0: no."
+    )
+    tile_bytes: int = Field(
+        64 << 20, ge=4096, description="Larger matrices are read and computed in tiles (disk)."
+    )
+
+    @model_validator(mode="after")
+    def _sense(self) -> Self:
+        if self.activations == "mesa" and self.bits != 8:
+            raise ValueError(f"bits = {self.bits}: mesa has 8; gact takes 1 to 8")
+        if self.offload == "disk" and self.activations not in ("keep", "recompute"):
+            raise ValueError(
+                f'activations = "{self.activations}" does not go with offload = "disk", which keeps '
+                'the inputs of layers and computes the rest again: "keep" and "recompute" do'
+            )
+        if self.late_from_step and self.offload != "cpu":
+            raise ValueError('late_from_step needs offload = "cpu"; 0 is accepted elsewhere')
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for."""
+        return self.activations == "keep" and self.offload == "none"
+
+
 class ResilienceTable(Strict):
     """What a loss costs."""
 
@@ -178,6 +221,7 @@ class Job(Strict):
     precision: PrecisionTable = PrecisionTable()
     workers: WorkersTable = WorkersTable()
     sharding: ShardingTable = ShardingTable()
+    memory: MemoryTable = MemoryTable()
     resilience: ResilienceTable = ResilienceTable()
     budget: BudgetTable = BudgetTable()
     report: ReportTable = ReportTable()
@@ -199,6 +243,16 @@ class Job(Strict):
             raise ValueError(
                 f"sharding.stage = {self.sharding.stage}: jobs keep the whole state on every "
                 "worker so far, and 0 is accepted; train.parallel.zero shares it out in code"
+            )
+        if self.memory.offload != "none" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f'memory.offload = "{self.memory.offload}" needs optimizer.name = "adamw", whose '
+                "update goes stretch by stretch"
+            )
+        if self.memory.late_from_step and self.workers.where != "local":
+            raise ValueError(
+                f'memory.late_from_step needs workers.where = "local", not "{self.workers.where}": '
+                "an update under way cannot be abandoned"
             )
         return self
 
