@@ -3,7 +3,8 @@ trying one micro-batch here. Behind `--dry-run`, and the MFU of a run.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from train.job import Job
 from train.layout import FlatModel
+from train.memory.plan import memory_rows
 from train.model import Llama
 from train.optimizer import build_optimizer
 from train.precision import COMPUTE
@@ -27,7 +29,8 @@ class Estimate:
 
     state_bytes: weights, masters, gradient and optimizer state at the job's sharding stage;
     activation_bytes: what one micro-batch keeps for its backward pass; step_s: of one optimizer
-    step on all workers, from one micro-batch on this machine, cores shared among local workers.
+    step on all workers, from one micro-batch on this machine, cores shared among local workers;
+    memory: what the job's `[memory]` changes of that, in words. The rest is without it.
     """
 
     parameters: int
@@ -36,6 +39,7 @@ class Estimate:
     step_s: float
     steps: int
     flops_per_token: float
+    memory: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hours(self) -> float:
@@ -82,6 +86,7 @@ def estimate(job: Job) -> Estimate:
         micro_s * portions * _crowding(job),
         job.steps,
         flops_per_token(start.config, parameters, job.data.sequence_tokens),
+        memory_rows(job, start.config, parameters),
     )
 
 

@@ -138,7 +138,9 @@ class MemoryTable(Strict):
         "", description="Of the files; empty: none for cpu (plain memory), the run's for disk."
     )
     late_from_step: int = Field(
-        0, ge=0, description="From this step on updates come one late, beside the next (cpu); 0: no."
+        0,
+        ge=0,
+        description="Updates from this step on come one late, beside passes (cpu); 0: no.",
     )
     tile_bytes: int = Field(
         64 << 20, ge=4096, description="Larger matrices are read and computed in tiles (disk)."
@@ -150,8 +152,8 @@ class MemoryTable(Strict):
             raise ValueError(f"bits = {self.bits}: mesa has 8; gact takes 1 to 8")
         if self.offload == "disk" and self.activations not in ("keep", "recompute"):
             raise ValueError(
-                f'activations = "{self.activations}" does not go with offload = "disk", which keeps '
-                'the inputs of layers and computes the rest again: "keep" and "recompute" do'
+                f'activations = "{self.activations}" does not go with offload = "disk", which '
+                'computes layers again from their inputs: "keep" and "recompute" do'
             )
         if self.late_from_step and self.offload != "cpu":
             raise ValueError('late_from_step needs offload = "cpu"; 0 is accepted elsewhere')
@@ -286,4 +288,6 @@ def read_job(path: Path) -> Job:
         source if source in KNOWN_SOURCES else str(home / source) for source in job.data.sources
     )
     data = job.data.model_copy(update={"sources": sources})
-    return job.model_copy(update={"folder": home / job.folder, "data": data})
+    place = str(home / job.memory.folder) if job.memory.folder else ""
+    memory = job.memory.model_copy(update={"folder": place})
+    return job.model_copy(update={"folder": home / job.folder, "data": data, "memory": memory})

@@ -19,9 +19,10 @@ from train.export import export
 from train.folder import RunFolder
 from train.job import Job
 from train.journal import Journal
+from train.memory.trainers import RunTrainer, build_trainer
 from train.state import TrainState
-from train.step import StepReport, Trainer
-from train.weights import Start, build_model, read_start
+from train.step import StepReport
+from train.weights import Start, read_start
 from train.world import World
 
 Ending = Literal["finished", "stopped", "out of budget"]
@@ -36,8 +37,8 @@ class Run:
         self.start: Start = read_start(job)
         self.corpus: Corpus = open_corpus(folder.corpus)
         stream = SampleStream(self.corpus.train, job.data.sequence_tokens, job.run.seed)
-        self.trainer = Trainer(job, build_model(job, self.start), stream)
-        parameters = self.trainer.flat.masters.numel()
+        self.trainer: RunTrainer = build_trainer(job, folder, self.start, stream)
+        parameters = sum(math.prod(slot.shape) for slot in self.trainer.flat.slots)
         self.journal = Journal(job, folder, self.start.config, parameters)
         self.saved_step = self.evaluated_step = -1
         self.last: dict[str, float] = {}  # what the last finished step came to, if there was one
@@ -75,7 +76,7 @@ class Run:
         """What a checkpoint keeps."""
         state, status = self.trainer.state(), self.journal.status
         meta = {"corpus": self.corpus.fingerprint, "trained_s": status.trained_s, "usd": status.usd}
-        return replace(state, meta=meta | {"last": self.last})
+        return replace(state, meta=state.meta | meta | {"last": self.last})
 
     def evaluate(self, world: World) -> float:
         """Bits per byte of the held-out text's beginning, shared out among the workers."""

@@ -117,6 +117,7 @@ def estimate_table(job: Job, found: "Estimate") -> Table:
         "steps": f"{found.steps} of {job.run.batch_tokens} tokens on {workers} workers",
         "step": f"{found.step_s * 1e3:.0f} ms",
         "in all": duration(found.hours * 3600) + (f", {usd:.4f} $" if usd else ""),
+        **found.memory,
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -1,1 +1,1 @@
-"""Training in less memory: activations saved in few bits or computed again, state on other tiers."""
+"""Training in less memory: activations in few bits or computed again, state elsewhere."""

@@ -8,7 +8,7 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 def variance(bits: int) -> float:
     """Of rounding by chance to `bits` bits, as a share of that to one bit: steps are 2**bits - 1
     times finer (Liu et al. 2022, section 4)."""
-    return 1 / (2**bits - 1) ** 2
+    return 1.0 / ((1 << bits) - 1) ** 2
 
 
 def allocate(
@@ -20,9 +20,9 @@ def allocate(
     """Bits by tensor with the least sum of sensitivity x variance(bits) within mean_bits x all
     elements. Of equal sums the one with fewer bits.
 
-    Every total of bits that can be reached keeps its best choice (a knapsack by dominance, Nemhauser
-    and Ullmann 1969), so the answer is exact; sizes of a transformer's tensors are few, and so are
-    the totals. ValueError when even the fewest bits are too many.
+    Every total of bits that can be reached keeps its best choice (a knapsack by dominance,
+    Nemhauser and Ullmann 1969), so the answer is exact; sizes of a transformer's tensors are few,
+    and so are the totals. ValueError when even the fewest bits are too many.
     """
     limit = mean_bits * sum(elements.values())
     least = min(widths) * sum(elements.values())

@@ -62,9 +62,7 @@ def grid_between(low: Tensor, high: Tensor, bits: int, inner: int) -> Grid:
     return Grid(below, step, inner)
 
 
-def encode(
-    flat: Tensor, bits: int, generator: torch.Generator, grid: Grid | None = None
-) -> Codes:
+def encode(flat: Tensor, bits: int, generator: torch.Generator, grid: Grid | None = None) -> Codes:
     """flat: (n,) numbers. grid: None for ranges of each GROUP numbers, as they are; what is beyond
     a given grid goes to its end. ValueError where a number is not finite."""
     count = flat.numel()

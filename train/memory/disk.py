@@ -14,6 +14,7 @@ from torch import Tensor
 from train.data.stream import SampleStream, share
 from train.job import Job
 from train.layout import Slot
+from train.memory.plan import MOMENTS, disk_kinds
 from train.memory.segments import Layout, Segment, lay_out
 from train.memory.streamed import StreamedLlama
 from train.memory.tier import Tier
@@ -24,8 +25,6 @@ from train.state import TrainState
 from train.step import StepReport
 from train.weights import Start, first_values
 from train.world import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FileModel:
@@ -52,12 +51,9 @@ class DiskTrainer:
         """Lays the files, with the first weights. folder: of this worker alone."""
         self.job, self.stream = job, stream
         compute = COMPUTE[job.precision.compute]
-        wide = master_dtype(compute)
-        self.master = "param" if compute == wide else "master"
-        kinds = {"param": compute, "gradient": wide, self.master: wide}
-        kinds |= dict.fromkeys(MOMENTS, wide)
+        self.master = "param" if compute == master_dtype(compute) else "master"
         layout = lay_out(start.config, job.memory.tile_bytes // compute.itemsize)
-        self.layout, self.tier = layout, Tier(folder, layout.elements, kinds)
+        self.layout, self.tier = layout, Tier(folder, layout.elements, disk_kinds(compute))
         self.flat = FileModel(layout, self.tier)
         self.model = StreamedLlama(layout, self.tier)
         self.step_number = self.samples = 0
@@ -68,7 +64,7 @@ class DiskTrainer:
         self._publish_whole()
 
     def step(self, world: World, stop: bool = False) -> StepReport:
-        """See `Trainer.step`. Until all workers' gradients are summed, only the gradient changes."""
+        """See `Trainer.step`. Only the gradient changes until all workers' are summed."""
         self.tier.settle()
         mine = share(self.samples, self.job.batch_samples, world.rank, world.size)
         size, last = self.job.micro_samples, mine.first + mine.samples
@@ -149,9 +145,8 @@ class DiskTrainer:
         rate: float,
     ) -> None:
         table = self.job.optimizer
-        parts = ((slice(0, segment.decayed), table.weight_decay),)
-        parts += ((slice(segment.decayed, segment.elements), 0.0),)
-        for part, decay in parts:
+        middle, end = segment.decayed, segment.elements
+        for part, decay in ((slice(0, middle), table.weight_decay), (slice(middle, end), 0.0)):
             adamw_update(
                 masters[part],
                 gradient[part],

@@ -82,14 +82,15 @@ class SavedAs(torch.autograd.graph.saved_tensors_hooks):
             return tensor
         if storage.data_ptr() in self.outside:
             return tensor
-        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
         dense = tensor.permute(order)
         if not dense.is_contiguous():
             tensor, order = tensor.contiguous(), list(range(tensor.dim()))
             dense, storage = tensor, tensor.untyped_storage()
-        reference = StorageWeakRef(storage)
+        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         key = (reference.cdata, tensor.storage_offset(), tensor.numel(), tensor._version)
-        if key not in self._known or self._known[key][0].expired():
+        if key not in self._known or self._known[key][0].expired():  # type: ignore[no-untyped-call]
             place = f"{self.name}/{len(self._known)}"
             code = self.codec.encode(place, dense.reshape(-1), _form(tensor, order, self.heads))
             self._known[key] = (reference, code)

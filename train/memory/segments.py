@@ -1,8 +1,8 @@
 """How a model lies in files: stretches that are read and written as wholes.
 
 A layer's parameters are one segment, but for matrices larger than a tile, of which each tile of
-rows is one; so are embedding and output matrix. Segments begin at multiples of BLOCK elements, which
-O_DIRECT wants, and tiles of a matrix follow each other without gaps: a parameter is one stretch.
+rows is one; so are embedding and output matrix. Segments begin at multiples of BLOCK elements, as
+O_DIRECT wants it, and tiles of a matrix follow each other without gaps: a parameter is one stretch.
 """
 
 import math

@@ -1,11 +1,11 @@
 """A Llama of which one layer at a time is in memory; weights come from files, gradients go there.
 
 Layers are the outer loop and micro-batches the inner one, so that a step reads each layer twice
-however many micro-batches it has: once forward, once to compute it again and go backward. What stays
-in memory between the two is the inputs of layers.
+however many micro-batches it has: once forward, once to compute it again and go backward. Between
+the two, the inputs of layers stay in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from train.memory.tiled import TiledLinear, look_up, look_up_backward, product
 from train.model import Llama
 from train.world import World
 
-Values = dict[str, nn.Parameter]
+Values = Mapping[str, nn.Parameter]
 
 
 class TierTiles:
@@ -109,9 +109,8 @@ class StreamedLlama:
         backs = self._backward_top(inputs.pop(), micros, divisor, world, totals)
         for number in reversed(range(len(self.layout.layers))):
             backs = self._backward_layer(number, inputs.pop(), backs, world, totals)
-        for tokens, back in zip(micros, backs, strict=True):
-            look_up_backward(tokens[:, :-1], back, self._embedding)
-        self._drop()
+        if micros:
+            look_up_backward(_ids(micros), torch.cat(backs), self._embedding)
         self._sum_tiles(world, totals)
         return totals
 
@@ -119,7 +118,8 @@ class StreamedLlama:
         """Inputs of each layer and, last, of the norm, for each micro-batch."""
         layers = self.layout.layers
         self.tier.hint("param", layers[0])
-        inputs = [[look_up(tokens[:, :-1], self._embedding) for tokens in micros]]
+        first = look_up(_ids(micros), self._embedding) if micros else torch.empty(0)
+        inputs = [list(torch.split(first, [len(tokens) for tokens in micros]))]
         self._drop()
         for number, segment in enumerate(layers):
             following = layers[number + 1] if number + 1 < len(layers) else self.layout.norm
@@ -130,7 +130,9 @@ class StreamedLlama:
     def _layer(self, number: int, values: Values, x: Tensor) -> Tensor:
         cos, sin = self._shell.angles(x.shape[1], self.dtype)
         prefix = f"model.layers.{number}."
-        named = {name.removeprefix(prefix): value for name, value in values.items()}
+        named: dict[str, Tensor] = {
+            name.removeprefix(prefix): value for name, value in values.items()
+        }
         layer = self._shell.model.layers[number]
         assert isinstance(layer, nn.Module)
         out: Tensor = functional_call(layer, named, (x, cos, sin))
@@ -209,7 +211,7 @@ class StreamedLlama:
 
     def _keep(self, segment: Segment, gradient: Tensor, world: World, totals: Totals) -> None:
         world.all_reduce(gradient)
-        totals.squares += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        totals.squares += squares(gradient)
         self.tier.put("gradient", segment, gradient)
 
     def _sum_tiles(self, world: World, totals: Totals) -> None:
@@ -221,11 +223,24 @@ class StreamedLlama:
                 gradient = self.tier.buffer("gradient", segment).zero_()
             if number + 1 < len(tiles) and tiles[number + 1].number in self.touched:
                 self.tier.hint("gradient", tiles[number + 1])
-            self._keep(segment, gradient, world, totals)
+            if world.size > 1:
+                self._keep(segment, gradient, world, totals)
+            else:
+                totals.squares += squares(gradient)
+                self.tier.release(gradient)
 
     def _drop(self) -> None:
         for tiles in self.matrices.values():
             tiles.drop()
+
+
+def squares(gradient: Tensor) -> float:
+    """Their sum, in float64."""
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+
+
+def _ids(micros: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tokens[:, :-1] for tokens in micros])
 
 
 def _move(parameter: nn.Parameter, place: Tensor) -> None:

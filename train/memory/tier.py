@@ -1,13 +1,15 @@
 """Files as a tier of memory (ZeRO-Infinity, Rajbhandari et al. 2021): segments are read before they
 are needed and written after they are done, by threads, while the caller computes.
 
-One file per kind of tensor. Reads and writes go past the page cache (O_DIRECT) where the file system
-allows that; `direct` says whether. What is under way is bounded by what is asked for.
+One file per kind of tensor. Reads and writes go past the page cache (O_DIRECT) where the file
+system allows that; `direct` says whether. What is under way is bounded by what is asked for.
 """
 
 import os
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from train.checkpoint.piece import as_bytes
 from train.memory.segments import Segment
 
 ALIGNED = 4096
+SPANS = 1 << 16
+"""How many of the last transfers are remembered."""
 Key = tuple[str, int]
 
 
@@ -41,17 +46,17 @@ class Tier:
     def __init__(
         self, folder: Path, elements: int, dtypes: Mapping[str, torch.dtype], delay_s: float = 0.0
     ) -> None:
-        """Makes the files; what is in them is zero. OSError as the file system has it."""
+        """Makes the files; what is in them is zero. They have no names, so that they go with the
+        process. OSError as the file system has it."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.elements, self.dtypes = folder, elements, dict(dtypes)
         self.direct = _direct_works(folder)
         self.delay_s, self.ahead = delay_s, True
         self.read_bytes = self.written_bytes = 0
-        self.spans: list[Span] = []
+        self.spans: deque[Span] = deque(maxlen=SPANS)
         self._files: dict[str, int] = {}
         for kind, dtype in dtypes.items():
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if self.direct else 0)
-            self._files[kind] = os.open(self.path(kind), flags, 0o600)
+            self._files[kind] = _nameless(folder, kind, self.direct)
             os.posix_fallocate(self._files[kind], 0, elements * dtype.itemsize)
         self._readers = ThreadPoolExecutor(2, "read-ahead")
         self._writers = ThreadPoolExecutor(1, "write-behind")
@@ -59,10 +64,6 @@ class Tier:
         self._writing: dict[Key, Future[None]] = {}
         self._free: dict[int, list[Tensor]] = {}
         self._lock = threading.Lock()
-
-    def path(self, kind: str) -> Path:
-        """Of a kind's file."""
-        return self.folder / f"{kind}.bin"
 
     def buffer(self, kind: str, segment: Segment) -> Tensor:
         """(padded,) memory for a segment, of undefined values; give it back with `release`."""
@@ -120,7 +121,7 @@ class Tier:
         """(elements,) view of a file through the page cache; writes go to the file. Settled, and
         not while segments are read or written."""
         self.settle()
-        name, count = str(self.path(kind)), self.elements
+        name, count = f"/proc/self/fd/{self._files[kind]}", self.elements
         return torch.from_file(name, shared=True, size=count, dtype=self.dtypes[kind])
 
     def flush(self) -> None:
@@ -153,12 +154,12 @@ class Tier:
     def _transfer(self, call, kind: str, segment: Segment, buffer: Tensor, write: bool) -> None:  # type: ignore[no-untyped-def]
         """All of a buffer; a call may move less than it was asked to."""
         started_s = time.monotonic()
-        memory = memoryview(buffer.view(torch.uint8).numpy())
+        memory = as_bytes(buffer)
         start, done = segment.start * buffer.element_size(), 0
         while done < len(memory):
             moved = call(self._files[kind], [memory[done:]], start + done)
             if not moved:
-                raise OSError(f"{self.path(kind)} ends at byte {start + done}")
+                raise OSError(f"{self.folder}: {kind} ends at byte {start + done}")
             done += moved
         if self.delay_s:
             time.sleep(self.delay_s)
@@ -168,19 +169,27 @@ class Tier:
             self.read_bytes += 0 if write else done
 
 
+def _nameless(folder: Path, kind: str, direct: bool) -> int:
+    made, path = tempfile.mkstemp(prefix=f"{kind}-", dir=folder)
+    try:
+        return os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
+    finally:
+        os.close(made)
+        os.unlink(path)
+
+
 def _direct_works(folder: Path) -> bool:
     """Whether the file system there takes O_DIRECT with blocks of ALIGNED bytes."""
-    path = folder / ".direct"
     memory = torch.zeros(2 * ALIGNED, dtype=torch.uint8)
     block = memory[-memory.data_ptr() % ALIGNED :][:ALIGNED]
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-        try:
-            os.pwritev(file, [memoryview(block.numpy())], 0)
-        finally:
-            os.close(file)
+        file = _nameless(folder, "direct", True)
+    except OSError:
+        return False
+    try:
+        os.pwritev(file, [as_bytes(block)], 0)
     except OSError:
         return False
     finally:
-        path.unlink(missing_ok=True)
+        os.close(file)
     return True

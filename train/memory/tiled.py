@@ -61,7 +61,7 @@ class TiledLinear(nn.Module):
     def __init__(self, tiles: Tiles, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.tiles = tiles
-        self.register_parameter("bias", bias)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., columns) in, (..., rows) out."""
