@@ -22,8 +22,8 @@ MIB = 1 << 20
 @dataclass(frozen=True)
 class LayerSaves:
     """Elements that a layer saves for its backward pass: in the compute dtype (narrow), in float32
-    at least (wide: norms), and sums of norms and softmax, which no codec changes and which are wide,
-    too. given: of its input."""
+    at least (wide: norms), and sums of norms and softmax, which no codec changes and which are as
+    wide. given: of its input."""
 
     narrow: int
     wide: int
