@@ -100,7 +100,7 @@ class CodedTrainer:
 
 def build_trainer(job: Job, folder: RunFolder, start: Start, stream: SampleStream) -> RunTrainer:
     """With the first weights. OSError when the files of offloading cannot be made."""
-    if job.memory.plain:
+    if job.memory.activations == "keep" and job.memory.offload == "none":
         return Trainer(job, build_model(job, start), stream)
     place = offload_folder(job, folder)
     if job.memory.offload == "disk":
