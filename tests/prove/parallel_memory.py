@@ -140,7 +140,9 @@ def sensitivity(draws: int = 16) -> Row:
             errors.append(layers.relative(gradient, right) ** 2)
         found[bits] = statistics.mean(errors)
     ratio = found["shared"] / found["equal"]
-    return Row("GACT, mean 4 bits: variance / that of 4 bits each", "<= 1", f"{ratio:.2f}", ratio <= 1)
+    return Row(
+        "GACT, mean 4 bits: variance / that of 4 bits each", "<= 1", f"{ratio:.2f}", ratio <= 1
+    )
 
 
 def late() -> Iterator[Row]:
@@ -212,7 +214,9 @@ def _traffic(found: dict[str, Any], compute: str) -> Iterator[Row]:
     layout = lay_out(_config(), large(compute).memory.tile_bytes // COMPUTE[compute].itemsize)
     plan = disk_traffic(layout, COMPUTE[compute], 1, workers=1)
     planned = (plan.read_bytes, plan.written_bytes)
-    for what, wanted, measured in zip(("read", "written"), planned, found["moved"][-1], strict=True):
+    for what, wanted, measured in zip(
+        ("read", "written"), planned, found["moved"][-1], strict=True
+    ):
         told = f"{measured / 1e9:.3f} GB of {wanted / 1e9:.3f} GB" + (
             "" if found["direct"] else " (no O_DIRECT here)"
         )

@@ -1,6 +1,6 @@
 """ZeRO-Infinity's disk tier: the curve, the weights and the state of a run in memory; its bytes."""
 
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from train.weights import read_start
 from train.world import LocalWorld, World
 
 MODEL = {"layers": 3, "hidden": 64, "heads": 4, "kv_heads": 2, "feed_forward": 96}
+PATIENCE_S = 60.0
 TILES = {"offload": "disk", "tile_bytes": 16384}
 """Matrices of 64 x 96 float64 in three tiles each, embedding and output matrix in eight or nine."""
 
@@ -97,15 +98,19 @@ def test_a_gradient_that_is_lost_is_noticed(
     """The mutation: tiles whose gradient replaces the one before it."""
     wanted = job(memory=TILES)
     plain, disk = tiny.trainer(wanted, corpus.train), on_disk(wanted, corpus, tmp_path)
-    monkeypatch.setattr(disk.model.touched, "__contains__", lambda _: False, raising=False)
     for tiles in disk.model.matrices.values():
-        monkeypatch.setattr(tiles, "_touched", _Never())
+        monkeypatch.setattr(tiles, "_touched", _Forgetful(disk.model.touched))
     found, expected = disk.step(LocalWorld()), plain.step(LocalWorld())
     assert abs(found.gradient_norm - expected.gradient_norm) > 1e-3
     disk.close()
 
 
-class _Never(set[int]):
+class _Forgetful:
+    """A set that takes what it is given and never has it."""
+
+    def __init__(self, behind: set[int]) -> None:
+        self.add = behind.add
+
     def __contains__(self, _: object) -> bool:
         return False
 
@@ -164,20 +169,61 @@ def test_bytes_are_the_plans(name: str, compute: str, corpus: Corpus, tmp_path: 
     disk.close()
 
 
-def test_transfers_go_on_beside_computation(corpus: Corpus, tmp_path: Path):
-    """On a disk that takes 20 ms for each transfer, which nobody's processor time is spent on: with
-    read-ahead and write-behind a step waits for a good part of them less."""
-    wanted = job(run={"micro_batch_tokens": 16 * 12})
-    disk = on_disk(wanted, corpus, tmp_path)
-    disk.tier.delay_s = 0.02
-    waited = {}
+def test_transfers_go_on_beside_computation(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a clock: a layer is not done before the next one's read has begun, and a gradient is
+    not written before the layer below is done. Neither could be, if the caller waited."""
     for ahead in (True, False):
+        disk = on_disk(job(), corpus, tmp_path)
         disk.tier.ahead = ahead
-        begin, before_s = len(disk.tier.spans), time.monotonic()
+        seen = _Watched(disk, monkeypatch, PATIENCE_S if ahead else 0.05)
         disk.step(LocalWorld())
         disk.tier.settle()
-        took_s = time.monotonic() - before_s
-        moved_s = sum(s.ended_s - s.started_s for s in list(disk.tier.spans)[begin:])
-        waited[ahead] = took_s / moved_s
-    assert waited[True] < 0.8 and waited[False] > 1
-    disk.close()
+        assert seen.read_meanwhile == [ahead] * 2 and seen.written_meanwhile == [ahead] * 2
+        disk.close()
+
+
+class _Watched:
+    """Holds a step up where reads and writes are to go on meanwhile."""
+
+    def __init__(self, disk: DiskTrainer, patch: pytest.MonkeyPatch, patience_s: float) -> None:
+        layers = disk.layout.layers
+        self.read_meanwhile: list[bool] = []
+        self.written_meanwhile: list[bool] = []
+        begun = [threading.Event() for _ in layers]
+        done = [threading.Event() for _ in layers]
+        numbers = {segment.number: number for number, segment in enumerate(layers)}
+        transfer, forward = disk.tier._transfer, disk.model._forward
+        turned = threading.Event()
+
+        def transferred(call: Any, kind: str, segment: Any, buffer: Any, write: bool) -> None:
+            number = numbers.get(segment.number)
+            if number is not None and kind == "param" and not write:
+                begun[number].set()
+            if number and kind == "gradient" and write:
+                self.written_meanwhile.append(done[number - 1].wait(patience_s))
+            transfer(call, kind, segment, buffer, write)
+
+        def computed(number: int, values: Any, x: Any) -> Any:
+            out = compute(number, values, x)
+            if not turned.is_set() and number + 1 < len(layers):
+                found = begun[number + 1].wait(patience_s)
+                self.read_meanwhile += [found] if len(self.read_meanwhile) == number else []
+            return out
+
+        def turn(micros: Any) -> Any:
+            found = forward(micros)
+            turned.set()
+            return found
+
+        def kept(segment: Any, *rest: Any) -> None:
+            if segment.number in numbers:
+                done[numbers[segment.number]].set()
+            keep(segment, *rest)
+
+        compute, keep = disk.model._layer, disk.model._keep
+        patch.setattr(disk.tier, "_transfer", transferred)
+        patch.setattr(disk.model, "_layer", computed)
+        patch.setattr(disk.model, "_forward", turn)
+        patch.setattr(disk.model, "_keep", kept)

@@ -35,7 +35,9 @@ def test_every_parameter_has_its_stretch(tile_elements: int):
         name: tuple(p.shape) for name, p in model.named_parameters()
     }
     stretches = sorted((slot.start, slot.stop) for slot in layout.slots)
-    assert all(stop <= start for (_, stop), (start, _) in zip(stretches, stretches[1:], strict=False))
+    assert all(
+        stop <= start for (_, stop), (start, _) in zip(stretches, stretches[1:], strict=False)
+    )
     assert all(segment.start % BLOCK == 0 for segment in layout.segments)
     starts = [segment.start + segment.padded for segment in layout.segments]
     assert starts[:-1] == [segment.start for segment in layout.segments[1:]]
