@@ -2,8 +2,8 @@
 gradients against exact ones, and runs that get 35 % of their state's bytes, Python and torch
 included, against runs that get all they ask for.
 
-The cap is RLIMIT_DATA: private memory. Files, mapped or cached, are not private; the kernel may take
-their pages back at any time.
+The cap is RLIMIT_DATA: private memory. Files, mapped or cached, are not private; the kernel may
+take their pages back at any time.
 """
 
 import json

@@ -1,10 +1,10 @@
 """A worker that may not have more memory than it is told: python -m tests.train.memory.capped SPEC.
 
-SPEC is JSON: `job` (a job), `corpus` (folder), `folder` (of the files), `steps`, and `cap_bytes`, the
-most private memory (RLIMIT_DATA: heap, stacks and private mappings; files that are mapped or cached
-are not private) that the process may have in all, or `beyond_bytes`, how much more than it has when
-everything is imported; neither: no cap. Prints JSON: losses, bytes of /proc/self/io by step, and the
-tier's own counts. What runs out of memory ends with status 1.
+SPEC is JSON: `job` (a job), `corpus` (folder), `folder` (of the files), `steps`, and `cap_bytes`,
+the most private memory (RLIMIT_DATA: heap, stacks and private mappings; files that are mapped or
+cached are not private) that the process may have in all, or `beyond_bytes`, how much more than it
+has when everything is imported; neither: no cap. Prints JSON: losses, bytes of /proc/self/io by
+step, and the tier's own counts. What runs out of memory ends with status 1.
 """
 
 import gc

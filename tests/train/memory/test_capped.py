@@ -1,4 +1,4 @@
-"""A process that may have 35 % of its job's state in memory: offloaded it finishes, plain it cannot."""
+"""A process that may have 35 % of its job's state: offloaded it finishes, plain it cannot."""
 
 import json
 from pathlib import Path
