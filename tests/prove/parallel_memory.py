@@ -44,6 +44,8 @@ WAYS: dict[str, tuple[dict[str, Any], float]] = {
 }
 DRAWS = 64
 LARGE = {"layers": 40, "hidden": 512, "heads": 8, "kv_heads": 8, "feed_forward": 1408}
+LONG = {"layers": 36, "hidden": 384, "heads": 6, "kv_heads": 6, "feed_forward": 1024}
+"""Half as many parameters, for float64, where equality can be told from rounding."""
 SHARE = 0.35
 STEPS = 3
 ROUNDS = 5
@@ -74,13 +76,14 @@ def saved() -> Iterator[Row]:
     for name, (table, least) in WAYS.items():
         made = coded(table, "float32")
         layers.gradient(made.model, layers.tokens())
-        measured = layers.saved_bytes(made.model)
-        planned = activation_bytes(made_job := layers.job(**table), layers.config(made_job), 256)[1]
+        measured = layers.saved_bytes(made.model) - 2 * layers.TOKENS * 16 * 4  # less the angles
+        job = layers.job(**table)
+        planned = activation_bytes(job, layers.config(job), 2 * layers.TOKENS)[1]
         worst = max(worst, abs(measured - planned) / planned)
         ratio = plain / measured
         check = f"{name}: saved bytes, float32 / saved"
         yield Row(check, f">= {least}", f"{ratio:.2f}", ratio >= least)
-    yield Row("saved bytes against the formula", "3 %", f"{worst:.1%}", worst <= 0.03)
+    yield Row("saved bytes against the formula", "1 %", f"{worst:.1%}", worst <= 0.01)
 
 
 def gradients() -> Iterator[Row]:
@@ -167,7 +170,7 @@ def _stream(job: Job, corpus: Corpus) -> SampleStream:
 def large(compute: str, **memory: Any) -> Job:
     """A job whose state is gigabytes."""
     return tiny.job(
-        model=LARGE,
+        model=LONG if compute == "float64" else LARGE,
         data={"sequence_tokens": 64},
         run={"tokens": 128 * STEPS, "batch_tokens": 128, "micro_batch_tokens": 128},
         precision={"compute": compute},
@@ -175,11 +178,14 @@ def large(compute: str, **memory: Any) -> Job:
     )
 
 
-def under_a_cap() -> Iterator[Row]:
-    """Processes of their own, each capped as a whole."""
-    elements = sum(slot.stop - slot.start for slot in lay_out(_config(), 1 << 24).slots)
-    for offload, compute, each in (("disk", "float32", 16), ("cpu", "bfloat16", 18)):
-        state = each * elements
+def under_a_cap(*offloads: str) -> Iterator[Row]:
+    """Processes of their own, each capped as a whole; state: bytes a parameter of the plain run."""
+    cases = (("disk", "float64", 32), ("cpu", "bfloat16", 18))
+    for offload, compute, each in cases:
+        if offloads and offload not in offloads:
+            continue
+        slots = lay_out(_config(compute), 1 << 24).slots
+        state = each * sum(slot.stop - slot.start for slot in slots)
         with tempfile.TemporaryDirectory() as folder:
             tiny.corpus(Path(folder) / "corpus")
             common = {"corpus": f"{folder}/corpus", "folder": f"{folder}/run", "steps": STEPS}
@@ -198,7 +204,7 @@ def under_a_cap() -> Iterator[Row]:
         found = json.loads(done.stdout)
         off = max(abs(a / b - 1) for a, b in zip(found["losses"], free["losses"], strict=True))
         told = f"{len(found['losses'])} steps, losses within {off:.0e}"
-        yield Row(check, "finishes, losses within 1e-6", told, off <= 1e-6)
+        yield Row(check, "finishes, losses within 1e-12", told, off <= 1e-12)
         killed = refused.returncode != 0 and "memory" in refused.stderr.lower()
         told = "refused memory" if killed else f"status {refused.returncode}"
         yield Row("the same, plain", "refused memory", told, killed)
@@ -206,12 +212,14 @@ def under_a_cap() -> Iterator[Row]:
             yield from _traffic(found, compute)
 
 
-def _config() -> Any:
-    return read_start(large("float32")).config
+def _config(compute: str) -> Any:
+    return read_start(large(compute)).config
 
 
 def _traffic(found: dict[str, Any], compute: str) -> Iterator[Row]:
-    layout = lay_out(_config(), large(compute).memory.tile_bytes // COMPUTE[compute].itemsize)
+    layout = lay_out(
+        _config(compute), large(compute).memory.tile_bytes // COMPUTE[compute].itemsize
+    )
     plan = disk_traffic(layout, COMPUTE[compute], 1, workers=1)
     planned = (plan.read_bytes, plan.written_bytes)
     for what, wanted, measured in zip(

@@ -88,7 +88,7 @@ def late_oracle(wanted: Job, corpus: Corpus) -> list[float]:
         waiting = (gradients, step) if first and first <= step < wanted.steps else None
         if waiting is None:
             apply(gradients, step)
-    return found + [float(p.double().sum()) for p in parameters]
+    return found + [float(p.detach().sum()) for p in parameters]
 
 
 @pytest.mark.parametrize("late_from_step", [0, 1, 3, 6])
