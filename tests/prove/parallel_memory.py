@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -233,10 +233,10 @@ def _traffic(found: dict[str, Any], compute: str) -> Iterator[Row]:
 
 
 def beside() -> Iterator[Row]:
-    """Transfers beside computation, on this disk: what of the shorter of the two is hidden."""
-    model = LARGE | {"layers": 8}
+    """Transfers beside computation, on this disk. The update cannot begin before the gradient's norm
+    is known and has little to compute, so what can be hidden is what the passes move."""
     job = tiny.job(
-        model=model,
+        model=LARGE | {"layers": 8},
         data={"sequence_tokens": 64},
         run={"tokens": 512 * 64, "batch_tokens": 512, "micro_batch_tokens": 512},
         precision={"compute": "float32"},
@@ -246,25 +246,53 @@ def beside() -> Iterator[Row]:
         corpus = tiny.corpus(Path(folder) / "corpus")
         disk = DiskTrainer(job, read_start(job), _stream(job, corpus), Path(folder) / "files")
         disk.step(LocalWorld())
-        took: dict[bool, list[float]] = {True: [], False: []}
-        moving: list[float] = []
+        timed: dict[bool, list[Timed]] = {True: [], False: []}
         for number in range(2 * ROUNDS):
-            disk.tier.ahead = number % 2 == 0
-            disk.tier.settle()
-            disk.tier.spans.clear()
-            started_s = time.monotonic()
-            disk.step(LocalWorld())
-            disk.tier.settle()
-            took[disk.tier.ahead].append(time.monotonic() - started_s)
-            if not disk.tier.ahead:
-                moving.append(sum(span.ended_s - span.started_s for span in disk.tier.spans))
+            ahead = number % 2 == 0
+            timed[ahead].append(_timed(disk, ahead))
         disk.close()
-    serial, ahead = statistics.median(took[False]), statistics.median(took[True])
-    moved = statistics.median(moving)
-    hidden = (serial - ahead) / min(moved, serial - moved)
-    told = f"{hidden:.0%} (step {ahead / serial:.2f} of serial; moving {moved / serial:.0%} of it)"
-    yield Row("read-ahead and write-behind hide", ">= 50 % of the shorter", told, hidden >= 0.5)
+    serial = Timed(*(statistics.median(found) for found in zip(*timed[False], strict=True)))
+    ahead_ = Timed(*(statistics.median(found) for found in zip(*timed[True], strict=True)))
+    computing_s = serial.passes_s - serial.moving_s
+    bound_s = max(computing_s, serial.moving_s)
+    told = f"{ahead_.passes_s / bound_s:.2f} (one after the other {serial.passes_s / bound_s:.2f})"
+    check = "ZeRO-Infinity: passes / the longer of computing and moving"
+    yield Row(check, "<= 1.15", told, ahead_.passes_s <= 1.15 * bound_s)
+    ratio = ahead_.step_s / serial.step_s
+    yield Row("ZeRO-Infinity: step / one after the other", "< 1", f"{ratio:.2f}", ratio < 1)
     yield _late_beside()
+
+
+class Timed(NamedTuple):
+    """A step: in all, its passes, and what the passes' transfers took."""
+
+    step_s: float
+    passes_s: float
+    moving_s: float
+
+
+def _timed(disk: DiskTrainer, ahead: bool) -> Timed:
+    disk.tier.settle()
+    disk.tier.ahead = ahead
+    disk.tier.spans.clear()
+    gradient, ended_s = disk.model.gradient, []
+
+    def noted(*arguments: Any) -> Any:
+        found = gradient(*arguments)
+        ended_s.append(time.monotonic())
+        return found
+
+    disk.model.gradient = noted  # type: ignore[method-assign]
+    started_s = time.monotonic()
+    try:
+        disk.step(LocalWorld())
+    finally:
+        disk.model.gradient = gradient  # type: ignore[method-assign]
+    disk.tier.settle()
+    stopped_s = time.monotonic()
+    moved = [span for span in disk.tier.spans if span.ended_s <= ended_s[0]]
+    moving_s = sum(span.ended_s - span.started_s for span in moved)
+    return Timed(stopped_s - started_s, ended_s[0] - started_s, moving_s)
 
 
 def _late_beside() -> Row:
