@@ -100,7 +100,7 @@ def gradients() -> Iterator[Row]:
         measured = f"{first:.4f} -> {last:.5f}, 1/{first / last:.1f}"
         check = f"{name}: gradient error, 1 draw -> mean of {DRAWS}"
         yield Row(check, "1/8 within 15 %", measured, abs(first / last / 8 - 1) <= 0.15)
-    kept, codec.noise = codec.noise, lambda like, _: torch.full_like(like, 0.5)
+    kept, codec.noise = codec.noise, _no_chance
     try:
         made = coded(WAYS["GACT, mean 4 bits"][0], "float64")
         found = [layers.gradient(made.model, layers.tokens())[1] for _ in range(2)]
@@ -108,6 +108,10 @@ def gradients() -> Iterator[Row]:
         codec.noise = kept
     fixed = layers.relative(sum(found) / 2, right) / layers.relative(found[0], right)  # type: ignore[arg-type]
     yield Row("without chance the mean stays off", "> 0.99", f"{fixed:.2f}", fixed > 0.99)
+
+
+def _no_chance(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.full_like(like, 0.5)
 
 
 def allocator(problems: int = 40) -> Row:
@@ -188,7 +192,11 @@ def under_a_cap(*offloads: str) -> Iterator[Row]:
         state = each * sum(slot.stop - slot.start for slot in slots)
         with tempfile.TemporaryDirectory() as folder:
             tiny.corpus(Path(folder) / "corpus")
-            common = {"corpus": f"{folder}/corpus", "folder": f"{folder}/run", "steps": STEPS}
+            common: dict[str, Any] = {
+                "corpus": f"{folder}/corpus",
+                "folder": f"{folder}/run",
+                "steps": STEPS,
+            }
             host = {"offload": offload, "folder": f"{folder}/host"}
             plain = json.loads(large(compute).model_dump_json())
             mine = json.loads(large(compute, **host).model_dump_json())
@@ -233,8 +241,8 @@ def _traffic(found: dict[str, Any], compute: str) -> Iterator[Row]:
 
 
 def beside() -> Iterator[Row]:
-    """Transfers beside computation, on this disk. The update cannot begin before the gradient's norm
-    is known and has little to compute, so what can be hidden is what the passes move."""
+    """Transfers beside computation, on this disk. The update cannot begin before the
+    gradient's norm is known and has little to compute: what passes move can be hidden."""
     job = tiny.job(
         model=LARGE | {"layers": 8},
         data={"sequence_tokens": 64},

@@ -59,7 +59,7 @@ def gradient(model: Llama, batch: Tensor) -> tuple[float, Tensor]:
     for parameter in model.parameters():
         parameter.grad = None
     loss = model.loss(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     parts = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
     return float(loss.detach()), torch.cat(parts)
 
@@ -79,7 +79,8 @@ def stack(model: Llama, x: Tensor) -> Tensor:
 
 def entry(model: Llama) -> Tensor:
     """What the first layer gets, (2, TOKENS, hidden)."""
-    return model.model.embed_tokens(tokens()[:, :-1]).detach().requires_grad_()
+    x: Tensor = model.model.embed_tokens(tokens()[:, :-1])
+    return x.detach().requires_grad_()
 
 
 def plain_bytes(model: Llama) -> int:

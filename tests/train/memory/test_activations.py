@@ -4,6 +4,7 @@ One suite for every way of keeping activations, and what is particular to each.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from train.memory.mesa import DECAY, Mesa
 from train.memory.plan import activation_bytes
 from train.memory.saved import Form, SavedAs
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "keep": {"activations": "keep"},
     "recompute": {"activations": "recompute"},
     "cheap": {"activations": "recompute", "recompute": "cheap"},

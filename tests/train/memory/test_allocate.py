@@ -12,12 +12,12 @@ def brute_force(
     sensitivity: dict[str, float], elements: dict[str, int], limit: float, widths: tuple[int, ...]
 ) -> float:
     """The least cost of all choices within the limit."""
-    costs = []
+    costs: list[float] = []
     for chosen in itertools.product(widths, repeat=len(elements)):
         used = sum(bits * count for bits, count in zip(chosen, elements.values(), strict=True))
         if used <= limit:
             pairs = zip(chosen, sensitivity.values(), strict=True)
-            costs.append(sum(c / (2**bits - 1) ** 2 for bits, c in pairs))
+            costs.append(sum(c / ((1 << bits) - 1) ** 2 for bits, c in pairs))
     return min(costs)
 
 

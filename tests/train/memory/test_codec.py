@@ -66,7 +66,7 @@ def mean_error(draws: int, bits: int) -> float:
     for _ in range(draws):
         total += encode(flat, bits, generator).decode()
     off = (total / draws - flat).square().mean().sqrt()
-    return float(off) * (2**bits - 1)
+    return float(off) * ((1 << bits) - 1)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8])

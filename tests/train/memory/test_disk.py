@@ -26,9 +26,10 @@ TILES = {"offload": "disk", "tile_bytes": 16384}
 
 
 def job(**tables: Any) -> Job:
-    tables = {"model": MODEL, "memory": {"offload": "disk"}} | tables
-    tables["run"] = {"tokens": 16 * 12 * 3} | tables.get("run", {})
-    return tiny.job(**tables)
+    values: dict[str, dict[str, Any]] = {"model": MODEL, "memory": {"offload": "disk"}, "run": {}}
+    values |= tables
+    values["run"] = {"tokens": 16 * 12 * 3} | values["run"]
+    return tiny.job(**values)
 
 
 @pytest.fixture(scope="module")
