@@ -290,7 +290,7 @@ def _timed(disk: DiskTrainer, ahead: bool) -> Timed:
         ended_s.append(time.monotonic())
         return found
 
-    disk.model.gradient = noted  # type: ignore[method-assign]
+    disk.model.gradient = noted  # type: ignore[method-assign, assignment]
     started_s = time.monotonic()
     try:
         disk.step(LocalWorld())
