@@ -22,6 +22,7 @@ def refused(job: "Job") -> Iterator[str]:
     yield from _mode(job)
     yield from _sharding(job)
     yield from _compression(job)
+    yield from _memory(job)
     if job.pipeline.stages:
         yield from _pipeline(job)
 
@@ -109,6 +110,41 @@ def _compression(job: "Job") -> Iterator[str]:
         yield (
             f"{asked} is about workers that hold the whole state: sharding.stage = 0 and "
             "pipeline.stages = 0 are accepted"
+        )
+
+
+def _memory(job: "Job") -> Iterator[str]:
+    table = job.memory
+    if table.plain:
+        return
+    named = "activations" if table.offload == "none" else "offload"
+    asked = f'memory.{named} = "{getattr(table, named)}"'
+    if job.sharding.stage or job.pipeline.stages:
+        yield (
+            f"{asked} is about workers that hold the whole state: sharding.stage = 0 and "
+            "pipeline.stages = 0 are accepted"
+        )
+    if table.offload == "none":
+        return
+    if job.optimizer.name != "adamw":
+        yield (
+            f'{asked} needs optimizer.name = "adamw", whose update goes stretch by stretch, not '
+            f'"{job.optimizer.name}"'
+        )
+    if job.compression.kind != "none" or job.communication.overlap:
+        yield (
+            f'{asked} sends gradients as they are: compression.kind = "none" and '
+            "communication.overlap = false are accepted"
+        )
+    if job.resilience.mode not in ("none", "checkpoint"):
+        yield (
+            f'{asked} with resilience.mode = "{job.resilience.mode}", which copies the state in '
+            'memory: "none" and "checkpoint" are accepted'
+        )
+    if table.late_from_step and job.workers.where != "local":
+        yield (
+            f'memory.late_from_step needs workers.where = "local", not "{job.workers.where}": an '
+            "update under way cannot be abandoned"
         )
 
 

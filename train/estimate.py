@@ -4,7 +4,8 @@ of a run.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import psutil
@@ -16,6 +17,7 @@ from train.communication.exchange import Exchange
 from train.communication.transport import dense_bytes
 from train.job import Job
 from train.layout import FlatModel
+from train.memory.plan import memory_rows
 from train.model import Llama
 from train.precision import COMPUTE, master_dtype
 from train.weights import Start, build_model, read_start
@@ -37,7 +39,7 @@ class Estimate:
     optimizer step on all workers; other_s: of the whole run, but steps: starting and ending,
     checkpoints at a fixed interval, evaluations; how: where the seconds are from; sent_bytes: of a
     worker in a step after the warm-up, by the compressor's formula; dense_bytes: uncompressed; both
-    0 where the state is divided.
+    0 where the state is divided; memory: what the job's `[memory]` changes of that, in words.
     """
 
     parameters: int
@@ -50,6 +52,7 @@ class Estimate:
     how: str
     sent_bytes: float
     dense_bytes: int
+    memory: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hours(self) -> float:
@@ -109,6 +112,7 @@ def estimate(job: Job) -> Estimate:
         how,
         sums.sent,
         sums.dense,
+        memory_rows(job, start.config, parameters),
     )
 
 

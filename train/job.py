@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from cluster.reading import Strict, read_toml, validated
 from train.combine import refused
+from train.tables import CommunicationTable, CompressionTable, MemoryTable
 
 KNOWN_SOURCES = ("brown", "python")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -124,37 +125,6 @@ class ShardingTable(Strict):
     )
 
 
-class CompressionTable(Strict):
-    """How gradients are made smaller on their way between workers (train/communication)."""
-
-    kind: Literal["none", "onebit", "powersgd", "dgc", "qsgd"] = Field(
-        "none", description="1-bit Adam, PowerSGD, Deep Gradient Compression, QSGD, or as they are."
-    )
-    rank: int = Field(2, ge=1, le=4096, description="Of a matrix's gradient (powersgd).")
-    ratio: float = Field(0.001, gt=0, le=1, description="Share of values that is sent (dgc).")
-    bits: int = Field(8, ge=2, le=8, description="A value takes at most (qsgd).")
-    warmup_steps: int = Field(
-        100, ge=0, description="Steps that send all; dgc: in which it sends less and less."
-    )
-
-    @model_validator(mode="after")
-    def _is_read(self) -> Self:
-        for name, kind in (("rank", "powersgd"), ("ratio", "dgc"), ("bits", "qsgd")):
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.kind != kind:
-                raise ValueError(
-                    f'{name} = {value} is read where kind = "{kind}", but kind = "{self.kind}"'
-                )
-        return self
-
-
-class CommunicationTable(Strict):
-    """When gradients are sent."""
-
-    overlap: bool = Field(False, description="While the backward pass goes on, in buckets.")
-    bucket_bytes: int = Field(4 << 20, ge=1024, description="Of a bucket's gradient (overlap).")
-
-
 class PipelineTable(Strict):
     """The model's layers divided among workers, in chains of stages side by side."""
 
@@ -243,6 +213,7 @@ class Job(Strict):
     pipeline: PipelineTable = PipelineTable()
     compression: CompressionTable = CompressionTable()
     communication: CommunicationTable = CommunicationTable()
+    memory: MemoryTable = MemoryTable()
     resilience: ResilienceTable = ResilienceTable()
     budget: BudgetTable = BudgetTable()
     report: ReportTable = ReportTable()
@@ -301,4 +272,6 @@ def read_job(path: Path) -> Job:
         source if source in KNOWN_SOURCES else str(home / source) for source in job.data.sources
     )
     data = job.data.model_copy(update={"sources": sources})
-    return job.model_copy(update={"folder": home / job.folder, "data": data})
+    place = str(home / job.memory.folder) if job.memory.folder else ""
+    memory = job.memory.model_copy(update={"folder": place})
+    return job.model_copy(update={"folder": home / job.folder, "data": data, "memory": memory})

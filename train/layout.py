@@ -38,7 +38,7 @@ class FlatModel:
     def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
         """Takes over the model's parameters; their values are kept, masters in full precision."""
         parameters = dict(model.named_parameters())
-        self.model, self.slots = model, tuple(_slots(parameters))
+        self.model, self.slots = model, tuple(slots_of(parameters))
         elements = self.slots[-1].stop
         self.decayed = sum(slot.stop - slot.start for slot in self.slots if len(slot.shape) > 1)
         wide = master_dtype(compute)
@@ -89,7 +89,7 @@ class FlatModel:
         parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
 
 
-def _slots(parameters: Mapping[str, nn.Parameter]) -> Iterator[Slot]:
+def slots_of(parameters: Mapping[str, nn.Parameter]) -> Iterator[Slot]:
     """In the model's own order, but matrices before vectors."""
     start = 0
     for name in sorted(parameters, key=lambda name: parameters[name].dim() < 2):

@@ -4,7 +4,7 @@ Others hold a part of it: `train.sharded` (ZeRO), `train.parallel.pipeline_job` 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from train.checkpoint.reader import Checkpoint, read_checked
 from train.checkpoint.states import of_ranks, state_pieces
 from train.data.stream import SampleStream
 from train.data.stream import share as share_out
+from train.folder import RunFolder
 from train.job import Job
 from train.state import TrainState
 from train.step import StepReport, Trainer
@@ -54,6 +55,10 @@ class Learner(Protocol):
         """What this worker writes of a checkpoint; live."""
         ...
 
+    def notes(self) -> dict[str, Any]:
+        """What else a checkpoint keeps of it, rank 0's: JSON values, in its meta."""
+        ...
+
     def restore(self, found: Checkpoint) -> None:
         """Goes on from a checkpoint, whoever wrote it. ValueError when it is of another model."""
         ...
@@ -68,8 +73,13 @@ class Learner(Protocol):
         ...
 
 
-def build_learner(job: Job, start: Start, stream: SampleStream) -> Learner:
-    """The one that the job's settings name."""
+def build_learner(job: Job, start: Start, stream: SampleStream, folder: RunFolder) -> Learner:
+    """The one that the job's settings name; folder: where offloaded state may lie."""
+    if not job.memory.plain:
+        from train.memory.learner import InLessMemory
+        from train.memory.trainers import build_trainer
+
+        return InLessMemory(build_trainer(job, folder, start, stream))
     if job.pipeline.stages:
         from train.parallel.pipeline_job import PipelineLearner
 
@@ -101,6 +111,10 @@ class Whole(Trainer):
         """See `Learner`: an equal share of every tensor, and what only this worker has."""
         return state_pieces(self.state(), world)
 
+    def notes(self) -> dict[str, Any]:
+        """See `Learner`."""
+        return {}
+
     def restore(self, found: Checkpoint) -> None:
         """See `Learner`."""
         tensors = {
@@ -112,14 +126,19 @@ class Whole(Trainer):
 
     def nats(self, rows: Sequence[Tensor], world: World) -> float:
         """See `Learner`."""
-        mine = share_out(0, len(rows), world.rank, world.size)
-        total = torch.zeros(1, dtype=torch.float64)
-        with torch.no_grad():
-            for row in rows[mine.first : mine.first + mine.samples]:
-                total += float(self.model.loss(row))
-        world.all_reduce(total)
-        return float(total)
+        return shared_nats(self.model.loss, rows, world)
 
     def exported(self, world: World) -> dict[str, Tensor]:
         """See `Learner`."""
         return self.flat.named(self.flat.weights)
+
+
+def shared_nats(loss: Callable[[Tensor], Tensor], rows: Sequence[Tensor], world: World) -> float:
+    """The sum of a model's losses over rows, shared out among workers that all have the model."""
+    mine = share_out(0, len(rows), world.rank, world.size)
+    total = torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        for row in rows[mine.first : mine.first + mine.samples]:
+            total += float(loss(row))
+    world.all_reduce(total)
+    return float(total)

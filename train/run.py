@@ -38,7 +38,7 @@ class Run:
         self.start: Start = read_start(job)
         self.corpus: Corpus = open_corpus(folder.corpus)
         stream = SampleStream(self.corpus.train, job.data.sequence_tokens, job.run.seed)
-        self.trainer: Learner = build_learner(job, self.start, stream)
+        self.trainer: Learner = build_learner(job, self.start, stream, folder)
         self.stream = stream
         self.journal = Journal(job, folder, self.start.config, self.trainer.parameters)
         self.saving = Saving(job.resilience, checkpoints, folder.log / "checkpoints.jsonl")
@@ -88,10 +88,11 @@ class Run:
         return self._end(world)
 
     def facts(self) -> dict[str, Any]:
-        """What is kept with a state that is not the learner's."""
+        """What is kept with a state beside the learner's tensors."""
         status = self.journal.status
         spent = {"trained_s": status.trained_s, "usd": status.usd}
-        return {"corpus": self.corpus.fingerprint, **spent, "last": self.last}
+        told = {"corpus": self.corpus.fingerprint, **spent, "last": self.last}
+        return self.trainer.notes() | told
 
     def evaluate(self, world: World) -> float:
         """Bits per byte of the held-out text's beginning, shared out among the workers."""

@@ -2,6 +2,7 @@
 (`sharding.stage`; train/parallel/zero.py)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,10 @@ class ShardedTrainer:
     def pieces(self, world: World) -> list[Piece]:
         """See `Learner`."""
         return self.sharded.pieces()
+
+    def notes(self) -> dict[str, Any]:
+        """See `Learner`."""
+        return {}
 
     def restore(self, found: Checkpoint) -> None:
         """See `Learner`."""

@@ -128,6 +128,7 @@ def estimate_table(job: Job, found: "Estimate") -> Table:
         "step": f"{found.step_s * 1e3:.0f} ms" if found.step_s < 10 else duration(found.step_s),
         "communication": _sent(job, found),
         "in all": duration(found.hours * 3600) + (f", {usd:.4f} $" if usd else ""),
+        **found.memory,
     }
     for name, value in rows.items():
         table.add_row(name, value)

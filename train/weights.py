@@ -4,7 +4,7 @@ exists. And its text side: the tokenizer that the data is spelled with.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,13 +102,19 @@ def build_model(job: Job, start: Start) -> Llama:
 def fill(job: Job, start: Start, parameters: Mapping[str, Tensor]) -> None:
     """Sets parameters, by their names in the whole model, to the values that the job begins with:
     some of them, or all."""
-    source = _source(job, start.config) if job.model.start_from else None
+    first = first_values(job, start)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if source is None:
-                draw(name, parameter, job.run.seed, start.config.layers)
-            else:
-                _read(source, name, parameter)
+            first(name, parameter)
+
+
+def first_values(job: Job, start: Start) -> Callable[[str, Tensor], None]:
+    """Sets one parameter, by name, to its first values; each by itself, so that a model need not be
+    in memory as a whole."""
+    if not job.model.start_from:
+        return lambda name, place: draw(name, place, job.run.seed, start.config.layers)
+    source = _source(job, start.config)
+    return lambda name, place: _read(source, name, place)
 
 
 def draw(name: str, parameter: Tensor, seed: int, layers: int) -> None:

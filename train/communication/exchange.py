@@ -14,9 +14,10 @@ from train.communication.overlap import Overlap, Span, spans_of
 from train.communication.powersgd import PowerSgd
 from train.communication.qsgd import Qsgd
 from train.communication.transport import Transport, dense_bytes
-from train.job import CompressionTable, Job
+from train.job import Job
 from train.layout import EXTRA, FlatModel
 from train.optimizer import Optimizer, Sgd, build_optimizer, clip
+from train.tables import CompressionTable
 from train.world import World
 
 
@@ -24,7 +25,8 @@ class Exchange:
     """One worker's. Each step: `begin`, `follow` before its last backward pass, `sum`.
 
     sent_bytes: what this worker sent in the last step; dense_bytes: what it would have sent
-    uncompressed; optimizer: None for the job's; transport: what opens a world's, for tests on slow links.
+    uncompressed; optimizer: None for the job's; transport: what opens a world's, for tests on slow
+    links.
     """
 
     def __init__(self, job: Job, flat: FlatModel, optimizer: Optimizer | None = None) -> None:

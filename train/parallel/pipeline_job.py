@@ -6,6 +6,7 @@ equal chains, Oobleck's templates, or the fastest by Varuna's measure.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,10 @@ class PipelineLearner:
         held = self.trainer.held
         named = {name: t for layer in mine for name, t in held.tensors(layer).items()}
         return [stretch(name, tensor, 0, tensor.numel()) for name, tensor in named.items()]
+
+    def notes(self) -> dict[str, Any]:
+        """See `Learner`."""
+        return {}
 
     def restore(self, found: Checkpoint) -> None:
         """See `Learner`."""
