@@ -1,0 +1,211 @@
+"""The Llama of `train.model`, spread over a mesh: matrices over tensor ranks, a sequence over
+sequence ranks, and, with `sequence_parallel`, what lies between matrices over tensor ranks, too.
+
+Parameters have the names of the whole model's, and are this rank's parts of them.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.reference.rope import inverse_frequencies
+from models.config import ModelConfig
+from train.model import Norm, rotate
+from train.parallel.mesh import Axis, Mesh
+from train.parallel.order import Order
+from train.parallel.ring import Ring, ring_attention
+from train.parallel.tensor_exchange import column, row
+from train.parallel.ulysses import ulysses_attention
+from train.parallel.vocabulary import cross_entropy, embed, rows_of
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention of (batch, heads, tokens, head_dim)."""
+COLUMN = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+COLUMN_BIAS = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+ROW = ("o_proj.weight", "down_proj.weight")
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+SPLIT = COLUMN + COLUMN_BIAS + ROW + VOCABULARY
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One rank's, of whole sequences."""
+    gqa = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=gqa
+    )
+
+
+class MeshAttention(nn.Module):
+    """Attention over this rank's heads."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, sequence: bool, attend: Attend) -> None:
+        super().__init__()
+        self._axis, self._sequence, self._attend = axis, sequence, attend
+        self._width = config.head_dim
+        query = config.heads // axis.size * config.head_dim
+        key = config.kv_heads // axis.size * config.head_dim
+        self._sizes = [query, key, key]
+        self.q_proj = nn.Linear(config.hidden, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (batch, tokens, hidden), a tensor rank's tokens if they are shared."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([part.weight for part in parts])
+        joined = column(x, weight, self._axis, self._sequence)
+        if self.q_proj.bias is not None:
+            joined = joined + torch.cat([part.bias for part in parts])
+        query, key, value = (
+            part.unflatten(-1, (-1, self._width)) for part in joined.split(self._sizes, -1)
+        )
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        mixed = self._attend(*(part.transpose(1, 2) for part in (query, key, value)))
+        flat = mixed.transpose(1, 2).flatten(2)
+        return row(flat, self.o_proj.weight, self._axis, self._sequence)
+
+
+class MeshFeedForward(nn.Module):
+    """SwiGLU over this rank's inner columns."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, sequence: bool) -> None:
+        super().__init__()
+        self._axis, self._sequence = axis, sequence
+        inner = config.ff // axis.size
+        self.gate_proj = nn.Linear(config.hidden, inner, bias=False)
+        self.up_proj = nn.Linear(config.hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, hidden), a tensor rank's tokens if they are shared."""
+        weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])
+        gate, up = column(x, weight, self._axis, self._sequence).chunk(2, -1)
+        return row(functional.silu(gate) * up, self.down_proj.weight, self._axis, self._sequence)
+
+
+class MeshLayer(nn.Module):
+    """Attention and feed-forward, each behind its norm."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, sequence: bool, attend: Attend) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(config.hidden, config.rms_eps)
+        self.self_attn = MeshAttention(config, axis, sequence, attend)
+        self.post_attention_layernorm = Norm(config.hidden, config.rms_eps)
+        self.mlp = MeshFeedForward(config, axis, sequence)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, tokens, hidden) in, the same out."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class _Trunk(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: Mesh, sequence: bool, attend: Attend) -> None:
+        super().__init__()
+        rows = rows_of(config.vocab, mesh.tensor)
+        self.embed_tokens = nn.Embedding(rows.stop - rows.start, config.hidden)
+        self.layers = nn.ModuleList(
+            [MeshLayer(config, mesh.tensor, sequence, attend) for _ in range(config.layers)]
+        )
+        self.norm = Norm(config.hidden, config.rms_eps)
+
+
+class MeshLlama(nn.Module):
+    """This rank's part of a causal language model.
+
+    sequence_tokens: of the sequences it trains on. sequence_parallel: tokens between matrices are
+    shared by tensor ranks. ring: how sequence ranks attend; if not, they exchange heads (Ulysses).
+    ValueError for what cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        sequence_tokens: int,
+        *,
+        sequence_parallel: bool = False,
+        ring: bool = True,
+    ) -> None:
+        super().__init__()
+        _check(config, mesh.tensor)
+        self.config, self.mesh, self.sequence_parallel = config, mesh, sequence_parallel
+        self._order = Order(sequence_tokens, mesh.sequence.size, ring and mesh.sequence.size > 1)
+        if sequence_parallel and self._order.local_tokens % mesh.tensor.size:
+            raise ValueError(
+                f"mesh.tensor = {mesh.tensor.size} ranks cannot share {self._order.local_tokens} "
+                "tokens evenly"
+            )
+        self.model = _Trunk(config, mesh, sequence_parallel, self._attend(ring))
+        rows = rows_of(config.vocab, mesh.tensor)
+        self._first = rows.start
+        self.lm_head = nn.Linear(config.hidden, rows.stop - rows.start, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+
+    def _attend(self, ring: bool) -> Attend:
+        group = self.mesh.sequence.group
+        if group is None:
+            return causal
+        if not ring:
+            return lambda q, k, v: ulysses_attention(q, k, v, group)
+        round_trip = Ring(group, self._order)
+        return lambda q, k, v: ring_attention(q, k, v, round_trip)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Summed cross-entropy in nats of this rank's share of tokens (batch, tokens + 1), which
+        all ranks of a replica are given whole. The sum over sequence ranks is the loss; tensor ranks
+        have the same."""
+        axis = self.mesh.tensor
+        positions = self._order.positions(self.mesh.sequence.rank)
+        mine, targets = tokens[:, :-1][:, positions], tokens[:, 1:][:, positions]
+        weight = self.model.embed_tokens.weight
+        x = embed(mine, weight, self._first, axis, self.sequence_parallel)
+        cos, sin = self._turns(positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
+        x = self.model.norm(x)
+        logits = column(x, self.lm_head.weight, axis, self.sequence_parallel)
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
+
+    def _turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        inverse, scale = self._frequencies
+        angles = torch.outer(positions.to(torch.float32), inverse)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    @property
+    def whole_everywhere(self) -> list[str]:
+        """Names of parameters that every tensor rank has whole: norms."""
+        return [name for name, _ in self.named_parameters() if not name.endswith(SPLIT)]
+
+    def load_whole(self, values: Mapping[str, Tensor]) -> None:
+        """This rank's parts of the whole model's parameters by name."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(self.part(name, values[name]))
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's of a parameter, a view."""
+        axis = self.mesh.tensor
+        if name.endswith(VOCABULARY):
+            return whole[rows_of(len(whole), axis)]
+        if name.endswith(COLUMN + COLUMN_BIAS):
+            return whole.chunk(axis.size, 0)[axis.rank]
+        if name.endswith(ROW):
+            return whole.chunk(axis.size, 1)[axis.rank]
+        return whole
+
+
+def _check(config: ModelConfig, axis: Axis) -> None:
+    if config.out_bias:
+        raise ValueError("a model with a bias behind its attention cannot be split by mesh.tensor")
+    for name, count in (("kv_heads", config.kv_heads), ("feed_forward", config.ff)):
+        if count % axis.size:
+            raise ValueError(
+                f"mesh.tensor = {axis.size} ranks cannot share model.{name} = {count} evenly"
+            )
