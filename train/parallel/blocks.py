@@ -57,7 +57,8 @@ class Flash:
 
 def _grouped(grad: Tensor, groups: int) -> Tensor:
     """The gradient of heads that `groups` heads each read."""
-    return grad.unflatten(1, (-1, groups)).sum(2)
+    batch, heads, *rest = grad.shape
+    return grad.view(batch, heads // groups, groups, *rest).sum(2)
 
 
 def merge(into: Seen, at: slice, more: Seen) -> None:

@@ -105,7 +105,7 @@ class Experts(nn.Module):
         theirs = exchange_counts(per_rank, self.group)
         received = theirs.sum(1).tolist()
         if at.slices > 1:
-            parts = rows.split(counts.tolist())
+            parts = torch.split(rows, counts.tolist())
             rows = torch.cat([part for part in parts for _ in range(at.slices)])
         arrived = send_rows(rows, sent, received, self.group)
         local = torch.arange(at.local).repeat(at.size).repeat_interleave(theirs.flatten())
@@ -115,7 +115,7 @@ class Experts(nn.Module):
         home = send_rows(back, received, sent, self.group)
         if at.slices == 1:
             return home
-        copies = home.split(sent)
+        copies = torch.split(home, sent)
         groups = (copies[n : n + at.slices] for n in range(0, len(copies), at.slices))
         return torch.cat([torch.stack(group).sum(0) for group in groups])
 
@@ -139,7 +139,7 @@ class Experts(nn.Module):
 def grouped(rows: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """rows (sum of counts, hidden), the first expert's first; each through its own SwiGLU."""
     parts = []
-    for index, part in enumerate(rows.split(counts)):
+    for index, part in enumerate(torch.split(rows, counts)):
         inner = functional.silu(part @ gate[index].T) * (part @ up[index].T)
         parts.append(inner @ down[index].T)
     return torch.cat(parts)

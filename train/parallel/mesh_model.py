@@ -60,7 +60,8 @@ class MeshAttention(nn.Module):
         if self.q_proj.bias is not None:
             joined = joined + torch.cat([part.bias for part in parts])
         query, key, value = (
-            part.unflatten(-1, (-1, self._width)) for part in joined.split(self._sizes, -1)
+            part.view(*part.shape[:2], -1, self._width)
+            for part in torch.split(joined, self._sizes, -1)
         )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         mixed = self._attend(*(part.transpose(1, 2) for part in (query, key, value)))
@@ -159,8 +160,8 @@ class MeshLlama(nn.Module):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Summed cross-entropy in nats of this rank's share of tokens (batch, tokens + 1), which
-        all ranks of a replica are given whole. The sum over sequence ranks is the loss; tensor ranks
-        have the same."""
+        all ranks of a replica are given whole. The sum over sequence ranks is the loss; tensor
+        ranks have the same."""
         axis = self.mesh.tensor
         positions = self._order.positions(self.mesh.sequence.rank)
         mine, targets = tokens[:, :-1][:, positions], tokens[:, 1:][:, positions]

@@ -77,7 +77,9 @@ class MeshTrainer:
         named = self.flat.named(self.flat.gradient)
         norms = [named[name] for name in self.model.whole_everywhere]
         joined = total(torch.cat([norm.flatten() for norm in norms]), axis)
-        for norm, summed in zip(norms, joined.split([n.numel() for n in norms]), strict=True):
+        for norm, summed in zip(
+            norms, torch.split(joined, [n.numel() for n in norms]), strict=True
+        ):
             norm.copy_(summed.view_as(norm))
 
     def _clip(self) -> float:

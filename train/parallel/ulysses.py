@@ -31,9 +31,11 @@ def ulysses_attention(
         )
     if kv_heads % size:
         key, value = (_repeated(x, size) for x in (key, value))
-    whole = [_exchange(x, 1, 2, group) for x in (query, key, value)]
-    gqa = whole[1].shape[1] != whole[0].shape[1]
-    mixed = functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=gqa)
+    query, key, value = (_exchange(x, 1, 2, group) for x in (query, key, value))
+    gqa = key.shape[1] != query.shape[1]
+    mixed = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=gqa
+    )
     return _exchange(mixed, 2, 1, group)
 
 

@@ -30,10 +30,10 @@ def given(kv_heads: int = 2, tokens: int = TOKENS) -> list[Tensor]:
 def alone(kv_heads: int = 2) -> list[Tensor]:
     """Output and gradients by torch, in one process."""
     *inputs, grad = given(kv_heads)
-    leaves = [x.requires_grad_() for x in inputs]
+    query, key, value = (x.requires_grad_() for x in inputs)
     gqa = kv_heads != HEADS
-    out = functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=gqa)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
 
 
 class CountedRectangles(Flash):
@@ -52,14 +52,14 @@ def shared(world: GlooWorld, way: str, kv_heads: int) -> dict[str, Any]:
     order = Order(TOKENS, world.size, way == "zigzag")
     positions = order.positions(world.rank)
     *inputs, grad = [x[:, :, positions] for x in given(kv_heads)]
-    leaves = [x.contiguous().requires_grad_() for x in inputs]
+    query, key, value = (x.contiguous().requires_grad_() for x in inputs)
     counted, sent = CountedRectangles(), Sent()
     with sent:
         if way == "ulysses":
-            out = ulysses_attention(*leaves, world.group)
+            out = ulysses_attention(query, key, value, world.group)
         else:
-            out = ring_attention(*leaves, Ring(world.group, order, counted))
-        parts = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+            out = ring_attention(query, key, value, Ring(world.group, order, counted))
+        parts = [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
     wholes = []
     for part in parts:
         whole = part.new_zeros((*part.shape[:2], TOKENS, WIDTH))
@@ -109,9 +109,9 @@ def test_equals_one_rank(way: str, size: int) -> None:
 def test_one_rank_alone_is_plain_attention(zigzag: bool) -> None:
     """No group: nothing is sent, and the numbers are torch's."""
     *inputs, grad = given()
-    leaves = [x.requires_grad_() for x in inputs]
-    out = ring_attention(*leaves, Ring(None, Order(TOKENS, 1, zigzag)))
-    parts = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    query, key, value = (x.requires_grad_() for x in inputs)
+    out = ring_attention(query, key, value, Ring(None, Order(TOKENS, 1, zigzag)))
+    parts = [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
     for mine, theirs in zip(parts, alone(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
