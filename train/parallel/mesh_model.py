@@ -55,8 +55,8 @@ class MeshAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (batch, tokens, hidden), a tensor rank's tokens if they are shared."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([part.weight for part in parts])
-        joined = column(x, weight, self._axis, self._sequence)
+        weights = [part.weight for part in parts]
+        joined = column(x, weights, self._axis, self._sequence)
         if self.q_proj.bias is not None:
             joined = joined + torch.cat([part.bias for part in parts])
         query, key, value = (
@@ -82,8 +82,8 @@ class MeshFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, tokens, hidden), a tensor rank's tokens if they are shared."""
-        weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])
-        gate, up = column(x, weight, self._axis, self._sequence).chunk(2, -1)
+        weights = (self.gate_proj.weight, self.up_proj.weight)
+        gate, up = column(x, weights, self._axis, self._sequence).chunk(2, -1)
         return row(functional.silu(gate) * up, self.down_proj.weight, self._axis, self._sequence)
 
 
@@ -167,14 +167,15 @@ class MeshLlama(nn.Module):
         mine, targets = tokens[:, :-1][:, positions], tokens[:, 1:][:, positions]
         weight = self.model.embed_tokens.weight
         x = embed(mine, weight, self._first, axis, self.sequence_parallel)
-        cos, sin = self._turns(positions, x.dtype)
+        cos, sin = self.angles(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         x = self.model.norm(x)
-        logits = column(x, self.lm_head.weight, axis, self.sequence_parallel)
+        logits = column(x, (self.lm_head.weight,), axis, self.sequence_parallel)
         return cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
 
-    def _turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions (n,), each (n, head_dim / 2)."""
         inverse, scale = self._frequencies
         angles = torch.outer(positions.to(torch.float32), inverse)
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

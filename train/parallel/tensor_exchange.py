@@ -6,11 +6,13 @@ forward and a sum backward, the other the reverse; with it they gather and scatt
 same cost, and what lies between two layers is kept once instead of on every rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from train.parallel.collectives import added
 from train.parallel.mesh import Axis
@@ -19,17 +21,18 @@ TOKENS = 1
 """The dimension that sequence parallelism cuts: x is (batch, tokens, hidden)."""
 
 
-def column(x: Tensor, weight: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """x times the transpose of this rank's rows of a matrix. sequence: x is this rank's tokens, and
-    the product is of all; then x is gathered again on the way back instead of kept."""
-    out: Tensor = _Column.apply(x, weight, axis, sequence)  # type: ignore[no-untyped-call]
+def column(x: Tensor, weights: Sequence[Tensor], axis: Axis, sequence: bool) -> Tensor:
+    """x times the transposes of this rank's rows of matrices, side by side. sequence: x is this
+    rank's tokens, and the product is of all; then x is gathered again on the way back instead of
+    kept."""
+    out: Tensor = _Column.apply(x, axis, sequence, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
 def row(x: Tensor, weight: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """x times the transpose of this rank's columns of a matrix, summed over ranks. sequence: of
     this rank's tokens only."""
-    return leave(torch.nn.functional.linear(x, weight), axis, sequence)
+    return leave(functional.linear(x, weight), axis, sequence)
 
 
 def leave(partial: Tensor, axis: Axis, sequence: bool) -> Tensor:
@@ -66,20 +69,21 @@ def scattered(x: Tensor, axis: Axis) -> Tensor:
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)  # not their copy side by side
         ctx.way = axis, sequence
-        return torch.nn.functional.linear(gathered(x, axis) if sequence else x, weight)
+        return functional.linear(gathered(x, axis) if sequence else x, torch.cat(weights))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
         axis, sequence = ctx.way
         grad = grads[0]
         whole = gathered(x, axis) if sequence else x
-        to_x = grad @ weight
+        to_x = grad @ torch.cat(weights)
         to_x = scattered(to_x, axis) if sequence else total(to_x, axis)
-        return to_x, grad.flatten(0, -2).T @ whole.flatten(0, -2), None, None
+        to_weights = grad.flatten(0, -2).T @ whole.flatten(0, -2)
+        return to_x, None, None, *torch.split(to_weights, [len(weight) for weight in weights])
 
 
 class _Leave(torch.autograd.Function):
