@@ -5,6 +5,7 @@ Parameters have the names of the whole model's, and are this rank's parts of the
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 from kernels.reference.rope import inverse_frequencies
 from models.config import ModelConfig
 from train.model import Norm, rotate
+from train.parallel.experts import Experts, Placement
 from train.parallel.mesh import Axis, Mesh
 from train.parallel.order import Order
 from train.parallel.ring import Ring, ring_attention
@@ -87,15 +89,52 @@ class MeshFeedForward(nn.Module):
         return row(functional.silu(gate) * up, self.down_proj.weight, self._axis, self._sequence)
 
 
+class ExpertTable(NamedTuple):
+    """A mixture instead of each feed-forward: how many experts, each of the model's width, and how
+    many of them a token sees. balance: what the loss that makes them seen alike counts."""
+
+    experts: int
+    top_k: int
+    balance: float = 0.01
+
+
+class MeshExperts(nn.Module):
+    """A mixture of experts that data ranks share. balance: the loss of the newest pass."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, table: ExpertTable) -> None:
+        super().__init__()
+        self.experts = Experts(config.hidden, config.ff, table.experts, table.top_k, axis.group)
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, hidden)."""
+        out, routing = self.experts(x.flatten(0, 1))
+        self.balance = routing.balance
+        made: Tensor = out.view_as(x)
+        return made
+
+
 class MeshLayer(nn.Module):
     """Attention and feed-forward, each behind its norm."""
 
-    def __init__(self, config: ModelConfig, axis: Axis, sequence: bool, attend: Attend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        sequence: bool,
+        attend: Attend,
+        table: ExpertTable | None,
+    ) -> None:
         super().__init__()
+        axis = mesh.tensor
         self.input_layernorm = Norm(config.hidden, config.rms_eps)
         self.self_attn = MeshAttention(config, axis, sequence, attend)
         self.post_attention_layernorm = Norm(config.hidden, config.rms_eps)
-        self.mlp = MeshFeedForward(config, axis, sequence)
+        self.mlp: nn.Module = (
+            MeshExperts(config, mesh.expert, table)
+            if table is not None
+            else MeshFeedForward(config, axis, sequence)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(batch, tokens, hidden) in, the same out."""
@@ -105,12 +144,19 @@ class MeshLayer(nn.Module):
 
 
 class _Trunk(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh, sequence: bool, attend: Attend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        sequence: bool,
+        attend: Attend,
+        table: ExpertTable | None,
+    ) -> None:
         super().__init__()
         rows = rows_of(config.vocab, mesh.tensor)
         self.embed_tokens = nn.Embedding(rows.stop - rows.start, config.hidden)
         self.layers = nn.ModuleList(
-            [MeshLayer(config, mesh.tensor, sequence, attend) for _ in range(config.layers)]
+            [MeshLayer(config, mesh, sequence, attend, table) for _ in range(config.layers)]
         )
         self.norm = Norm(config.hidden, config.rms_eps)
 
@@ -120,6 +166,7 @@ class MeshLlama(nn.Module):
 
     sequence_tokens: of the sequences it trains on. sequence_parallel: tokens between matrices are
     shared by tensor ranks. ring: how sequence ranks attend; if not, they exchange heads (Ulysses).
+    experts: instead of feed-forwards, shared by the ranks of mesh.expert.
     ValueError for what cannot be shared out.
     """
 
@@ -131,6 +178,7 @@ class MeshLlama(nn.Module):
         *,
         sequence_parallel: bool = False,
         ring: bool = True,
+        experts: ExpertTable | None = None,
     ) -> None:
         super().__init__()
         _check(config, mesh.tensor)
@@ -141,7 +189,10 @@ class MeshLlama(nn.Module):
                 f"mesh.tensor = {mesh.tensor.size} ranks cannot share {self._order.local_tokens} "
                 "tokens evenly"
             )
-        self.model = _Trunk(config, mesh, sequence_parallel, self._attend(ring))
+        if experts is not None and (sequence_parallel or mesh.tensor.size > 1):
+            raise ValueError("model.experts are not split by mesh.tensor; 1 would be accepted")
+        self.experts = experts
+        self.model = _Trunk(config, mesh, sequence_parallel, self._attend(ring), experts)
         rows = rows_of(config.vocab, mesh.tensor)
         self._first = rows.start
         self.lm_head = nn.Linear(config.hidden, rows.stop - rows.start, bias=False)
@@ -172,7 +223,14 @@ class MeshLlama(nn.Module):
             x = layer(x, cos, sin)
         x = self.model.norm(x)
         logits = column(x, (self.lm_head.weight,), axis, self.sequence_parallel)
-        return cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
+        nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
+        return nats + self._imbalance() * targets.numel()
+
+    def _imbalance(self) -> Tensor | float:
+        if self.experts is None or not self.experts.balance:
+            return 0.0
+        losses = [m.balance for m in self.modules() if isinstance(m, MeshExperts)]
+        return self.experts.balance * torch.stack(losses).mean()
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions (n,), each (n, head_dim / 2)."""
@@ -181,8 +239,14 @@ class MeshLlama(nn.Module):
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
     @property
+    def expert_names(self) -> list[str]:
+        """Names of parameters that only ranks of mesh.replicas have alike."""
+        held = ("experts.gate", "experts.up", "experts.down")
+        return [name for name, _ in self.named_parameters() if name.endswith(held)]
+
+    @property
     def whole_everywhere(self) -> list[str]:
-        """Names of parameters that every tensor rank has whole: norms."""
+        """Names of parameters that every tensor rank has whole: norms, experts."""
         return [name for name, _ in self.named_parameters() if not name.endswith(SPLIT)]
 
     def load_whole(self, values: Mapping[str, Tensor]) -> None:
@@ -194,6 +258,8 @@ class MeshLlama(nn.Module):
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's of a parameter, a view."""
         axis = self.mesh.tensor
+        if name in self.expert_names:
+            return self._expert_part(name, whole)
         if name.endswith(VOCABULARY):
             return whole[rows_of(len(whole), axis)]
         if name.endswith(COLUMN + COLUMN_BIAS):
@@ -201,6 +267,14 @@ class MeshLlama(nn.Module):
         if name.endswith(ROW):
             return whole.chunk(axis.size, 1)[axis.rank]
         return whole
+
+    def _expert_part(self, name: str, whole: Tensor) -> Tensor:
+        """Of (experts, ff, hidden), or (experts, hidden, ff) for `down`."""
+        axis = self.mesh.expert
+        at = Placement.of(len(whole), axis.size)
+        first = axis.rank * at.local // at.slices
+        held = whole[first : first + at.local]
+        return held.chunk(at.slices, 2 if name.endswith("down") else 1)[axis.rank % at.slices]
 
 
 def _check(config: ModelConfig, axis: Axis) -> None:

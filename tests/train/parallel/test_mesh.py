@@ -14,7 +14,8 @@ from tests.train.processes import on_ranks
 from train.data.stream import SampleStream
 from train.model import Norm
 from train.parallel.mesh import Mesh, build_mesh
-from train.parallel.mesh_model import MeshLlama
+from train.parallel.mesh_model import ExpertTable, MeshLlama
+from train.parallel.mesh_state import whole
 from train.parallel.mesh_trainer import MeshTrainer
 from train.weights import build_model, read_start
 from train.world import GlooWorld, LocalWorld
@@ -43,16 +44,19 @@ def alone() -> dict[str, Any]:
     }
 
 
-def trained(world: GlooWorld, shape: dict[str, int], more: dict[str, bool]) -> dict[str, Any]:
+def trained(
+    world: GlooWorld, shape: dict[str, int], more: dict[str, Any], stage: int
+) -> dict[str, Any]:
     """The job on this rank of a mesh."""
     start = read_start(JOB)
     mesh = build_mesh(world.size, **shape)
     model = MeshLlama(start.config, mesh, JOB.data.sequence_tokens, **more).double()
     model.load_whole(dict(build_model(JOB, start).double().named_parameters()))
     stream = SampleStream(tokens(), JOB.data.sequence_tokens, JOB.run.seed)
-    trainer = MeshTrainer(JOB, model, stream)
+    trainer = MeshTrainer(JOB, model, stream, stage=stage)
     curve = [trainer.step() for _ in range(STEPS)]
-    return {"curve": curve, "weights": {n: t.numpy() for n, t in trainer.whole().items()}}
+    weights = whole(trainer.state, model)
+    return {"curve": curve, "weights": {name: part.numpy() for name, part in weights.items()}}
 
 
 SP = {"sequence_parallel": True}
@@ -65,17 +69,51 @@ MESHES = {
     "ring x dp": ({"data": 2, "sequence": 2}, {}),
     "ulysses x dp": ({"data": 2, "sequence": 2}, {"ring": False}),
     "ring x tp + sp": ({"sequence": 2, "tensor": 2}, SP),
+    "fsdp": ({"data": 4}, {}),
+    "fsdp x tp": ({"data": 2, "tensor": 2}, {}),
+    "fsdp x tp + sp": ({"data": 2, "tensor": 2}, SP),
 }
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_equals_one_process_for_twenty_steps(name: str, alone: dict[str, Any]) -> None:
     shape, more = MESHES[name]
-    for answer in on_ranks(4, trained, shape, more):
+    for answer in on_ranks(4, trained, shape, more, 3 if "fsdp" in name else 0):
         np.testing.assert_allclose(answer["curve"], alone["curve"], rtol=0, atol=1e-9)
         for parameter, made in answer["weights"].items():
             expected = alone["weights"][parameter]
             torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-9)
+
+
+MIXTURE = ExpertTable(experts=4, top_k=2, balance=0.0)
+"""Without the loss for balance, which is of each rank's own tokens."""
+
+
+def mixture(world: GlooWorld | None, expert: int) -> dict[str, Any]:
+    """The job with experts for feed-forwards, on this rank of a mesh, or alone."""
+    config = read_start(JOB).config
+    torch.manual_seed(11)
+    source = MeshLlama(config, Mesh(), JOB.data.sequence_tokens, experts=MIXTURE).double()
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    mesh = build_mesh(world.size, expert=expert) if world else Mesh()
+    model = MeshLlama(config, mesh, JOB.data.sequence_tokens, experts=MIXTURE).double()
+    model.load_whole(dict(source.named_parameters()))
+    stream = SampleStream(tokens(), JOB.data.sequence_tokens, JOB.run.seed)
+    trainer = MeshTrainer(JOB, model, stream)
+    curve = [trainer.step() for _ in range(STEPS)]
+    weights = whole(trainer.state, model)
+    return {"curve": curve, "weights": {name: part.numpy() for name, part in weights.items()}}
+
+
+@pytest.mark.parametrize("expert", [2, 4])
+def test_experts_equal_one_process_for_twenty_steps(expert: int) -> None:
+    """ep x dp: two ranks, or all four, share the experts; each has samples of its own."""
+    expected = mixture(None, 1)
+    for answer in on_ranks(4, mixture, expert):
+        np.testing.assert_allclose(answer["curve"], expected["curve"], rtol=0, atol=1e-9)
+        for name, made in answer["weights"].items():
+            np.testing.assert_allclose(made, expected["weights"][name], rtol=0, atol=1e-9)
 
 
 class Calls:
