@@ -6,11 +6,14 @@ the last finished step, and `step` can be called again with another world.
 """
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from train.data.stream import SampleStream, share
+from train.data.stream import SampleStream
+from train.heterogeneous.shares import Equal, Shares
 from train.job import Job
 from train.layout import FlatModel
 from train.model import Llama
@@ -41,15 +44,26 @@ class StepReport:
 class Trainer:
     """One worker's model, optimizer and place in the stream."""
 
-    def __init__(self, job: Job, model: Llama, stream: SampleStream) -> None:
+    def __init__(
+        self,
+        job: Job,
+        model: Llama,
+        stream: SampleStream,
+        shares: Shares | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """shares: how a step's samples are shared out, equally by default; clock: in seconds."""
         self.job, self.model, self.stream = job, model, stream
+        self.shares: Shares = shares or Equal()
+        self._clock = clock
         self.flat = FlatModel(model, COMPUTE[job.precision.compute])
         self.optimizer = build_optimizer(self.flat, job.optimizer)
         self.step_number = self.samples = 0
 
     def step(self, world: World, stop: bool = False) -> StepReport:
         """One optimizer step with all workers of the world. stop: this one asks for an end."""
-        mine = share(self.samples, self.job.batch_samples, world.rank, world.size)
+        mine = self.shares.mine(self.samples, self.job.batch_samples, world)
+        begun_s = self._clock()
         flat, summed = self.flat, self.flat.summed
         flat.clear_gradient()
         tokens = self.job.run.batch_tokens
@@ -58,6 +72,7 @@ class Trainer:
             loss = self.model.loss(self.stream.batch(first, count)) / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             summed[-2] += loss.detach()
+        self.shares.computed(mine.samples, self._clock() - begun_s)
         summed[-1] = float(stop)
         world.all_reduce(summed)
         norm = clip(flat.gradient, self.job.optimizer.clip_norm)
