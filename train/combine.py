@@ -21,6 +21,13 @@ def refused(job: "Job") -> Iterator[str]:
     """What does not go together, the most telling first."""
     yield from _mode(job)
     yield from _sharding(job)
+    if job.workers.shares == "measured" and (
+        job.sharding.stage or job.pipeline.stages or job.memory.offload != "none"
+    ):
+        yield (
+            'workers.shares = "measured" is about workers that hold the whole state: '
+            'sharding.stage = 0, pipeline.stages = 0 and memory.offload = "none" are accepted'
+        )
     yield from _compression(job)
     yield from _memory(job)
     if job.pipeline.stages:

@@ -115,6 +115,9 @@ class WorkersTable(Strict):
     where: str = Field(
         "local", description="local; elastic: who dies is replaced; ray: the same as Ray actors."
     )
+    shares: Literal["equal", "measured"] = Field(
+        "equal", description="Of a step's samples: to all alike, or by measured speed."
+    )
 
 
 class ShardingTable(Strict):

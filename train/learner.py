@@ -15,6 +15,7 @@ from train.checkpoint.states import of_ranks, state_pieces
 from train.data.stream import SampleStream
 from train.data.stream import share as share_out
 from train.folder import RunFolder
+from train.heterogeneous.shares import Measured
 from train.job import Job
 from train.state import TrainState
 from train.step import StepReport, Trainer
@@ -86,6 +87,8 @@ def build_learner(job: Job, start: Start, stream: SampleStream, folder: RunFolde
         return PipelineLearner(job, start, stream)
     model = build_model(job, start)
     if not job.sharding.stage:
+        if job.workers.shares == "measured":
+            return Whole(job, model, stream, Measured(unit=job.micro_samples))
         return Whole(job, model, stream)
     if job.resilience.mode == "gemini":
         from train.elastic.shares import SharedOut

@@ -6,13 +6,15 @@ the last finished step, and `step` can be called again with another world.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from train.communication.exchange import Exchange
-from train.data.stream import SampleStream, share
+from train.data.stream import SampleStream
+from train.heterogeneous.shares import Equal, Shares
 from train.job import Job
 from train.layout import FlatModel
 from train.model import Llama
@@ -45,8 +47,18 @@ class StepReport:
 class Trainer:
     """One worker's model, optimizer and place in the stream."""
 
-    def __init__(self, job: Job, model: Llama, stream: SampleStream) -> None:
+    def __init__(
+        self,
+        job: Job,
+        model: Llama,
+        stream: SampleStream,
+        shares: Shares | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """shares: how a step's samples are shared out, equally by default; clock: in seconds."""
         self.job, self.model, self.stream = job, model, stream
+        self.shares: Shares = shares or Equal()
+        self._clock = clock
         self.flat = FlatModel(model, COMPUTE[job.precision.compute])
         self.exchange = Exchange(job, self.flat)
         self.optimizer = self.exchange.optimizer
@@ -56,7 +68,8 @@ class Trainer:
 
     def step(self, world: World, stop: bool = False) -> StepReport:
         """One optimizer step with all workers of the world. stop: this one asks for an end."""
-        mine = share(self.samples, self.job.batch_samples, world.rank, world.size)
+        mine = self.shares.mine(self.samples, self.job.batch_samples, world)
+        begun_s = self._clock()
         flat, summed = self.flat, self.flat.summed
         flat.clear_gradient()
         tokens, end = self.job.run.batch_tokens, mine.first + mine.samples
@@ -68,6 +81,7 @@ class Trainer:
             loss = self.model.loss(self.stream.batch(first, count)) / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             summed[-2] += loss.detach()
+        self.shares.computed(mine.samples, self._clock() - begun_s)
         summed[-1] = float(stop)
         norm = self.exchange.sum()
         refuse_infinite(norm, self.step_number + 1, self.job)

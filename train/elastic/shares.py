@@ -6,6 +6,8 @@ Updates have the bits that they have on workers that hold everything. A step sen
 and the new weights once more.
 """
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from train.elastic.facts import share_facts
 from train.elastic.messages import Version
 from train.elastic.run import ElasticRun
 from train.elastic.trainee import Flat, StepEnd
+from train.heterogeneous.shares import Equal
 from train.job import Job, OptimizerTable
 from train.layout import FlatModel, Slot
 from train.learner import Whole
@@ -97,6 +100,7 @@ class SharedOut(Whole):
         self.shared = SharedAdamW(self.flat, job.optimizer)
         self.exchange = Exchange(job, self.flat, self.shared)
         self.optimizer = self.shared
+        self.shares, self._clock = Equal(), time.perf_counter
         self.step_number = self.samples = 0
         self.before_update = lambda: None
         self._world: World | None = None

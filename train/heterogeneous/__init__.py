@@ -1,0 +1,1 @@
+"""Workers of unlike speed in one job."""

@@ -1,0 +1,198 @@
+"""Where the weights, gradients and moments of a rank of a mesh are: whole on every data rank, or
+shared out among data ranks by FSDP2 (ZeRO's stage 3), on top of what tensor ranks share.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.job import OptimizerTable
+from train.layout import FlatModel
+from train.optimizer import Decay, build_optimizer
+from train.parallel.experts import Placement
+from train.parallel.mesh import Axis
+from train.parallel.mesh_model import ROW, MeshLlama
+from train.parallel.tensor_exchange import total
+from train.parallel.zero_full import FullShards, gradient, master
+
+
+class MeshState(Protocol):
+    """A rank's part of the training state. All methods but `squares` and `scale` are collective."""
+
+    def clear(self) -> None:
+        """Before the first backward pass of a step."""
+        ...
+
+    def reduce(self) -> None:
+        """After the last one: gradients become sums over all ranks that have seen other tokens."""
+        ...
+
+    def squares(self) -> Tensor:
+        """Of this rank's gradient: (2,), of what is split by tensor ranks and of what is not."""
+        ...
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the gradient."""
+        ...
+
+    def update(self, step: int, learning_rate: float) -> None:
+        """The step-th update, from 1."""
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """This tensor rank's masters by name."""
+        ...
+
+
+class Replicated:
+    """Every data rank has the replica's state."""
+
+    def __init__(self, model: MeshLlama, compute: torch.dtype, table: OptimizerTable) -> None:
+        self.model = model
+        self.flat = FlatModel(model, compute)
+        self.optimizer = build_optimizer(self.flat, table)
+        self._everywhere = set(model.whole_everywhere)
+
+    def clear(self) -> None:
+        """See `MeshState`."""
+        self.flat.clear_gradient()
+
+    def reduce(self) -> None:
+        """See `MeshState`."""
+        mesh, named = self.model.mesh, self.flat.named(self.flat.gradient)
+        own = {name: named[name].clone() for name in self.model.expert_names}
+        for axis in (mesh.data, mesh.sequence):
+            total(self.flat.gradient, axis)
+        for name, found in own.items():  # other ranks have other experts under this name
+            named[name].copy_(total(total(found, mesh.replicas), mesh.sequence))
+        if self.model.sequence_parallel:
+            sum_norms([named[name] for name in self.model.whole_everywhere], self.model.mesh.tensor)
+
+    def squares(self) -> Tensor:
+        """See `MeshState`."""
+        squares = torch.zeros(3, dtype=self.flat.gradient.dtype)
+        experts = set(self.model.expert_names)
+        for name, found in self.flat.named(self.flat.gradient).items():
+            place = 2 if name in experts else int(name in self._everywhere)
+            squares[place] += found.square().sum()
+        total(squares[2:], self.model.mesh.expert)
+        squares[1] += squares[2]
+        return squares[:2]
+
+    def scale(self, factor: float) -> None:
+        """See `MeshState`."""
+        self.flat.gradient.mul_(factor)
+
+    def update(self, step: int, learning_rate: float) -> None:
+        """See `MeshState`."""
+        self.optimizer.update(step, learning_rate)
+        self.flat.publish()
+
+    def parts(self) -> dict[str, Tensor]:
+        """See `MeshState`."""
+        return self.flat.named(self.flat.masters)
+
+
+class FullyShared:
+    """Data ranks share the replica's state; layers are put together when they are computed."""
+
+    def __init__(self, model: MeshLlama, compute: torch.dtype, table: OptimizerTable) -> None:
+        if model.mesh.expert.size > 1:
+            raise ValueError("sharding.stage = 3 with mesh.expert > 1: accepted is stage 0")
+        if model.mesh.sequence.size > 1:
+            raise ValueError(
+                "sharding.stage = 3 with mesh.sequence > 1: accepted are mesh.sequence = 1 or "
+                "sharding.stage = 0"
+            )
+        if table.name != "adamw":
+            raise ValueError(f"sharding.stage = 3 updates by adamw; optimizer.name = {table.name}")
+        decay = Decay(table.beta1, table.beta2, table.epsilon, table.weight_decay)
+        self.model, self._everywhere = model, set(model.whole_everywhere)
+        self._shards = FullShards(model, model.mesh.data.group, compute, decay)
+
+    def clear(self) -> None:
+        """See `MeshState`."""
+        self._shards.clear_gradient()
+
+    def reduce(self) -> None:
+        """See `MeshState`. The sum over data ranks was made in the backward pass."""
+        if self.model.sequence_parallel:
+            rows = (rows for rows in self._shards.rows if rows.name in self._everywhere)
+            sum_norms([g for r in rows if (g := gradient(r)) is not None], self.model.mesh.tensor)
+
+    def squares(self) -> Tensor:
+        """See `MeshState`. Summed over data ranks, who have a share of each."""
+        squares = torch.zeros(2, dtype=torch.float64)
+        for rows in self._shards.rows:
+            found = gradient(rows)
+            if found is not None:
+                squares[int(rows.name in self._everywhere)] += found.double().square().sum()
+        return total(squares, self.model.mesh.data)
+
+    def scale(self, factor: float) -> None:
+        """See `MeshState`."""
+        for rows in self._shards.rows:
+            found = gradient(rows)
+            if found is not None:
+                found.mul_(factor)
+
+    def update(self, step: int, learning_rate: float) -> None:
+        """See `MeshState`."""
+        self._shards.update(step, learning_rate)
+
+    def parts(self) -> dict[str, Tensor]:
+        """See `MeshState`."""
+        axis = self.model.mesh.data
+        made = {}
+        for rows in self._shards.rows:
+            joined = torch.cat(gather_unlike(master(rows), axis))
+            made[rows.name] = joined.view(rows.shape)
+        return made
+
+
+def sum_norms(gradients: list[Tensor], axis: Axis) -> None:
+    """In place, over tensor ranks that have each seen their own tokens between matrices."""
+    joined = total(torch.cat([found.flatten() for found in gradients]), axis)
+    parts = torch.split(joined, [found.numel() for found in gradients])
+    for found, summed in zip(gradients, parts, strict=True):
+        found.copy_(summed.view_as(found))
+
+
+def gather_unlike(part: Tensor, axis: Axis) -> list[Tensor]:
+    """Every rank's tensor, by rank; they may differ in shape."""
+    if axis.group is None:
+        return [part.clone()]
+    shapes: list[tuple[int, ...]] = [()] * axis.size
+    dist.all_gather_object(shapes, tuple(part.shape), group=axis.group)
+    found = [part.new_empty(shape) for shape in shapes]
+    found[axis.rank].copy_(part)
+    for rank, place in enumerate(found):
+        dist.broadcast(place, group=axis.group, group_src=rank)
+    return found
+
+
+def whole(state: MeshState, model: MeshLlama) -> dict[str, Tensor]:
+    """The whole model's masters by name, on every rank; called by all."""
+    everywhere, axis = set(model.whole_everywhere), model.mesh.tensor
+    experts = set(model.expert_names)
+    made = {}
+    for name, part in state.parts().items():
+        if name in experts:
+            made[name] = whole_experts(part, name, model)
+        elif name in everywhere:
+            made[name] = part.clone()
+        else:
+            made[name] = torch.cat(gather_unlike(part, axis), 1 if name.endswith(ROW) else 0)
+    return made
+
+
+def whole_experts(part: Tensor, name: str, model: MeshLlama) -> Tensor:
+    """All experts of one layer, of the ranks that share them."""
+    axis = model.mesh.expert
+    parts = gather_unlike(part, axis)
+    assert model.experts is not None
+    slices = Placement.of(model.experts.experts, axis.size).slices
+    groups = [parts[n : n + slices] for n in range(0, len(parts), slices)]
+    return torch.cat([torch.cat(group, 2 if name.endswith("down") else 1) for group in groups])
