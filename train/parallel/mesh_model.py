@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from kernels.reference.rope import inverse_frequencies
 from models.config import ModelConfig
-from train.model import Norm, rotate
+from train.fused import rotate
+from train.model import Norm
 from train.parallel.experts import Experts, Placement
 from train.parallel.mesh import Axis, Mesh
 from train.parallel.order import Order
