@@ -87,7 +87,8 @@ def _joined(weights: Any) -> Tensor:
             return torch.cat(tuple(weights))
         place += weight.numel()
     rows = sum(len(weight) for weight in weights)
-    return first.as_strided((rows, width), (width, 1), first.storage_offset())
+    view: Tensor = first.as_strided((rows, width), (width, 1), first.storage_offset())
+    return view
 
 
 class _SwiGLU(Function):
