@@ -102,6 +102,7 @@ class Supervisor:
         self._heard_s: dict[str, float] = {}
         self._places: dict[str, str] = {}
         self._finished_s = float("inf")
+        self.over = False  # `run` has come to its end, well or not
         self._key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), family="AF_INET", authkey=self._key)
         self.on_event: Callable[[Journal], None] = lambda entry: None
@@ -123,6 +124,7 @@ class Supervisor:
         finally:
             self._launcher.close()
             self._listener.close()
+            self.over = True
         self.report.steps = self.members.reached
         return self.report
 
