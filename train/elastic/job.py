@@ -132,9 +132,8 @@ def supervise(
 ) -> None:
     """Runs the job to its end; the supervisor's log is events.jsonl in the run's log folder."""
     folder.log.mkdir(parents=True, exist_ok=True)
-    policy = Policy(job.workers.count, wait_s=WAIT_S)
-    supervisor = Supervisor(policy, launcher, host=host)
-    supervisor.on_event = partial(_log, folder.log / "events.jsonl")
+    supervisor = Supervisor(policy_of(job), launcher, host=host)
+    supervisor.on_event = partial(log_to, folder.log / "events.jsonl")
     failures: list[JobFailed] = []
 
     def run() -> None:
@@ -152,7 +151,12 @@ def supervise(
         raise WorkerFailed(str(failures[0]), by_user="ValueError" in str(failures[0]))
 
 
-def _log(path: Path, entry: Journal) -> None:
+def policy_of(job: Job) -> Policy:
+    """ValueError when the job wants more than it has at the least."""
+    return Policy(job.workers.count, least=job.workers.least, wait_s=WAIT_S)
+
+
+def log_to(path: Path, entry: Journal) -> None:
     """One line for each event but steps, which the run's own journal has."""
     what = entry.what if isinstance(entry.what, str) else entry.what.model_dump_json()
     if '"kind":"finished"' not in what:
