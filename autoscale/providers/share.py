@@ -37,7 +37,7 @@ from serve.http import EdgeSettings, build_app
 from serve.keys import load_keys
 from serve.machines.service import MachineService
 
-STARTUP_S = 10.0  # of a machine, as the loop reckons
+STARTUP_S = 5.0  # of a machine, as the loop reckons
 LOOK_S = 0.2
 
 
@@ -83,9 +83,9 @@ class Sharing:
             provider = await held.enter_async_context(self._machines())
             folder = self.folder / "machines"
             service = await held.enter_async_context(MachineService(self.settings, folder))
-            jobs: dict[str, Job] = {}
+            await self._begun(provider, stop)
+            jobs: dict[str, Job] = {self.job.name: self.job}
             driver = await held.enter_async_context(self._driven(provider, service, jobs))
-            jobs |= await self._started(provider, stop)
             await held.enter_async_context(self._http(service, stop))
             self.say(f"What the loop decides: sanderling plan {self.log}")
             await self._watched(provider, driver, jobs, stop)
@@ -126,18 +126,18 @@ class Sharing:
                 stop.set()
                 await driving
 
-    async def _started(self, provider: LocalProvider, stop: asyncio.Event) -> dict[str, Job]:
-        """The job under way on machines of its own."""
+    async def _begun(self, provider: LocalProvider, stop: asyncio.Event) -> None:
+        """The job on machines of its own, and those that serving begins with."""
+        floor = self.settings.autoscale.decode.floor
         tokens = [f"train/{self.job.name}/{number}" for number in range(self.job.wanted)]
+        tokens += [f"decode/begun/{number}" for number in range(floor)]
         made = [await provider.launch(self.offer, token) for token in tokens]
-        ids = tuple(machine.id for machine in made)
-        while not stop.is_set() and any(
-            provider.ledger.machines[name].state == "pending" for name in ids
-        ):
+        ids = [machine.id for machine in made]
+        there = provider.ledger.machines
+        while not stop.is_set() and any(there[name].state == "pending" for name in ids):
             await self.clock.sleep(LOOK_S)
-        self.job.start(ids)
-        self.say(f"Training {self.job.name} on {len(ids)} machines")
-        return {self.job.name: self.job}
+        self.job.start(tuple(ids[: self.job.wanted]))
+        self.say(f"Training {self.job.name} on {self.job.wanted} machines")
 
     @contextlib.asynccontextmanager
     async def _http(self, service: MachineService, stop: asyncio.Event) -> AsyncIterator[None]:

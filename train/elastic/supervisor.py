@@ -252,9 +252,11 @@ class Supervisor:
     def _move(self, machines: tuple[str, ...], notice_s: float) -> None:
         self.members.machines = machines
         self.members.resize(len(machines))
-        for worker in self.members.workers.values():
+        for worker in list(self.members.workers.values()):
             if worker.machine not in machines:
                 self._noticed(worker.name, notice_s)
+                if worker.state == "starting":  # it has nothing that it could hand over
+                    self._end(worker.name)
 
     def _note(self, what: Plan | Finished | Resumed | Hello | Idle | str, worker: str = "") -> None:
         entry = Journal(self._clock(), what, worker)

@@ -1,6 +1,7 @@
 """`sanderling share` as a person has it: a tiny model, a small Llama in training, one terminal."""
 
 import asyncio
+import os
 import queue
 import signal
 import subprocess
@@ -41,7 +42,7 @@ SETTINGS = {
     "autoscale.drain_s": 6,
     "autoscale.short_usd_per_h": 200,
     "autoscale.decode.cap": 2,
-    "autoscale.decode.tokens_per_s": 400,
+    "autoscale.decode.tokens_per_s": 3000,
 }
 
 
@@ -134,6 +135,20 @@ def spike(url: str, over: Callable[[], bool]) -> tuple[int, list[BaseException]]
     return sum(each for each in found if isinstance(each, int)), wrong
 
 
+def patiently(condition: Callable[[], bool]) -> None:
+    """Until it is so."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end_s, "it did not come to that"
+        time.sleep(0.1)
+
+
+def ready(url: str) -> int:
+    """Replicas that answer."""
+    status = httpx.get(f"{url.removesuffix('/v1')}/status", timeout=30).json()
+    return sum(entry["phase"] == "ready" for entry in status["replicas"])
+
+
 def marked(folder: Path) -> list[int]:
     """Processes of machines of a folder."""
     found = []
@@ -159,20 +174,20 @@ def test_serving_borrows_from_training_and_gives_back(tmp_path: Path):
         terminal.until("What the loop decides")
         url = f"http://127.0.0.1:{port}/v1"
         assert ask(url, 0)
-        time.sleep(2.0)
+        folder = RunFolder(tmp_path / "small")
+        patiently(lambda: folder.status().step >= 20)
         done = threading.Event()
         spiking = threading.Thread(target=lambda: found.append(spike(url, done.is_set)))
         found: list[tuple[int, list[BaseException]]] = []
         spiking.start()
         terminal.until("yield m-")
-        time.sleep(6.0)
+        patiently(lambda: ready(url) == 2)
         done.set()
         spiking.join()
         terminal.until("return m-")
-        time.sleep(6.0)
+        patiently(lambda: len(plans(folder)) == 3)
         [(answered, wrong)] = found
         assert answered > STREAMS and wrong == []
-        folder = RunFolder(tmp_path / "small")
         sizes = [line.count('"w') for line in plans(folder)]
         assert sizes == [2, 1, 2]
         terminal.process.send_signal(signal.SIGINT)
@@ -181,7 +196,10 @@ def test_serving_borrows_from_training_and_gives_back(tmp_path: Path):
     finally:
         terminal.process.kill()
         terminal.process.wait()
-    assert marked(data) == [] and not folder.is_running()
+        left = marked(data)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert left == [] and not folder.is_running()
     steps = int(last.partition("step ")[2].partition("/")[0])
     noted = {line["step"]: line["loss"] for line in folder.read_metrics() if "loss" in line}
     alone = make(job(tmp_path, "alone", **LONG)).trainer

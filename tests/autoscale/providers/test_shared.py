@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autoscale.loop.actions import Return, Serve, Yield
+from autoscale.loop.actions import Return, Serve, Terminate, Yield
 from autoscale.loop.actuator import Service
 from autoscale.loop.drive import Driver
 from autoscale.loop.record import head_of, make_loop
@@ -62,7 +62,8 @@ class Replicas:
     on: dict[str, float] = field(default_factory=dict)  # machine -> when it is empty
     queued: int = 0
     named: list[tuple[str, ...]] = field(default_factory=list)
-    failing: bool = False
+    answers_s: dict[str, float] = field(default_factory=dict)  # machine -> when its replica does
+    starts_s: float = 0.0
 
     def occupied(self, machine_id: str) -> bool:
         return self.on.get(machine_id, -1.0) > self.clock.now_s()
@@ -71,14 +72,17 @@ class Replicas:
         there = [name for name in self.on if self.occupied(name)]
         out = frozenset(name for name in there if self.on[name] < 1e9)
         load = {"decode": RoleLoad(0, self.queued, len(there), 0.0)}
-        ready = frozenset(there) - out
+        now_s = self.clock.now_s()
+        ready = frozenset(n for n in there if self.answers_s.get(n, 0.0) <= now_s) - out
         return Service(load, dict.fromkeys(there, "decode"), ready, out, ready)
 
     async def set_replicas(self, role: str, machine_ids: Sequence[str]) -> None:
         self.named.append(tuple(machine_ids))
         for name in [name for name in self.on if name not in machine_ids]:
             await self.drain(name, 0.0)
-        self.on |= {name: 1e9 for name in machine_ids if not self.occupied(name)}
+        fresh = [name for name in machine_ids if not self.occupied(name)]
+        self.on |= dict.fromkeys(fresh, 1e9)
+        self.answers_s |= dict.fromkeys(fresh, self.clock.now_s() + self.starts_s)
 
     async def drain(self, machine_id: str, deadline_s: float) -> None:
         if self.on.get(machine_id, 0.0) >= 1e9:
@@ -134,6 +138,7 @@ class House:
         self.jobs = {"j": self.job}
         self.shared = Shared(self.replicas, self.jobs, NOTICE_S, self.clock, self.provider)
         self.crowded: list[str] = []
+        self.drives: Driver | None = None
 
     def look(self) -> None:
         """Notes machines that are in two hands."""
@@ -228,17 +233,27 @@ def test_a_job_is_told_what_the_provider_takes():
 
 async def spike(house: House, deadline_s: float = 10.0) -> list[Any]:
     """Twenty seconds with work that waits, then twenty without; what the loop did."""
-    driver, done = house.driver(deadline_s), []
-    for lap in range(80):
-        house.replicas.queued = 500 if 4 <= lap < 40 else 0
-        once = asyncio.create_task(driver.once())
-        while not once.done():
-            await house.pass_s(0.1)
-        decision = once.result()
-        assert decision is not None
-        done += [(lap, action) for action in decision.actions]
-        await house.pass_s(0.5)
-    return done
+    house.drives = house.driver(deadline_s)
+    done = [await lap(house, 500 if 4 <= number < 40 else 0) for number in range(80)]
+    return [(number, action) for number, actions in enumerate(done) for action in actions]
+
+
+async def quiet(house: House, laps: int) -> list[Any]:
+    """And so long without any work."""
+    return [(0, action) for _ in range(laps) for action in await lap(house, 0)]
+
+
+async def lap(house: House, queued: int) -> Sequence[Any]:
+    """One step of the loop and half a second more."""
+    assert house.drives
+    house.replicas.queued = queued
+    once = asyncio.create_task(house.drives.once())
+    while not once.done():
+        await house.pass_s(0.1)
+    decision = once.result()
+    assert decision is not None
+    await house.pass_s(0.5)
+    return decision.actions
 
 
 def acts(done: list[Any], kind: type) -> list[Any]:
@@ -279,6 +294,23 @@ def test_a_step_longer_than_a_call_may_take_delays_the_replica():
         assert set(acts(done, Yield)) == {"b"} and len(acts(done, Yield)) > 1
         assert len(house.job.told) == 1 and house.crowded == []
         assert len(house.replicas.named[-1]) == 1 and max(map(len, house.replicas.named)) == 2
+
+    run(work())
+
+
+@pytest.mark.parametrize("slow", [{"starts_s": 60.0}, {"step_s": 45.0}], ids=["replica", "job"])
+def test_a_machine_that_never_served_goes_back(slow: dict[str, float]):
+    """The need is over before the replica answers, or before the job has let go."""
+
+    async def work() -> None:
+        house = House()
+        house.replicas.starts_s = slow.get("starts_s", 0.0)
+        house.job.step_s = slow.get("step_s", STEP_S)
+        done = await spike(house, deadline_s=1.0)
+        assert set(acts(done, Yield)) == {"b"} and acts(done, Terminate) == []
+        done += await quiet(house, 40)
+        assert set(acts(done, Return)) == {"b"} and house.job.meant == ("a", "b")
+        assert house.crowded == []
 
     run(work())
 
