@@ -62,7 +62,6 @@ def lent(scene: Scene, folder: Path) -> Iterator[Row]:
     """Two spikes, two machines lent and returned."""
     drill = Drill(scene, job(folder, STEPS))
     shares = play(drill, folder / "shared")
-    Path("/tmp/drill7s.jsonl").write_bytes(b"\n".join(shares.served.log) + b"\n")
     yield from compared(drill, shares)
     numbers = sorted(shares.served.tokens)
     quiet = asyncio.run(undisturbed(quietly(drill), folder / "quiet", numbers))
