@@ -105,6 +105,12 @@ def _told(signals: Signals) -> Iterable[str]:
         yield f"answer: {answer.offer} for {answer.token}: {answer.kind}"
     for event in signals.events:
         yield f"market: {event.kind} in {event.pool}, {event.value:g}"
+    for claim in signals.training:
+        yield (
+            f"training: {claim.job} holds {len(claim.machines)} of {claim.wanted}, runs on "
+            f"{claim.least}; one fewer costs it ${claim.shrink_usd:.4f}, one more is worth "
+            f"${claim.value_usd_per_h:.2f}/h"
+        )
 
 
 def said(act: Action) -> str:

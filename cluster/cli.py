@@ -37,6 +37,10 @@ COMMANDS: Mapping[str, Entry] = {
     "key": Entry("serve.key_command:key", "Make an API key for a tenant."),
     "plan": Entry("autoscale.plan_command:plan", "What to buy for a load, and where to put it."),
     "train": Entry("train.commands:train", "Train a model, or go on with one, by a job file."),
+    "share": Entry(
+        "autoscale.providers.share_command:share",
+        "Serve and train on one machine; serving borrows from training while it is short.",
+    ),
     "doctor": Entry("cluster.doctor.command:doctor", "Check this machine and say what to do."),
 }
 

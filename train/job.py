@@ -111,6 +111,9 @@ class WorkersTable(Strict):
     """Who computes."""
 
     count: int = Field(2, ge=1, le=1024, description="Worker processes at the start.")
+    least: int = Field(
+        1, ge=1, le=1024, description="Elastic: fewest that it goes on with; up to count."
+    )
     threads: int = Field(0, ge=0, le=1024, description="Of each; 0: cores / workers, at least 1.")
     where: str = Field(
         "local", description="local; elastic: who dies is replaced; ray: the same as Ray actors."

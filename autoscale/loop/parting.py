@@ -43,8 +43,11 @@ def part(turn: Turn, role: str, wish: Wish) -> None:
     if over > 0:
         surplus.insert(0, Surplus(members, over, f"above the cap of {turn.scale(role).cap}"))
     gone: set[str] = set()
+    held = {machine for claim in turn.signals.training for machine in claim.machines}
     for member, reason in _ordered(turn, surplus):
         if member.token in gone or kept - 1 < max(least, need):
+            continue
+        if member.id in held:  # its job was told to let go of it and has not yet
             continue
         if member.stage == "ready":
             if answering - 1 < need:
@@ -52,7 +55,8 @@ def part(turn: Turn, role: str, wish: Wish) -> None:
             answering -= 1
         kept -= 1
         gone.add(member.token)
-        job = taker(turn, member) if member.stage == "ready" else ""
+        lent = member.id in turn.lent  # training's own: it goes back, also if it never answered
+        job = taker(turn, member) if member.stage == "ready" or lent else ""
         turn.part(member, f"{reason}; {job} pays more for it" if job else reason, job)
 
 

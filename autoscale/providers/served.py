@@ -45,6 +45,11 @@ class Served:
     async def drain(self, machine_id: str, deadline_s: float) -> None:
         await self.controller.leave(machine_id, max(0.0, deadline_s - self.clock.now_s()))
 
+    def occupied(self, machine_id: str) -> bool:
+        """Whether a replica is on the machine: starting, ready or draining."""
+        entries = self.controller.directory().entries
+        return any(machine_of(entry.replica_id) == machine_id for entry in entries)
+
     async def yield_machine(self, job: str, machine_id: str) -> None:
         raise ValueError(f"no training job {job!r} shares machines with this service")
 

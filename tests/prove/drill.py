@@ -9,7 +9,7 @@ The same requests are then asked of machines that stay.
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,6 +101,18 @@ def _scene() -> Scene:
     ]
     market = LocalMarket(offers, tuple(sorted(steps, key=lambda step: step.t_s)), NOTICE_S)
     settings = Settings.model_validate(SETTINGS)
+    return Scene(
+        settings,
+        AutoscaleSettings.model_validate(AUTOSCALE),
+        market,
+        requests_of(settings),
+        STREAMS,
+        LASTS_S,
+    )
+
+
+def requests_of(settings: Settings) -> Callable[[int], Request]:
+    """An endless list of requests to the settings' model, greedy and seeded, long and short."""
     tokenizer = load_text(settings.model).tokenizer
 
     def asked(number: int) -> Request:
@@ -113,9 +125,7 @@ def _scene() -> Scene:
         prompt = tuple(tokenizer.encode(text))
         return Request(f"drill-{number}", prompt, seeded, limits, CacheKey("drill", "", ""))
 
-    return Scene(
-        settings, AutoscaleSettings.model_validate(AUTOSCALE), market, asked, STREAMS, LASTS_S
-    )
+    return asked
 
 
 def _number(node: str) -> int:

@@ -99,7 +99,7 @@ async def disturbed(scene: Scene, folder: Path) -> Outcome:
     outcome, log, clock = Outcome(), io.BytesIO(), WallClock()
     market = scene.market
     first = replace(market, steps=tuple(step for step in market.steps if step.t_s <= 0))
-    async with _market(first, folder) as provider, _served(scene, folder) as service:
+    async with rented(first, folder) as provider, served(scene, folder) as service:
         actuator = Served(
             service.controller,
             service.meter,
@@ -113,7 +113,7 @@ async def disturbed(scene: Scene, folder: Path) -> Outcome:
         driving = asyncio.create_task(driver.run(stop))
         try:
             ingress = service.ingress
-            await _until(lambda: len(ingress.directory.ready("decode")) >= scene.begin_with)
+            await until(lambda: len(ingress.directory.ready("decode")) >= scene.begin_with)
             provider.market = market.later(clock.now_s() - provider.opened_s)
             await _load(scene, service, outcome, clock.now_s() + scene.lasts_s)
         finally:
@@ -134,14 +134,14 @@ async def undisturbed(scene: Scene, folder: Path, numbers: Sequence[int]) -> Out
     outcome = Outcome()
     calm = LocalMarket(scene.market.offers, (), scene.market.notice_s)
     offer = calm.offers[0]
-    async with _market(calm, folder) as provider, _served(scene, folder) as service:
+    async with rented(calm, folder) as provider, served(scene, folder) as service:
         made = [await provider.launch(offer, f"{n}") for n in range(scene.quiet_machines)]
-        await _until(lambda: all(m.state == "running" for m in provider.ledger.machines.values()))
+        await until(lambda: all(m.state == "running" for m in provider.ledger.machines.values()))
         await service.controller.place("decode", [machine.id for machine in made])
-        await _until(lambda: len(service.ingress.directory.ready("decode")) == scene.quiet_machines)
+        await until(lambda: len(service.ingress.directory.ready("decode")) == scene.quiet_machines)
         waiting = iter(numbers)
         await asyncio.gather(
-            *(_stream(scene, service, outcome, waiting) for _ in range(scene.streams))
+            *(stream(scene, service, outcome, waiting) for _ in range(scene.streams))
         )
         for replica_id in list(service.launcher.seen):
             await service.launcher.ping(replica_id)
@@ -156,7 +156,8 @@ def replayed(log: Sequence[bytes]) -> tuple[int, int]:
 
 
 @contextlib.asynccontextmanager
-async def _market(market: LocalMarket, folder: Path) -> AsyncIterator[LocalProvider]:
+async def rented(market: LocalMarket, folder: Path) -> AsyncIterator[LocalProvider]:
+    """A provider of worker processes that does what is due, and that nothing outlives."""
     bodies = worker_bodies(folder / "machines")
     ledger = Ledger(folder / "market")
     provider = Stays(ledger, market, bodies, WallClock(), retry_s=RETRY_S)
@@ -169,7 +170,8 @@ async def _market(market: LocalMarket, folder: Path) -> AsyncIterator[LocalProvi
 
 
 @contextlib.asynccontextmanager
-async def _served(scene: Scene, folder: Path) -> AsyncIterator[MachineService]:
+async def served(scene: Scene, folder: Path) -> AsyncIterator[MachineService]:
+    """The service over machines of the same folder."""
     async with MachineService(scene.settings, folder / "machines") as service:
         yield service
 
@@ -184,13 +186,14 @@ async def _load(scene: Scene, service: MachineService, outcome: Outcome, end_s: 
             number += 1
 
     waiting = numbers()
-    await asyncio.gather(*(_stream(scene, service, outcome, waiting) for _ in range(scene.streams)))
+    await asyncio.gather(*(stream(scene, service, outcome, waiting) for _ in range(scene.streams)))
     for entry in service.ingress.directory.entries:
         with contextlib.suppress(Exception):
             await service.launcher.ping(entry.replica_id)
 
 
-async def _stream(scene: Scene, service: MachineService, outcome: Outcome, waiting: Any) -> None:
+async def stream(scene: Scene, service: MachineService, outcome: Outcome, waiting: Any) -> None:
+    """One client: a request after the other, as long as there are numbers."""
     for number in waiting:
         tokens: list[int] = []
         finish = None
@@ -207,7 +210,8 @@ async def _stream(scene: Scene, service: MachineService, outcome: Outcome, waiti
             outcome.lost[number] = f"it ended with {finish}"
 
 
-async def _until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    """TimeoutError when it has not come true in READY_S."""
     async with asyncio.timeout(READY_S):
         while not condition():
             await asyncio.sleep(0.05)

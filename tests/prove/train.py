@@ -8,7 +8,14 @@ import sys
 
 from tests.prove.table import main
 
-MODULES = ("train_demo", "train_speed", "train_checkpoint", "train_pipeline", "train_kill")
+MODULES = (
+    "train_demo",
+    "train_speed",
+    "train_checkpoint",
+    "train_pipeline",
+    "train_kill",
+    "train_shared",
+)
 
 if __name__ == "__main__":
     sys.exit(main("prove-train", MODULES))

@@ -90,11 +90,8 @@ def supervise(
 ) -> None:
     """Runs the job to its end; the supervisor's log is events.jsonl in the run's log folder."""
     folder.log.mkdir(parents=True, exist_ok=True)
-    mode = job.resilience.mode
-    wait_s = 0.0 if mode == "varuna" else WAIT_S  # it has a form for whoever is there
-    policy = Policy(job.workers.count, wait_s=wait_s, replaced=mode not in SHRINKING)
-    supervisor = Supervisor(policy, launcher, host=host)
-    supervisor.on_event = partial(_log, folder.log / "events.jsonl")
+    supervisor = Supervisor(policy_of(job), launcher, host=host)
+    supervisor.on_event = partial(log_to, folder.log / "events.jsonl")
     failures: list[JobFailed] = []
 
     def run() -> None:
@@ -112,7 +109,15 @@ def supervise(
         raise WorkerFailed(str(failures[0]), by_user="ValueError" in str(failures[0]))
 
 
-def _log(path: Path, entry: Journal) -> None:
+def policy_of(job: Job) -> Policy:
+    """ValueError when the job wants more than it has at the least."""
+    mode = job.resilience.mode
+    wait_s = 0.0 if mode == "varuna" else WAIT_S  # it has a form for whoever is there
+    count, least = job.workers.count, job.workers.least
+    return Policy(count, least=least, wait_s=wait_s, replaced=mode not in SHRINKING)
+
+
+def log_to(path: Path, entry: Journal) -> None:
     """One line for each event but steps, which the run's own journal has."""
     what = entry.what if isinstance(entry.what, str) else entry.what.model_dump_json()
     if '"kind":"finished"' not in what:

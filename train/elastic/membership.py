@@ -115,7 +115,7 @@ class Membership:
     def lost(self, name: str, why: str = "") -> None:
         """A worker's process is gone; why, where that is known."""
         worker = self.workers.pop(name)
-        if worker.state == "starting":
+        if worker.state == "starting" and worker.doomed_s is None:
             self._failed_starts += 1
             if self._failed_starts >= self.policy.failed_starts:
                 raise JobFailed(f"{self._failed_starts} workers ended while they started: {why}")

@@ -102,6 +102,7 @@ class Supervisor:
         self._heard_s: dict[str, float] = {}
         self._places: dict[str, str] = {}
         self._finished_s = float("inf")
+        self.over = False  # `run` has come to its end, well or not
         self._key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), family="AF_INET", authkey=self._key)
         self.on_event: Callable[[Journal], None] = lambda entry: None
@@ -123,6 +124,7 @@ class Supervisor:
         finally:
             self._launcher.close()
             self._listener.close()
+            self.over = True
         self.report.steps = self.members.reached
         return self.report
 
@@ -250,9 +252,11 @@ class Supervisor:
     def _move(self, machines: tuple[str, ...], notice_s: float) -> None:
         self.members.machines = machines
         self.members.resize(len(machines))
-        for worker in self.members.workers.values():
+        for worker in list(self.members.workers.values()):
             if worker.machine not in machines:
                 self._noticed(worker.name, notice_s)
+                if worker.state == "starting":  # it has nothing that it could hand over
+                    self._end(worker.name)
 
     def _note(self, what: Plan | Finished | Resumed | Hello | Idle | str, worker: str = "") -> None:
         entry = Journal(self._clock(), what, worker)

@@ -6,6 +6,7 @@ of a job (its `TrainingClaim`); its `Yield` is `give` here, its `Return` is `tak
 """
 
 import statistics
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def changes(journal: Sequence[Journal]) -> list[Change]:
 
 
 class Yielding:
-    """One job's side of the protocol.
+    """One job's side of the protocol; any thread, any call as often as one likes.
 
     machine_usd_per_h: price of one machine. guess_s: how long a change stops the job, until one was
     measured.
@@ -82,15 +83,18 @@ class Yielding:
         self._job, self._supervisor, self._wanted = job, supervisor, wanted
         self._machine_usd_per_h, self._value_usd_per_h = machine_usd_per_h, value_usd_per_h
         self._guess_s = guess_s
+        self._lock = threading.Lock()
+        self._meant = supervisor.members.machines  # after all that was asked of the supervisor
 
     def claim(self) -> Claim:
-        """As it stands now; any thread."""
-        members = self._supervisor.members
+        """As it stands now. A machine is held until its worker's process is gone; a job that is
+        over holds and wants none."""
+        over = self._supervisor.over
         return Claim(
             job=self._job,
-            machines=members.machines,
-            wanted=self._wanted,
-            least=members.policy.least,
+            machines=() if over else self._held(),
+            wanted=0 if over else self._wanted,
+            least=0 if over else self._supervisor.members.policy.least,
             shrink_usd=self.shrink_usd(),
             value_usd_per_h=self._value_usd_per_h,
         )
@@ -99,26 +103,35 @@ class Yielding:
         """The median of what changes have cost lately, at today's number of machines."""
         measured = changes(list(self._supervisor.report.journal))[-REMEMBERED:]
         stopped_s = statistics.median(c.stopped_s for c in measured) if measured else self._guess_s
-        machines = len(self._supervisor.members.machines)
-        return stopped_s * machines * self._machine_usd_per_h / 3600
+        return stopped_s * len(self._meant) * self._machine_usd_per_h / 3600
 
     def give(self, machine: str, notice_s: float) -> None:
         """The allocator takes a machine: its worker leaves after the step under way, or when
         notice_s is nearly over. ValueError if the job does not hold it or has none to spare."""
-        members = self._supervisor.members
-        rest = tuple(name for name in members.machines if name != machine)
-        if rest == members.machines:
-            raise ValueError(f"{machine} is none of {self._job}'s machines {members.machines}")
-        if len(rest) < members.policy.least:
-            raise ValueError(
-                f"{self._job} runs on {members.policy.least} machines or more, so it keeps "
-                f"{machine}; it holds {members.machines}"
-            )
-        self._supervisor.change_machines(rest, notice_s)
+        with self._lock:
+            rest = tuple(name for name in self._meant if name != machine)
+            least = self._supervisor.members.policy.least
+            if rest == self._meant:
+                if machine in self._held():
+                    return  # it is on its way out
+                raise ValueError(f"{machine} is none of {self._job}'s machines {self._meant}")
+            if len(rest) < least:
+                raise ValueError(
+                    f"{self._job} runs on {least} machines or more, so it keeps {machine}; it "
+                    f"holds {self._meant}"
+                )
+            self._meant = rest
+            self._supervisor.change_machines(rest, notice_s)
 
     def take(self, machine: str) -> None:
         """The allocator gives a machine: a worker starts there, and joins after the step under way.
-        Nothing if the job holds it already."""
-        held = self._supervisor.members.machines
-        if machine not in held:
-            self._supervisor.change_machines((*held, machine), 0.0)
+        Nothing if the job holds it already, or is over."""
+        with self._lock:
+            if machine not in self._meant and not self._supervisor.over:
+                self._meant = (*self._meant, machine)
+                self._supervisor.change_machines(self._meant, 0.0)
+
+    def _held(self) -> tuple[str, ...]:
+        """What the job is meant to have, then what a worker has not left yet."""
+        workers = list(self._supervisor.members.workers.values())
+        return tuple(dict.fromkeys((*self._meant, *(w.machine for w in workers if w.machine))))
