@@ -124,8 +124,10 @@ class Cluster:
 
     def _market(self) -> None:
         now_s = self.store.now_s()
-        for limit in self.cloud.limits:
-            if now_s + self.cloud.notice_s + 1e-6 >= limit.at_s:
+        for place, limit in enumerate(self.cloud.limits):
+            later = [e for e in self.cloud.limits[place + 1 :] if e.group == limit.group]
+            past = any(limit.at_s <= e.at_s <= now_s for e in later)
+            if now_s + self.cloud.notice_s + 1e-6 >= limit.at_s and not past:
                 self._doom_for(limit, now_s)
         for name, at_s in list(self._taken.items()):
             if at_s <= now_s + 1e-6:
@@ -134,9 +136,6 @@ class Cluster:
 
     def _doom_for(self, limit: Limit, now_s: float) -> None:
         """Notice to as many as there will be too many; one that was given is not given again."""
-        newer = [e for e in self.cloud.limits if e.group == limit.group and e.at_s > limit.at_s]
-        if newer and min(e.at_s for e in newer) <= now_s:
-            return
         nodes = [pod["spec"]["nodeName"] for pod in self.workers(limit.group) if _placed(pod)]
         staying = [name for name in nodes if self._taken.get(name, 1e18) > limit.at_s + 1e-6]
         for name in self._dice.sample(staying, max(0, len(staying) - limit.machines)):
@@ -218,7 +217,8 @@ class Cluster:
         for pod in self.store.list(At("", "v1", "pods"))[0]:
             metadata = pod["metadata"]
             if stamp := metadata.get("deletionTimestamp"):
-                if now_s >= _seconds(stamp) + self.grace_s:
+                asked_s = _seconds(stamp) - metadata.get("deletionGracePeriodSeconds", 0)
+                if now_s >= asked_s + self.grace_s:
                     self.store.delete(_pod(pod), NOW)
                     self._forget_node(pod)
                 continue
@@ -263,7 +263,7 @@ class Cluster:
         for cluster in self.store.list(At(*RAY, "rayclusters"))[0]:
             self._pods_of(cluster)
             spec = cluster["spec"]
-            wanted = sum(g.get("replicas", 0) for g in spec.get("workerGroupSpecs") or ())
+            wanted = sum(map(_replicas, spec.get("workerGroupSpecs") or ()))
             ready = [p for p in self._members(cluster) if _is_ready(p)]
             status = {
                 "state": "ready",
@@ -292,7 +292,7 @@ class Cluster:
             self._group(cluster, group)
 
     def _group(self, cluster: Body, group: Body) -> None:
-        name, wanted = group["groupName"], group.get("replicas", 0)
+        name, wanted = group["groupName"], _replicas(group)
         leaving = (group.get("scaleStrategy") or {}).get("workersToDelete") or ()
         for pod in self._members(cluster, name):
             failed = pod["status"]["phase"] in ("Failed", "Succeeded")
@@ -300,17 +300,20 @@ class Cluster:
                 self.store.delete(_pod(pod), BY)
         there = [p for p in self._members(cluster, name) if not (self.recreates and _dying(p))]
         for _ in range(wanted - len(there)):
-            self._make(cluster, "worker", name, group["template"])
+            self._make(cluster, "worker", name, group["template"], group.get("labels") or {})
         standing = [pod for pod in there if not _dying(pod)]
         surplus = len(there) - wanted - (len(there) - len(standing))
         for pod in self._dice.sample(standing, max(0, surplus)):
             self.store.delete(_pod(pod), BY)  # KubeRay, too, takes any
 
-    def _make(self, cluster: Body, kind: str, group: str, template: Body) -> None:
+    def _make(
+        self, cluster: Body, kind: str, group: str, template: Body, more: Body | None = None
+    ) -> None:
         name = cluster["metadata"]["name"]
         metadata = json.loads(json.dumps(template.get("metadata") or {}))
         labels = {
             **(metadata.get("labels") or {}),
+            **(more or {}),
             "ray.io/cluster": name,
             "ray.io/node-type": kind,
             "ray.io/group": group,
@@ -362,7 +365,7 @@ class Cluster:
 
     def _answers(self, cluster: Body) -> bool:
         groups = cluster["spec"].get("workerGroupSpecs") or ()
-        wanted = sum(group.get("replicas", 0) for group in groups)
+        wanted = sum(map(_replicas, groups))
         return sum(map(_is_ready, self._members(cluster))) >= wanted
 
     def _status(self, resource: str, body: Body, status: Body) -> None:
@@ -404,6 +407,12 @@ class Cluster:
     def _set_status(self, group: str, resource: str, body: Body, status: Body) -> None:
         at = At(group, "v1", resource, _space(body), body["metadata"]["name"], "status")
         self.store.update(at, lambda old: {**old, "status": status}, How(resource))
+
+
+def _replicas(group: Body) -> int:
+    """Within its bounds, as KubeRay takes them."""
+    least, most = group.get("minReplicas", 0), group.get("maxReplicas", 1 << 31)
+    return int(min(max(group.get("replicas") or 0, least), most))
 
 
 def _hash(config: Body) -> str:

@@ -93,9 +93,9 @@ class Store:
         for name in ("default", "kube-system", "kube-public"):
             self.create(At("", "v1", "namespaces"), {"metadata": {"name": name}})
 
-    def stamp(self) -> str:
-        """Now, as Kubernetes writes it: to the second."""
-        now = datetime.fromtimestamp(self.now_s(), UTC)
+    def stamp(self, in_s: float = 0.0) -> str:
+        """Now, or a little later, as Kubernetes writes it: to the second."""
+        now = datetime.fromtimestamp(self.now_s() + in_s, UTC)
         return now.strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def kind(self, at: At) -> Kind:
@@ -222,9 +222,9 @@ class Store:
             stays = at.resource == "pods" and self._dies_slowly(body, how)
             if metadata.get("finalizers") or stays:
                 if not metadata.get("deletionTimestamp"):
-                    metadata["deletionTimestamp"] = self.stamp()
-                    if stays:
-                        metadata["deletionGracePeriodSeconds"] = _grace_s(body, how)
+                    grace_s = _grace_s(body, how) if stays else 0
+                    metadata["deletionTimestamp"] = self.stamp(grace_s)
+                    metadata["deletionGracePeriodSeconds"] = grace_s
                     return self._put(key, body, self.objects[key], "MODIFIED")
                 return body
             dropped = self._drop(key, body)
@@ -332,7 +332,8 @@ class Store:
         """Either the status or all else, where the two are apart."""
         apart = "status" in self.kind(at).subresources
         if at.sub == "status":
-            return {**copy.deepcopy(old), "status": new.get("status")}
+            status = {"status": new["status"]} if new.get("status") is not None else {}
+            return {**copy.deepcopy(old), **status}
         for key in KEPT:
             if key in old["metadata"]:
                 new["metadata"][key] = old["metadata"][key]
