@@ -36,10 +36,11 @@ class KubernetesProvider:
         settings: KubernetesSettings,
         clock: Clock,
         wall_s: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.api, self.settings, self.clock = api, settings, clock
         self._offset_s = wall_s() - clock.now_s()
-        self._lookout = Lookout(api, settings, wall_s)
+        self._lookout = Lookout(api, settings, wall_s, pause)
         self._one = asyncio.Lock()
         self.pods: dict[str, str] = {}  # machine -> its pod, at the last look
         self._looking: asyncio.Task[Look] | None = None
