@@ -228,6 +228,29 @@ def test_a_service_becomes_pods_and_a_changed_one_a_new_cluster(double: Double):
     assert {p["spec"]["containers"][0]["image"] for p in cluster.workers("g")} == {"new"}
 
 
+def test_an_appended_group_is_written_over_what_others_wrote(double: Double):
+    """As KubeRay's modifyRayCluster does: live numbers and annotations go."""
+    groups = [group("g", "spot", 4, 1.0)]
+    install(double, *groups)
+    cluster = Cluster(double.store, Cloud(startup_s=0.0))
+    cluster.tick()
+    [body] = double.store.list(At("ray.io", "v1", "rayclusters"))[0]
+    body["spec"]["workerGroupSpecs"][0]["replicas"] = 3
+    body["metadata"]["annotations"]["mine"] = "kept?"
+    double.store.update(double.at(body), lambda _: body)
+    cluster.tick()
+    assert len(cluster.workers("g")) == 3
+    service = ray_service(*groups)
+    config = service["spec"]["rayClusterConfig"]
+    config["workerGroupSpecs"].append(group("h", "spot", 4, 1.0))
+    double.store.update(double.at(service), lambda old: {**old, "spec": service["spec"]})
+    cluster.tick()
+    [after] = double.store.list(At("ray.io", "v1", "rayclusters"))[0]
+    assert after["metadata"]["uid"] == body["metadata"]["uid"]
+    assert after["spec"]["workerGroupSpecs"][0]["replicas"] == 0 == len(cluster.workers("g"))
+    assert "mine" not in after["metadata"]["annotations"]
+
+
 def test_the_definitions_beside_the_repository_are_read_whole():
     found = crds.kuberay()
     if found is None:

@@ -1,4 +1,4 @@
-"""The actuator over HTTP reads what the service says of itself, and asks for what the loop wants."""
+"""The actuator over HTTP reads what the service says of itself and asks for what the loop wants."""
 
 import asyncio
 from typing import Any
