@@ -191,9 +191,12 @@ class Controller:
 
     async def _rest(self, stop: asyncio.Event, rest_s: float) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (stop, self.woken)]
-        slept: asyncio.Future[None] = asyncio.ensure_future(self.clock.sleep(rest_s))  # type: ignore[arg-type]
+        slept = asyncio.ensure_future(self._slept(rest_s))
         try:
             await asyncio.wait([*waits, slept], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for one in (*waits, slept):
                 one.cancel()
+
+    async def _slept(self, rest_s: float) -> None:
+        await self.clock.sleep(rest_s)

@@ -1,4 +1,4 @@
-"""Proof rows of the controller on Kubernetes: over the API server's double, each fault by itself."""
+"""Proof rows of the controller on Kubernetes: over the API server's double, fault by fault."""
 
 import asyncio
 import tempfile

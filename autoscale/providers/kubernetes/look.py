@@ -79,6 +79,19 @@ class Lookout:
                     raise
                 self.pause(min(LONGEST_S, error.retry_s or PAUSE_S * 3 ** (troubles - 1)))
 
+    def evict(self, pod: str) -> None:
+        """ApiFailed 429 at once where a disruption budget forbids it. An answer that was lost is
+        asked for again here: KubeRay makes a new pod as soon as an evicted one is gone, if nobody
+        has lowered `replicas` by then."""
+        for troubles in range(TRANSIENT):
+            try:
+                self.api.evict(pod)
+                return
+            except ApiFailed as error:
+                if not (error.transient and error.code != 429) or troubles + 1 == TRANSIENT:
+                    raise
+                self.pause(min(LONGEST_S, PAUSE_S * 3**troubles))
+
     def _once(self, change: Change | None) -> Look:
         found = self._see()
         if change is not None:

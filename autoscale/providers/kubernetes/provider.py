@@ -66,7 +66,7 @@ class KubernetesProvider:
         if entry is None or entry.gone_s is not None:
             return
         if entry.pod:
-            await asyncio.to_thread(self.api.evict, entry.pod)
+            await asyncio.to_thread(self._lookout.evict, entry.pod)
         await self._changed(lambda look: _gone(look, machine_id))
 
     async def machines(self) -> Sequence[Machine]:

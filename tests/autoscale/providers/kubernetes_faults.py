@@ -142,11 +142,10 @@ async def play(folder: Path, fault: Fault) -> Outcome:
         [doomed] = [name for name in on.existing() if "spot-a" in name]
         node, taken_s = f"node-of-{doomed}", on.clock.now_s() + NOTICE_S
         on.cluster.doom(node, NOTICE_S)
-        early = False
+        on.awaited = doomed
         for step in range(fault.steps):
             await fault.spoil(on, step)
             await on.step()
-            early |= doomed not in on.existing() and on.clock.now_s() < taken_s
         told = [event.kind for event in on.ledger().events]
         return Outcome(
             on.cluster.made,
@@ -157,6 +156,6 @@ async def play(folder: Path, fault: Fault) -> Outcome:
             min(on.seen.on_demand),
             told.count("preempt"),
             told.count("notice"),
-            early,
+            on.gone_s is not None and on.gone_s < taken_s,
             len(on.double.faults.taken),
         )

@@ -73,6 +73,8 @@ class Stage:
         self.seen = Seen()
         self.settings = SETTINGS
         self.stack = AsyncExitStack()
+        self.awaited = ""  # a pod, and when it was first seen to be gone
+        self.gone_s: float | None = None
         self.asleep: set[int] = set()  # controllers that hang: places in the list
 
     def wall_s(self) -> float:
@@ -141,7 +143,10 @@ class Stage:
         names = self.served.answering()
         self.seen.answering.append(len(names))
         self.seen.on_demand.append(sum("on-demand" in name for name in names))
-        self.seen.existing.append(len(self.existing()))
+        there = self.existing()
+        self.seen.existing.append(len(there))
+        if self.gone_s is None and self.awaited and self.awaited not in there:
+            self.gone_s = self.clock.now_s()
 
     def existing(self) -> list[str]:
         """Pods of our groups that are on a machine: what is paid for. Read from the store."""

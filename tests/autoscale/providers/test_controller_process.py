@@ -1,5 +1,5 @@
-"""`sanderling autoscale --config` as its Deployment runs it: a process of its own, in real time, over
-the API server's double and a served model behind HTTP."""
+"""`sanderling autoscale --config` as its Deployment runs it: a process of its own, in real time,
+over the API server's double and a served model behind HTTP."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ from tests.autoscale.providers.rights import roles
 from tests.autoscale.providers.stage import FLOOR, GROUPS, USER
 from tests.kubernetes_double.operator import Cloud, Cluster
 from tests.kubernetes_double.rbac import granted, unused
-from tests.kubernetes_double.server import Double
 from tests.kubernetes_double.served import KEY, Served
+from tests.kubernetes_double.server import Double
 from tests.kubernetes_double.service import install
 from tests.kubernetes_double.store import At
 
@@ -127,8 +127,11 @@ def test_two_processes_lead_in_turn_and_replace_what_is_taken(tmp_path: Path):
         assert "sanderling_autoscale_leader 0.0" in read(ports["two"], "/metrics")
         doomed = served.answering()[0]
         cluster.doom(f"node-of-{doomed}", 90.0)
-        gone = lambda: doomed not in {p["metadata"]["name"] for p in cluster.workers()}  # noqa: E731
-        until(gone, "what is doomed is given back", within_s=89.0)
+        until(
+            lambda: doomed not in {pod["metadata"]["name"] for pod in cluster.workers()},
+            "what is doomed is given back",
+            within_s=89.0,
+        )
         until(lambda: len(served.answering()) >= FLOOR, "and replaced")
         one.send_signal(signal.SIGTERM)
         assert one.wait(60) == 0
