@@ -1,11 +1,13 @@
 """One spot machine gets its notice, and one thing goes wrong meanwhile: what is counted, and what
 goes wrong."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.autoscale.providers.stage import FLOOR, ON_DEMAND, USER, Stage, stage
+from autoscale.providers.kubernetes.view import TOKEN
+from tests.autoscale.providers.stage import FLOOR, GROUPS, ON_DEMAND, USER, Stage, stage
 from tests.kubernetes_double.faults import Kind
 from tests.kubernetes_double.store import At
 
@@ -19,7 +21,8 @@ MADE = 8
 @dataclass(frozen=True)
 class Outcome:
     """struck: faults that were met. early: the doomed pod was gone before its machine was taken.
-    losses: machines that were lost with a replica on them."""
+    losses: machines that were lost with a replica on them. doubles: launches that more than one pod
+    ever answered to; strange: pods that answered to none. Both by the log of the store."""
 
     made: int
     existing: int
@@ -31,6 +34,8 @@ class Outcome:
     notices: int
     early: bool
     struck: int
+    doubles: int
+    strange: int
 
     def wrong(self, fault: "Fault") -> list[str]:
         """What a person would complain about."""
@@ -44,6 +49,8 @@ class Outcome:
             f"{self.losses} were lost": self.losses > fault.losses,
             f"{self.notices} notices were told": self.notices != 1,
             "the machine was not given back in time": not self.early,
+            f"{self.doubles} launches had two pods": self.doubles > 0,
+            f"{self.strange} pods answered to no launch": self.strange > fault.strange,
             "the fault did not strike": fault.strikes and not self.struck,
         }
         return [text for text, so in found.items() if so]
@@ -102,14 +109,15 @@ async def sleeps(on: Stage, step: int) -> None:
 @dataclass(frozen=True)
 class Fault:
     """spoil: called before each step after the notice. names: controllers. strikes: it is counted
-    by the double. more: pods that it may cost beyond MADE; losses: machines, taken by others.
-    steps: until all is as it was."""
+    by the double. more: pods that it may cost beyond MADE; losses: machines, taken by others;
+    strange: pods that KubeRay makes by itself. steps: until all is as it was."""
 
     spoil: Spoil
     names: tuple[str, ...] = ("one",)
     strikes: bool = True
     more: int = 0
     losses: int = 0
+    strange: int = 0
     steps: int = STEPS
 
 
@@ -129,7 +137,7 @@ FAULTS: Mapping[str, Fault] = {
     "503 for the lease": Fault(answers("503", "get leases", "update leases")),
     "connections that break before": Fault(answers("no answer", *READS, *WRITES)),
     "connections that break after": Fault(answers("lost answer", *WRITES, "create pods/eviction")),
-    "KubeRay replaces what ends": Fault(recreates, strikes=False),
+    "KubeRay replaces what ends": Fault(recreates, strikes=False, strange=2),
     "the controller crashes": Fault(crash, strikes=False, more=MORE, steps=45),
     "two controllers": Fault(nothing, TWO, strikes=False),
     "two controllers, the leader hangs": Fault(sleeps, TWO, strikes=False, more=MORE, steps=30),
@@ -158,4 +166,18 @@ async def play(folder: Path, fault: Fault) -> Outcome:
             told.count("notice"),
             on.gone_s is not None and on.gone_s < taken_s,
             len(on.double.faults.taken),
+            *_claims(on),
         )
+
+
+def _claims(on: Stage) -> tuple[int, int]:
+    """Launches that had two pods, and pods that had no launch, ever."""
+    tokens: dict[str, str] = {}
+    for change in on.double.store.log:
+        metadata = change.new["metadata"]
+        group = (metadata.get("labels") or {}).get("ray.io/group")
+        if change.key[1] == "pods" and group in [each["groupName"] for each in GROUPS]:
+            token = (metadata.get("annotations") or {}).get(TOKEN, "")
+            tokens[metadata["name"]] = token or tokens.get(metadata["name"], "")
+    counts = Counter(filter(None, tokens.values()))
+    return sum(many > 1 for many in counts.values()), list(tokens.values()).count("")
