@@ -365,8 +365,8 @@ class Store:
             other = owners.get(path)
             if other is not None and other != me and current.get(path) != value:
                 field = "." + ".".join(path)
-                said = {"message": f'conflict with "{other}"', "field": field}
-                causes.append({"reason": "FieldManagerConflict", **said})
+                about = {"message": f'conflict with "{other}"', "field": field}
+                causes.append({"reason": "FieldManagerConflict", **about})
         if causes:
             many = f"{len(causes)} conflict{'s' * (len(causes) > 1)}"
             first = f"{causes[0]['message']}: {causes[0]['field']}"

@@ -73,7 +73,9 @@ def served_at(served: Served) -> Iterator[str]:
 
 @contextmanager
 def process(folder: Path, name: str) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [str(Path(sys.executable).with_name("sanderling")), "autoscale", "--config"]
+    # Not the installed script, which may stand for another checkout.
+    started = "import sys; from cluster.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", started, "autoscale", "--config"]
     environ = {**os.environ, "POD_NAME": name}
     with (folder / f"{name}.log").open("wb") as log:
         made = subprocess.Popen(
@@ -90,7 +92,7 @@ def until(so: Callable[[], object], what: str, within_s: float = 120.0) -> None:
     end_s = time.monotonic() + within_s
     while not so():
         assert time.monotonic() < end_s, what
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def read(port: int, path: str) -> str:
