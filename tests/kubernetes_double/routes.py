@@ -54,7 +54,8 @@ def place(request: Request) -> At | None:
     parts, namespace = found["rest"].split("/"), None
     if parts[0] == "namespaces" and len(parts) > 2 and parts[2] not in SPLIT:
         namespace, parts = parts[1], parts[2:]
-    resource, name, sub, *_ = [*parts, "", "", ""]
+    padded = [str(part) for part in parts] + ["", "", ""]
+    resource, name, sub = padded[:3]
     return At(found["group"] or "", found["version"], resource, namespace, name, sub)
 
 

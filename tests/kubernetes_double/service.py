@@ -22,7 +22,7 @@ def group(name: str, market: str, most: int, usd: float, replicas: int = 0) -> B
     }
     template = {"metadata": {"labels": {"app": "sanderling"}}, "spec": _pod()}
     bounds = {"replicas": replicas, "minReplicas": 0, "maxReplicas": most}
-    start = {"rayStartParams": {}}
+    start: Body = {"rayStartParams": {}}
     return {"groupName": name, "labels": labels, "template": template, **bounds, **start}
 
 

@@ -188,13 +188,14 @@ def test_rights_are_evaluated(tmp_path: Path):
         user = account("default", "reader")
         rules = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"]}]
         group_name = "rbac.authorization.k8s.io"
-        for kind, more in {
+        made: dict[str, dict[str, Any]] = {
             "Role": {"rules": rules},
             "RoleBinding": {
                 "roleRef": {"kind": "Role", "name": "r", "apiGroup": group_name},
                 "subjects": [{"kind": "ServiceAccount", "name": "reader"}],
             },
-        }.items():
+        }
+        for kind, more in made.items():
             about = {"apiVersion": f"{group_name}/v1", "kind": kind}
             double.add({**about, "metadata": {"name": "r", "namespace": "default"}, **more})
         core = k8s.client.CoreV1Api(client(double, tmp_path, user))
