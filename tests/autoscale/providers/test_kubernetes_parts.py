@@ -155,7 +155,7 @@ def test_a_lease_that_cannot_be_renewed_is_given_up(double: Double, tmp_path: Pa
         one = Election(api(double, tmp_path), "lease", "one", 15.0, clock, lambda: NOW_S)
         assert await one.once()
         for kind in ("500", "no answer", "409"):
-            double.faults.add(kind, "update", "leases")  # type: ignore[arg-type]
+            double.faults.add(kind, "update", "leases")
         assert await one.once() and await one.once(), "one failure is none"
         assert not await one.once(), "somebody else wrote it"
         assert await one.once()
