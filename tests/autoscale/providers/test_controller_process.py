@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from tests.autoscale.providers.kubernetes_site import gke
 from tests.autoscale.providers.rights import roles
 from tests.autoscale.providers.stage import FLOOR, GROUPS, USER
 from tests.kubernetes_double.operator import Cloud, Cluster
@@ -26,6 +27,7 @@ from tests.kubernetes_double.service import install
 from tests.kubernetes_double.store import At
 
 ROOT = Path(__file__).parents[3]
+NOTICE_S = 30.0  # as Google gives it
 LEASE = At("coordination.k8s.io", "v1", "leases", "default", "sanderling-controller")
 TOML = """
 [autoscale]
@@ -34,7 +36,7 @@ policy = "on_demand"
 period_s = 1.0
 up_delay_s = 0.0
 down_delay_s = 5.0
-drain_s = 3.0
+drain_s = 12.0
 service_url = "{url}"
 service_key_file = "{key}"
 health_port = {port}
@@ -108,7 +110,7 @@ def read(port: int, path: str) -> str:
 def test_two_processes_lead_in_turn_and_replace_what_is_taken(tmp_path: Path):
     with ExitStack() as stack:
         double = stack.enter_context(Double(enforce=True))
-        cluster = Cluster(double.store, Cloud(notice_s=90.0, startup_s=1.0))
+        cluster = Cluster(double.store, Cloud(notice_s=NOTICE_S, startup_s=1.0, notify=gke))
         served = Served(cluster, starts_s=1.0, leaves_s=1.0)
         install(double, *GROUPS)
         for role in roles("default", USER):
@@ -128,11 +130,11 @@ def test_two_processes_lead_in_turn_and_replace_what_is_taken(tmp_path: Path):
         until(lambda: read(ports["two"], "/healthz") == "ok\n", "one that follows is well")
         assert "sanderling_autoscale_leader 0.0" in read(ports["two"], "/metrics")
         doomed = served.answering()[0]
-        cluster.doom(f"node-of-{doomed}", 90.0)
+        cluster.doom(f"node-of-{doomed}", NOTICE_S)
         until(
-            lambda: doomed not in {pod["metadata"]["name"] for pod in cluster.workers()},
-            "what is doomed is given back",
-            within_s=89.0,
+            lambda: any((a.resource, a.name) == ("pods/eviction", doomed) for a in double.of(USER)),
+            "what is doomed is evicted before it is taken",
+            within_s=NOTICE_S,
         )
         until(lambda: len(served.answering()) >= FLOOR, "and replaced")
         one.send_signal(signal.SIGTERM)
