@@ -91,8 +91,8 @@ class _Numbers(Collector):
         counts: dict[tuple[str, str], int] = {}
         for machine in controller.provider.known:
             if machine.state != "gone":
-                key = (machine.offer, machine.state)
-                counts[key] = counts.get(key, 0) + 1
+                held = (machine.offer, str(machine.state))
+                counts[held] = counts.get(held, 0) + 1
         for key, many in sorted(counts.items()):
             machines.add_metric(key, many)
         yield machines
