@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.settings.aws import AwsSettings
 from cluster.settings.section import Seconds, Section
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -118,6 +119,7 @@ class AutoscaleSettings(Section):
     )
     prefill: RoleScale = RoleScale()
     decode: DecodeScale = DecodeScale()
+    aws: AwsSettings = AwsSettings()
 
     @model_validator(mode="after")
     def _learnt(self) -> "AutoscaleSettings":

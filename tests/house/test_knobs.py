@@ -20,6 +20,8 @@ KNOBS = {
     "short_usd_per_h",
     "autoscale.prefill": "floor cap on_demand tokens_per_s",
     "autoscale.decode": "floor cap on_demand tokens_per_s",
+    "autoscale.aws": "region cluster launch_template template_version subnets types kinds "
+    "accelerators mix mix_within quota startup_s refresh_s least_score queue_url rebalance_s",
 }
 
 
