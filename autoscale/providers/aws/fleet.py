@@ -51,9 +51,7 @@ def client_token(cluster: str, token: str, refused: int) -> str:
     return hashlib.sha256(f"{cluster}\0{token}\0{refused}".encode()).hexdigest()
 
 
-def request(
-    mix: Mix, template: Template, cluster: str, token: str, refused: int
-) -> dict[str, Any]:
+def request(mix: Mix, template: Template, cluster: str, token: str, refused: int) -> dict[str, Any]:
     """The arguments of create_fleet."""
     spot = mix.offer.market == "spot"
     overrides = [

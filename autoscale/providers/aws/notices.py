@@ -86,9 +86,7 @@ class Queue:
         for start in range(0, len(letters), AT_ONCE):
             part = letters[start : start + AT_ONCE]
             entries = [{"Id": f"{n}", "ReceiptHandle": one.receipt} for n, one in enumerate(part)]
-            await self.calls.one(
-                "sqs", "delete_message_batch", QueueUrl=self.url, Entries=entries
-            )
+            await self.calls.one("sqs", "delete_message_batch", QueueUrl=self.url, Entries=entries)
 
     def _letter(self, message: dict[str, Any]) -> Letter:
         try:
