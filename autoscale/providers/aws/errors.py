@@ -9,20 +9,62 @@ from types import MappingProxyType
 
 from autoscale.providers.provider import LaunchRefused, Refusal
 
-CAPACITY = """InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity
-    InsufficientFreeAddressesInSubnet InsufficientAddressCapacity SpotMaxPriceTooLow
-    UnfulfillableCapacity InsufficientCapacityOnHost""".split()
-QUOTA = """MaxSpotInstanceCountExceeded VcpuLimitExceeded InstanceLimitExceeded
-    MaxSpotFleetRequestCountExceeded FleetLimitExceeded ResourceLimitExceeded
-    VolumeLimitExceeded MaxIOPSLimitExceeded""".split()
-THROTTLED = """RequestLimitExceeded Throttling ThrottlingException ThrottledException
-    RequestThrottled RequestThrottledException TooManyRequestsException SlowDown
-    EC2ThrottledException BandwidthLimitExceeded PriorRequestNotComplete""".split()
-ACCESS = """UnauthorizedOperation AuthFailure AccessDenied AccessDeniedException Blocked
-    OptInRequired PendingVerification InvalidClientTokenId ExpiredToken ExpiredTokenException
-    SignatureDoesNotMatch RequestExpired UnrecognizedClientException""".split()
-MISTAKES = """Unsupported UnsupportedOperation MissingParameter UnknownParameter
-    MalformedQueryString ValidationError""".split()
+CAPACITY = (
+    "InsufficientInstanceCapacity",
+    "InsufficientCapacity",
+    "InsufficientHostCapacity",
+    "InsufficientFreeAddressesInSubnet",
+    "InsufficientAddressCapacity",
+    "SpotMaxPriceTooLow",
+    "UnfulfillableCapacity",
+    "InsufficientCapacityOnHost",
+)
+QUOTA = (
+    "MaxSpotInstanceCountExceeded",
+    "VcpuLimitExceeded",
+    "InstanceLimitExceeded",
+    "MaxSpotFleetRequestCountExceeded",
+    "FleetLimitExceeded",
+    "ResourceLimitExceeded",
+    "VolumeLimitExceeded",
+    "MaxIOPSLimitExceeded",
+)
+THROTTLED = (
+    "RequestLimitExceeded",
+    "Throttling",
+    "ThrottlingException",
+    "ThrottledException",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "TooManyRequestsException",
+    "SlowDown",
+    "EC2ThrottledException",
+    "BandwidthLimitExceeded",
+    "PriorRequestNotComplete",
+)
+ACCESS = (
+    "UnauthorizedOperation",
+    "AuthFailure",
+    "AccessDenied",
+    "AccessDeniedException",
+    "Blocked",
+    "OptInRequired",
+    "PendingVerification",
+    "InvalidClientTokenId",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "SignatureDoesNotMatch",
+    "RequestExpired",
+    "UnrecognizedClientException",
+)
+MISTAKES = (
+    "Unsupported",
+    "UnsupportedOperation",
+    "MissingParameter",
+    "UnknownParameter",
+    "MalformedQueryString",
+    "ValidationError",
+)
 KINDS: Mapping[str, Refusal] = MappingProxyType(
     {
         **dict.fromkeys(CAPACITY, "capacity"),

@@ -28,7 +28,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Mix:
-    """An offer, and the pools out of which EC2 may fulfil it: all of one kind and number of GPUs."""
+    """An offer, and the pools out of which EC2 may fulfil it: of one kind and number of GPUs."""
 
     offer: Offer
     pools: tuple[Pool, ...]

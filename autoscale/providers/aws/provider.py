@@ -16,7 +16,7 @@ from autoscale.catalog.offer import Offer
 from autoscale.providers.aws import fleet, instances, marks
 from autoscale.providers.aws.books import Books
 from autoscale.providers.aws.calls import Calls
-from autoscale.providers.aws.errors import NO_SUCH_MACHINE, RETRY_S, code_of, refusal
+from autoscale.providers.aws.errors import ACCESS, NO_SUCH_MACHINE, RETRY_S, code_of, refusal
 from autoscale.providers.aws.fleet import Template
 from autoscale.providers.aws.instances import Instance
 from autoscale.providers.aws.notices import Letter, Notice, Queue
@@ -37,6 +37,7 @@ class Ask:
 
     offer: str
     request: dict[str, Any]
+    since_s: float
 
 
 @dataclass
@@ -104,11 +105,13 @@ class AwsProvider:
         try:
             await self.calls.one("ec2", "terminate_instances", InstanceIds=[machine_id])
         except Exception as error:
-            if code_of(error) not in NO_SUCH_MACHINE:
-                raise
-            if machine_id in self._pending.made:  # EC2 will know it in a moment
-                raise
-            return
+            code = code_of(error)
+            if code in NO_SUCH_MACHINE and machine_id not in self._pending.made:
+                return
+            # A machine that is not ours, or is none, can't be told from one that we may not end.
+            if code in ACCESS and all(row.id != machine_id for row in await self._list()):
+                return
+            raise
         self._pending.ended.add(machine_id)
 
     async def machines(self) -> Sequence[Machine]:
@@ -159,6 +162,12 @@ class AwsProvider:
                 if name not in rows:
                     LOG.warning("%s was made and is not listed after %g s", name, VISIBLE_S)
         pending.ended = {name for name in pending.ended if name in rows and rows[name].held}
+        tokens = {row.token for row in rows.values()}
+        pending.asks = {
+            token: ask
+            for token, ask in pending.asks.items()
+            if token not in tokens and now_s - ask.since_s <= VISIBLE_S
+        }
         rows |= {name: row for name, row in pending.made.items() if name not in rows}
         for name in pending.ended:
             reason = instances.BY_OUR_HAND[0]
@@ -166,8 +175,8 @@ class AwsProvider:
         return sorted(rows.values(), key=lambda row: (row.launched_s, row.id))
 
     def _asked(self, offer: Offer, token: str, rows: Sequence[Instance]) -> Ask:
-        """The request of a token: as it was, where its answer was lost. LaunchRefused where it can't
-        be made."""
+        """The request of a token: as it was, where its answer was lost. LaunchRefused where there
+        can be none."""
         pending = self._pending
         if token in pending.asks:
             if pending.asks[token].offer != offer.name:
@@ -180,13 +189,14 @@ class AwsProvider:
                 "invalid", RETRY_S["invalid"], f"no offer {offer.name!r}; there are {names}"
             )
         asked = sum(ask.offer == offer.name for ask in pending.asks.values())
-        if mix.offer.quota is not None and _held(rows, offer.name) + asked >= mix.offer.quota:
+        held = _held([*rows, *pending.made.values()], offer.name)
+        if mix.offer.quota is not None and held + asked >= mix.offer.quota:
             raise LaunchRefused(
                 "quota", RETRY_S["quota"], f"{offer.name}: the quota is {mix.offer.quota}"
             )
         times = pending.refused.get(token, 0)
         request = fleet.request(mix, self.template, self.cluster, token, times)
-        pending.asks[token] = Ask(offer.name, request)
+        pending.asks[token] = Ask(offer.name, request, self.wall())
         return pending.asks[token]
 
     def _note_refusal(
@@ -215,7 +225,7 @@ class AwsProvider:
         return self._machine(row)
 
     async def _hear(self, notice: Notice, rows: Sequence[Instance]) -> bool:
-        """Whether a notice is done with. It is written on the machine, for whoever comes after us."""
+        """Whether a notice is done with. It is written on the machine, for whoever comes after."""
         row = next((row for row in rows if row.id == notice.instance), None)
         if row is None:
             return self.wall() - notice.at_s > VISIBLE_S  # another's machine, or one not listed yet
@@ -257,7 +267,7 @@ class AwsProvider:
                 self.books.tell(f"preempt/{row.id}", at_s, row.offer, "preempt", left)
 
     async def _end_orphans(self, rows: Sequence[Instance]) -> None:
-        """Machines with our tag and without a launch, and stopped ones: nobody will ever use them."""
+        """Machines with our tag and without a launch, and stopped ones: nobody will use them."""
         for row in rows:
             old = self.wall() - row.launched_s > ORPHAN_S
             if row.state in instances.STOPPED or (row.held and old and not row.token):

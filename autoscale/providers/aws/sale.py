@@ -28,8 +28,8 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True)
 class Shelf:
-    """What changes seldom. zones: type -> where it is. subnets: zone -> subnet; zone_ids: zone -> the
-    id by which scores name it. on_demand: $/h by type."""
+    """What changes seldom. zones: type -> where it is. subnets: by zone; zone_ids: the names by
+    which scores know zones. on_demand: $/h by type."""
 
     region: str
     read_s: float
@@ -178,15 +178,8 @@ class Sale:
 
     async def _read_shelf(self, now_s: float) -> Shelf:
         patterns = [{"Name": "instance-type", "Values": list(split(self.settings.types))}]
-        rows, offerings, subnets = await asyncio.gather(
+        rows, subnets = await asyncio.gather(
             self.calls.every("ec2", "describe_instance_types", "InstanceTypes", Filters=patterns),
-            self.calls.every(
-                "ec2",
-                "describe_instance_type_offerings",
-                "InstanceTypeOfferings",
-                LocationType="availability-zone",
-                Filters=patterns,
-            ),
             self.calls.every("ec2", "describe_subnets", "Subnets", **self._which_subnets()),
         )
         count = self.settings.accelerators
@@ -196,6 +189,17 @@ class Sale:
                 f"autoscale.aws.types = {self.settings.types!r} has no type with {count or 'any'} "
                 f"GPUs of {', '.join(self.kinds)}; other types, kinds or accelerators are accepted"
             )
+        names = [one.name for one in found]
+        offerings, on_demand = await asyncio.gather(
+            self.calls.every(
+                "ec2",
+                "describe_instance_type_offerings",
+                "InstanceTypeOfferings",
+                LocationType="availability-zone",
+                Filters=[{"Name": "instance-type", "Values": names}],
+            ),
+            prices.on_demand(self.calls, self.region, names),
+        )
         return Shelf(
             self.region,
             now_s,
@@ -203,7 +207,7 @@ class Sale:
             _zones(offerings),
             {row["AvailabilityZone"]: row["SubnetId"] for row in subnets},
             {row["AvailabilityZone"]: row["AvailabilityZoneId"] for row in subnets},
-            await prices.on_demand(self.calls, self.region, [one.name for one in found]),
+            on_demand,
         )
 
     def _which_subnets(self) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def _type(row: Mapping[str, Any], kind: str) -> Type:
 
 
 def _kind(row: Mapping[str, Any], kinds: Mapping[str, GpuKind]) -> str | None:
-    """The kind of the same name (with its memory's size in it, where there are several) whose memory
-    it has: a part of a GPU is none."""
+    """The kind of the same name (with the memory's size in it, where there are several) that has as
+    much memory: a part of a GPU is none."""
     gpus = row.get("GpuInfo", {}).get("Gpus", ())
     if len(gpus) != 1 or not gpus[0].get("Name"):
         return None
