@@ -1,10 +1,11 @@
 """The provider contract's `Site` over the double: A10Gs in us-east-1a (spot, two types) and on
 demand elsewhere."""
 
+import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autoscale.catalog.offer import Offer
 from autoscale.providers.aws.build import from_settings
@@ -19,14 +20,14 @@ from tests.aws_double.market import Step
 BEGIN_S = 1_767_225_600.0  # 2026-01-01
 SPOT, OTHER = "spot-a10gx1-us-east-1a", "on-demand-a10gx1-us-east-1b"
 ZONE = "us-east-1a"
+T = TypeVar("T")
 
 
-def settings(queue_url: str, **more: Any) -> Settings:
+def settings(**more: Any) -> Settings:
     """Of a cluster that buys A10Gs of one GPU."""
-    aws = {
+    aws: dict[str, Any] = {
         "launch_template": "sanderling",
         "region": "us-east-1",
-        "queue_url": queue_url,
         "types": "g5.xlarge,g5.2xlarge",
         "quota": 4,
         "startup_s": STARTUP_S,
@@ -63,7 +64,7 @@ class AwsSite:
     def again(self) -> Provider:
         self.made.append(
             from_settings(
-                settings(self.cloud.queue_url, **self.more),
+                settings(**{"queue_url": self.cloud.queue_url, **self.more}),
                 self.clock,
                 folder=self.folder,
                 wall=self.wall,
@@ -79,6 +80,15 @@ class AwsSite:
         """The provider itself, whatever is around it."""
         return self.made[-1]
 
+    async def waits(self, call: Coroutine[Any, Any, T]) -> T:
+        """What a call returns or raises, with time passing for as long as it sleeps."""
+        task = asyncio.ensure_future(call)
+        while not task.done():
+            await asyncio.sleep(0.002)
+            if self.clock._sleepers:
+                await self.clock.advance(self.clock._sleepers[0][0] - self.clock.now_s())
+        return task.result()
+
     async def passes(self, duration_s: float) -> None:
         """In small steps, at each of which the cloud does what is due."""
         for _ in range(10):
@@ -93,3 +103,14 @@ class AwsSite:
 
     def now_s(self) -> float:
         return self.clock.now_s()
+
+
+def played(
+    cloud: AwsCloud, folder: Path, work: Callable[[AwsSite], Awaitable[None]], **more: Any
+) -> None:
+    """A piece of work on a fresh site."""
+
+    async def going() -> None:
+        await work(await AwsSite(cloud, folder, **more).begin())
+
+    asyncio.run(going())

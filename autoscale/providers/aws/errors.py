@@ -107,7 +107,8 @@ def may_pass(error: BaseException) -> bool:
     code = code_of(error)
     if code:
         return code in THROTTLED or code in UNKNOWN_EFFECT or _status(error) >= 500
-    from botocore.exceptions import HTTPClientError, ResponseParserError
+    from botocore.exceptions import HTTPClientError
+    from botocore.parsers import ResponseParserError
 
     return isinstance(error, HTTPClientError | ResponseParserError)
 

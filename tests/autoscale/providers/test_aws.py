@@ -1,5 +1,5 @@
-"""The AWS provider passes the suite over moto's server under our overlay, held to the documented IAM
-policy, and the suite notices every broken one."""
+"""The AWS provider passes the suite over moto's server under our overlay, held to the documented
+IAM policy, and the suite notices every broken one."""
 
 import asyncio
 from collections.abc import Callable
