@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from autoscale.catalog.offer import Offer
 from autoscale.providers.aws.build import from_settings
+from autoscale.providers.aws.calls import Calls
 from autoscale.providers.aws.provider import AwsProvider
 from autoscale.providers.provider import Provider
 from cluster.clock import VirtualClock
@@ -50,6 +51,7 @@ class AwsSite:
         self.market.startup_s, self.market.notice_s = STARTUP_S, NOTICE_S
         self.wrap: Callable[[Provider], Provider] = lambda provider: provider
         self.made: list[AwsProvider] = []
+        self.busy = 0
 
     async def begin(self) -> "AwsSite":
         self.provider = self.again()
@@ -73,7 +75,21 @@ class AwsSite:
                 notice_s=NOTICE_S,
             )
         )
+        self._count(self.made[-1].calls)
         return self.wrap(self.made[-1])
+
+    def _count(self, calls: Calls) -> None:
+        """So that time does not pass while a call is under way."""
+        real = calls._in_thread
+
+        async def counted(*given: Any) -> dict[str, Any]:
+            self.busy += 1
+            try:
+                return await real(*given)
+            finally:
+                self.busy -= 1
+
+        calls._in_thread = counted  # type: ignore[method-assign]
 
     @property
     def aws(self) -> AwsProvider:
@@ -84,8 +100,11 @@ class AwsSite:
         """What a call returns or raises, with time passing for as long as it sleeps."""
         task = asyncio.ensure_future(call)
         while not task.done():
-            await asyncio.sleep(0.002)
-            if self.clock._sleepers:
+            for _ in range(16):
+                await asyncio.sleep(0)
+            if self.busy:
+                await asyncio.sleep(0.001)
+            elif self.clock._sleepers and not task.done():
                 await self.clock.advance(self.clock._sleepers[0][0] - self.clock.now_s())
         return task.result()
 

@@ -46,7 +46,7 @@ class Calls:
         """The answer. Made again while the error may pass; then it is raised."""
         for failed in range(1, self.backoff.attempts + 1):
             try:
-                return await asyncio.to_thread(self._call, service, operation, request)
+                return await self._in_thread(service, operation, request)
             except Exception as error:
                 if failed == self.backoff.attempts or not may_pass(error):
                     raise
@@ -62,6 +62,11 @@ class Calls:
             if not page.get("NextToken"):
                 return found
             request["NextToken"] = page["NextToken"]
+
+    async def _in_thread(
+        self, service: str, operation: str, request: dict[str, Any]
+    ) -> dict[str, Any]:
+        return await asyncio.to_thread(self._call, service, operation, request)
 
     def _call(self, service: str, operation: str, request: dict[str, Any]) -> dict[str, Any]:
         with self._making:

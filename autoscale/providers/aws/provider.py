@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from autoscale.catalog.catalog import PricedCatalog
 from autoscale.catalog.offer import Offer
@@ -38,6 +38,13 @@ class Ask:
     offer: str
     request: dict[str, Any]
     since_s: float
+
+
+class Look(NamedTuple):
+    """deaf: why the queue could not be read."""
+
+    rows: list[Instance]
+    deaf: Exception | None
 
 
 @dataclass
@@ -71,7 +78,7 @@ class AwsProvider:
         self.cluster = sale.settings.cluster
         self.rebalance_s = sale.settings.rebalance_s
         self._pending = Pending()
-        self._looking = asyncio.Lock()
+        self._looking: asyncio.Future[Look] | None = None
 
     async def offers(self) -> Sequence[Offer]:
         return await self.sale.offers()
@@ -115,40 +122,49 @@ class AwsProvider:
         self._pending.ended.add(machine_id)
 
     async def machines(self) -> Sequence[Machine]:
-        return [self._machine(row) for row in await self._look(needs_mail=False)]
+        return [self._machine(row) for row in (await self._look()).rows]
 
     async def events(self, cursor: int) -> tuple[Sequence[SpotEvent], int]:
-        await self._look(needs_mail=True)
+        look = await self._look()
+        if look.deaf is not None:
+            raise look.deaf
         return tuple(self.books.events[cursor:]), len(self.books.events)
 
-    async def hear(self, notice: Notice) -> bool:
-        """A notice from wherever it comes, as often as it comes. False: the machine isn't listed
-        (yet), so that it should be told again."""
-        async with self._looking:
-            return await self._hear(notice, await self._list())
-
-    async def _look(self, *, needs_mail: bool) -> list[Instance]:
-        """Mail, machines, and what follows from both."""
-        async with self._looking:
-            letters = await self._mail(needs_mail)
-            rows = await self._list()
-            done = [one for one in letters if not one.notice or await self._hear(one.notice, rows)]
+    async def _look(self) -> Look:
+        """What there is and what follows from it. Who asks while somebody looks gets the same."""
+        while self._looking is not None:
+            looking = self._looking
             try:
-                await self.queue.burn(done)
-            except Exception as error:  # they come again, and are known by then
-                LOG.warning("messages of the queue could not be deleted: %s", error)
-            self._note(rows)
-            await self._end_orphans(rows)
-            return rows
-
-    async def _mail(self, needed: bool) -> Sequence[Letter]:
+                return await asyncio.shield(looking)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not looking.cancelled() or (task and task.cancelling()):
+                    raise  # it is we who were cancelled, not who looked
+                await asyncio.sleep(0)
+        self._looking = asyncio.ensure_future(self._see())
         try:
-            return await self.queue.receive()
+            return await self._looking
+        finally:
+            self._looking = None
+
+    async def _see(self) -> Look:
+        letters, deaf = await self._mail()
+        rows = await self._list()
+        done = [one for one in letters if not one.notice or await self._hear(one.notice, rows)]
+        try:
+            await self.queue.burn(done)
+        except Exception as error:  # they come again, and are known by then
+            LOG.warning("messages of the queue could not be deleted: %s", error)
+        self._note(rows)
+        await self._end_orphans(rows)
+        return Look(rows, deaf)
+
+    async def _mail(self) -> tuple[Sequence[Letter], Exception | None]:
+        try:
+            return await self.queue.receive(), None
         except Exception as error:
-            if needed:
-                raise
             LOG.warning("the queue of notices could not be read: %s", error)
-            return ()
+            return (), error
 
     async def _list(self) -> list[Instance]:
         """All of the cluster, those that EC2 does not list yet among them; oldest first."""

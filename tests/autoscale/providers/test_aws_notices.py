@@ -1,6 +1,7 @@
 """Interruptions and recommendations over EventBridge and SQS: duplicates, any order, strangers,
 junk, and calls that fail between hearing of a notice and having written it down."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -144,5 +145,28 @@ def test_a_loss_without_a_notice_is_a_loss(aws_cloud: AwsCloud, tmp_path: Path):
         assert (loss.value, loss.t_s) == (1.0, pytest.approx(site.now_s(), abs=1))
         again = [m.id for m in await site.again().machines() if m.state != "gone"]
         assert again == [made[1].id]
+
+    played(aws_cloud, tmp_path, work)
+
+
+def test_who_asks_while_somebody_looks_is_answered_whoever_gives_up(
+    aws_cloud: AwsCloud, tmp_path: Path
+):
+    """The driver asks for machines and events at once: one look for both, also when the call that
+    began it is cancelled at its deadline."""
+
+    async def work(site: AwsSite) -> None:
+        await site.provider.launch(site.spot, "a")
+        before = aws_cloud.made("DescribeInstances")
+        machines, _ = await asyncio.gather(site.provider.machines(), site.provider.events(0))
+        assert len(machines) == 1 and aws_cloud.made("DescribeInstances") == before + 1
+        first = asyncio.ensure_future(site.provider.machines())
+        others = [asyncio.ensure_future(site.provider.machines()) for _ in range(2)]
+        await asyncio.sleep(0)
+        first.cancel()
+        others[0].cancel()
+        results = await asyncio.gather(first, *others, return_exceptions=True)
+        assert [isinstance(one, asyncio.CancelledError) for one in results] == [True, True, False]
+        assert len(await site.provider.machines()) == 1
 
     played(aws_cloud, tmp_path, work)
