@@ -3,7 +3,9 @@ settings that cannot work."""
 
 import asyncio
 import json
+import re
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,3 +249,10 @@ def test_the_policy_stops_at_the_cluster(aws_cloud: AwsCloud, tmp_path: Path):
         assert site.alive() == {made.id}
 
     played(aws_cloud, tmp_path, work)
+
+
+def test_the_documented_settings_are_settings():
+    text = (Path(__file__).parents[3] / "docs" / "aws.md").read_text(encoding="utf-8")
+    [written] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    aws = Settings.model_validate(tomllib.loads(written)).autoscale.aws
+    assert aws.cluster == "chat" and aws.queue_url.endswith("/sanderling-notices")
