@@ -153,10 +153,9 @@ def played_scene(cloud: AwsCloud, folder: Path, play: Callable[[Scene], Any], **
     """A scene that has warmed up, and what `play` does with it; settles afterwards."""
 
     async def going() -> Scene:
-        site = await AwsSite(cloud, folder, **more).begin()
-        site.market.notice_s = 120.0
-        site.aws.queue = type(site.aws.queue)(site.aws.calls, site.aws.queue.url, 120.0)
-        scene = Scene(site).begin()
+        site = AwsSite(cloud, folder, **more)
+        site.notice_s = 120.0  # as on EC2
+        scene = Scene(await site.begin()).begin()
         await scene.runs(WARM)
         await play(scene)
         return scene

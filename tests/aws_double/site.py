@@ -48,12 +48,14 @@ class AwsSite:
         self.cloud, self.folder, self.more = cloud, folder, more
         self.clock = VirtualClock(start_s=1000.0)
         self.market = cloud.begin(self.wall)
-        self.market.startup_s, self.market.notice_s = STARTUP_S, NOTICE_S
+        self.market.startup_s = STARTUP_S
+        self.notice_s = NOTICE_S
         self.wrap: Callable[[Provider], Provider] = lambda provider: provider
         self.made: list[AwsProvider] = []
         self.busy = 0
 
     async def begin(self) -> "AwsSite":
+        self.market.notice_s = self.notice_s
         self.provider = self.again()
         offers = {offer.name: offer for offer in await self.provider.offers()}
         self.spot, self.other = offers[SPOT], offers[OTHER]
@@ -72,7 +74,7 @@ class AwsSite:
                 wall=self.wall,
                 draw=random.Random(1),
                 clients=self.cloud.client,
-                notice_s=NOTICE_S,
+                notice_s=self.notice_s,
             )
         )
         self._count(self.made[-1].calls)

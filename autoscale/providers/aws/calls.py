@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoscale.providers.aws.errors import may_pass
+from autoscale.providers.aws.errors import may_pass, refuses
 from cluster.clock import Clock
 
 CONNECT_S, READ_S = 3.0, 8.0
@@ -43,13 +43,17 @@ class Calls:
     _making: threading.Lock = field(default_factory=threading.Lock)
 
     async def one(self, service: str, operation: str, **request: Any) -> dict[str, Any]:
-        """The answer. Made again while the error may pass; then it is raised."""
+        """The answer. Made again while the error may pass; then it is raised: the first of those
+        whose effect is unknown, if there is one."""
+        doubt: Exception | None = None
         for failed in range(1, self.backoff.attempts + 1):
             try:
                 return await self._in_thread(service, operation, request)
             except Exception as error:
+                if not refuses(error):
+                    doubt = doubt or error
                 if failed == self.backoff.attempts or not may_pass(error):
-                    raise
+                    raise (doubt or error) from None
             await self.clock.sleep(self.backoff.wait_s(failed, self.draw))
         raise AssertionError("a call is made at least once")
 

@@ -113,6 +113,16 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, HTTPClientError | ResponseParserError)
 
 
+def refuses(error: BaseException) -> bool:
+    """Whether this is an answer that says that nothing was done."""
+    told = _status(error) < 500 and kind_of(code_of(error)) is not None
+    return told or is_throttled(error)
+
+
+def is_throttled(error: BaseException) -> bool:
+    return code_of(error) in THROTTLED
+
+
 def refusal(codes: Iterable[tuple[str, str]]) -> LaunchRefused | None:
     """The refusal that (code, message) pairs add up to; None where one of unknown effect is among
     them, or none says no."""

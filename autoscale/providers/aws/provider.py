@@ -96,12 +96,13 @@ class AwsProvider:
             if known.offer != offer.name:
                 raise ValueError(f"{token!r} stands for a machine of {known.offer!r} already")
             return self._machine(known)
+        doubt = token in self._pending.asks  # an earlier call may have made the machine
         ask = self._asked(offer, token, rows)
         try:
             answer = await self.calls.one("ec2", "create_fleet", **ask.request)
             made = fleet.instance_of(answer)
         except Exception as error:
-            refused = _refused(error)
+            refused = _refused(error, doubt)
             if refused is None:
                 raise
             self._note_refusal(token, offer, refused, rows)
@@ -177,7 +178,6 @@ class AwsProvider:
                 del pending.made[name]
                 if name not in rows:
                     LOG.warning("%s was made and is not listed after %g s", name, VISIBLE_S)
-        pending.ended = {name for name in pending.ended if name in rows and rows[name].held}
         tokens = {row.token for row in rows.values()}
         pending.asks = {
             token: ask
@@ -185,6 +185,7 @@ class AwsProvider:
             if token not in tokens and now_s - ask.since_s <= VISIBLE_S
         }
         rows |= {name: row for name, row in pending.made.items() if name not in rows}
+        pending.ended = {name for name in pending.ended if name in rows and rows[name].held}
         for name in pending.ended:
             reason = instances.BY_OUR_HAND[0]
             rows[name] = replace(rows[name], state="shutting-down", reason=reason)
@@ -264,7 +265,7 @@ class AwsProvider:
         now_s, listed = self.wall(), {row.id for row in rows}
         dooms = self._pending.dooms
         self._pending.dooms = {name: told for name, told in dooms.items() if name in listed}
-        for row in rows:
+        for row in (row for row in rows if row.token):
             self.books.tell(
                 f"launch_ok/{row.id}",
                 row.launched_s,
@@ -334,9 +335,10 @@ def _held(rows: Sequence[Instance], offer: str) -> int:
     return len({row.id for row in rows if row.held and row.offer == offer})
 
 
-def _refused(error: Exception) -> LaunchRefused | None:
-    """The refusal that an error of create_fleet is; None where its effect is unknown."""
+def _refused(error: Exception, doubt: bool) -> LaunchRefused | None:
+    """The refusal that an error of create_fleet is; None where its effect is unknown. doubt: an
+    earlier call under the same client token was not answered, and only a fleet speaks for it."""
     if isinstance(error, LaunchRefused):
         return error
     code = code_of(error)
-    return refusal([(code, str(error))]) if code else None
+    return refusal([(code, str(error))]) if code and not doubt else None

@@ -124,6 +124,24 @@ def test_a_lost_answer_buys_once(fault: str, times: int, aws_cloud: AwsCloud, tm
     played(aws_cloud, tmp_path, work)
 
 
+def test_a_refusal_after_a_lost_answer_is_none(aws_cloud: AwsCloud, tmp_path: Path):
+    """The call that was not answered has made the machine, whatever the next ones are told."""
+    throttled, denied = "503 RequestLimitExceeded", " UnauthorizedOperation"
+
+    async def work(site: AwsSite) -> None:
+        site.market.lag_s = 20.0
+        told = ([LOST, *[throttled] * 3], [throttled] * 4, [denied])
+        for faults in told:
+            aws_cloud.faults["CreateFleet"] = list(faults)
+            with pytest.raises(Exception) as raised:
+                await site.waits(site.provider.launch(site.spot, "a"))
+            assert not isinstance(raised.value, LaunchRefused), faults
+        made = await site.provider.launch(site.spot, "a")
+        assert site.alive() == {made.id}
+
+    played(aws_cloud, tmp_path, work)
+
+
 @pytest.mark.parametrize("crashes", [False, True])
 def test_a_machine_that_is_not_listed_yet_is_not_bought_again(
     crashes: bool, aws_cloud: AwsCloud, tmp_path: Path
