@@ -94,7 +94,7 @@ class AwsCloud:
                 endpoint_url=self.url,
                 aws_access_key_id=key,
                 aws_secret_access_key="secret",
-                config=Config(retries={"total_max_attempts": 1}, read_timeout=20),
+                config=Config(retries={"total_max_attempts": 1}, read_timeout=240),
             )
         return self._clients[service, key]
 
