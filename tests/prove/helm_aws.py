@@ -59,7 +59,7 @@ def notice(double: AwsCloud) -> Row:
         scene = played_scene(double, Path(folder), play)
     told_s = scene.site.now_s() - 200.0
     at_s = {(what, name): at_s - told_s for at_s, what, name in scene.done}
-    new = [name for (what, name), when_s in at_s.items() if what == "launch" and when_s >= 0]
+    new = [name for (what, name), when_s in at_s.items() if what == "launch" and when_s > -1]
     ready_s = max(scene.service.ready_s[name] for name in new if name in scene.service.ready_s)
     drained_s, ended_s = at_s["drain", doomed[0]], at_s["end", doomed[0]]
     bought_s = min(at_s["launch", name] for name in new)

@@ -43,8 +43,8 @@ def test_notice_replacement_drain_end(aws_cloud: AwsCloud, tmp_path: Path):
     times = {(what, name): at_s for at_s, what, name in scene.done}
     drained_s, ended_s = times["drain", doomed[0]], times["end", doomed[0]]
     told_s = scene.site.now_s() - 200.0
-    launched = [n for at_s, what, n in scene.done if what == "launch" and at_s >= told_s]
-    assert launched and {times["launch", name] for name in launched} == {told_s}, "at once"
+    launched = [n for at_s, what, n in scene.done if what == "launch" and at_s > told_s - 1]
+    assert launched and all(times["launch", name] < told_s + 1 for name in launched), "at once"
     ready_s = max(scene.service.ready_s[name] for name in launched if name in scene.service.ready_s)
     assert told_s < ready_s <= drained_s < ended_s < told_s + 120.0
     reasons = {one["InstanceId"]: one.get("StateReason", {}) for one in aws_cloud.described()}
