@@ -138,5 +138,5 @@ def refusal(codes: Iterable[tuple[str, str]]) -> LaunchRefused | None:
 
 
 def _status(error: BaseException) -> int:
-    response = getattr(error, "response", {})
+    response = getattr(error, "response", None) or {}  # None where the connection broke
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

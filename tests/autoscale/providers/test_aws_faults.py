@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from botocore.exceptions import BotoCoreError, ClientError
 
 from autoscale.providers.aws import errors, fleet
 from autoscale.providers.aws.calls import Backoff
@@ -114,9 +115,8 @@ def test_a_lost_answer_buys_once(fault: str, times: int, aws_cloud: AwsCloud, tm
         if times == 1:
             made = await site.waits(site.provider.launch(site.spot, "a"))
         else:
-            with pytest.raises(Exception) as raised:
+            with pytest.raises((BotoCoreError, ClientError)):  # its effect is unknown
                 await site.waits(site.provider.launch(site.spot, "a"))
-            assert not isinstance(raised.value, LaunchRefused), "its effect is unknown"
             aws_cloud.faults.clear()
             made = await site.provider.launch(site.spot, "a")
         assert site.alive() == {made.id} == await held(site.provider)
@@ -133,9 +133,8 @@ def test_a_refusal_after_a_lost_answer_is_none(aws_cloud: AwsCloud, tmp_path: Pa
         told = ([LOST, *[throttled] * 3], [throttled] * 4, [denied])
         for faults in told:
             aws_cloud.faults["CreateFleet"] = list(faults)
-            with pytest.raises(Exception) as raised:
+            with pytest.raises((BotoCoreError, ClientError)):  # and no LaunchRefused
                 await site.waits(site.provider.launch(site.spot, "a"))
-            assert not isinstance(raised.value, LaunchRefused), faults
         made = await site.provider.launch(site.spot, "a")
         assert site.alive() == {made.id}
 
