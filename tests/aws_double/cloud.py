@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import boto3
 from botocore.config import Config
-from moto.core import DEFAULT_ACCOUNT_ID
+from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 from moto.events.models import events_backends
 from moto.moto_server.werkzeug_app import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-from moto.core import DEFAULT_ACCOUNT_ID
+from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.instances import InstanceState, StateReason
 from moto.events.models import events_backends
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     machines: int
 
 
-def event_of(message: Message, instance_id: str, at_s: float) -> dict[str, Any]:
+def event_of(message: Message, instance_id: str, at_s: float) -> Any:
     """As EC2 sends it."""
     return {
         "version": "0",

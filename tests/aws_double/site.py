@@ -91,7 +91,7 @@ class AwsSite:
             finally:
                 self.busy -= 1
 
-        calls._in_thread = counted  # type: ignore[method-assign]
+        calls._in_thread = counted  # type: ignore[method-assign, assignment]
 
     @property
     def aws(self) -> AwsProvider:

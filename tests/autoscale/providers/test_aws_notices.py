@@ -142,7 +142,7 @@ def test_a_loss_without_a_notice_is_a_loss(aws_cloud: AwsCloud, tmp_path: Path):
         await site.passes(STARTUP_S * 1.1)
         site.market.take(made[0].id)
         [loss] = await kinds(site.provider, "preempt")
-        assert (loss.value, loss.t_s) == (1.0, pytest.approx(site.now_s(), abs=1))
+        assert loss.value == 1.0 and loss.t_s == pytest.approx(site.now_s(), abs=1)
         again = [m.id for m in await site.again().machines() if m.state != "gone"]
         assert again == [made[1].id]
 
