@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.settings.aws import AwsSettings
 from cluster.settings.kubernetes import KubernetesSettings
 from cluster.settings.section import Seconds, Section
 
@@ -140,6 +141,7 @@ class AutoscaleSettings(Section):
     prefill: RoleScale = RoleScale()
     decode: DecodeScale = DecodeScale()
     kubernetes: KubernetesSettings = KubernetesSettings()
+    aws: AwsSettings = AwsSettings()
 
     @model_validator(mode="after")
     def _learnt(self) -> "AutoscaleSettings":

@@ -22,6 +22,8 @@ KNOBS = {
     "autoscale.prefill": "floor cap on_demand tokens_per_s",
     "autoscale.decode": "floor cap on_demand tokens_per_s",
     "autoscale.kubernetes": "kubeconfig namespace service lease lease_s notice_s",
+    "autoscale.aws": "region cluster launch_template template_version subnets types kinds "
+    "accelerators mix mix_within quota startup_s refresh_s least_score queue_url rebalance_s",
 }
 
 
