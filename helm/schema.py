@@ -1,8 +1,8 @@
 """values.schema.json as data: every value of the chart with its type, bounds and a sentence.
 
-Strict everywhere but where an object of Kubernetes stands (an affinity, a volume), which the cluster
-checks. `settings` is made from the settings of the program, GPU kinds from the catalogue, so neither
-is written down twice. `python -m helm.generate` writes the file.
+Strict everywhere but where an object of Kubernetes stands (an affinity, a volume), which the
+cluster checks. `settings` is made from the settings of the program, GPU kinds from the catalogue,
+so neither is written down twice. `python -m helm.generate` writes the file.
 """
 
 from collections.abc import Mapping

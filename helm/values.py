@@ -74,8 +74,7 @@ def _machines() -> dict[str, Schema]:
         "budget": table("Money.", {"usdPerHour": number(said, 0)}),
         "workers": {
             "type": "object",
-            "description": "Machines by name.",
-            "minProperties": 1,
+            "description": "Machines by name; empty: one CPU worker.",
             "propertyNames": {"pattern": NAME},
             "additionalProperties": _worker(),
         },

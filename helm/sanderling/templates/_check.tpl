@@ -1,6 +1,6 @@
 {{/* What a schema cannot say: contradictions between values, each named with what would be accepted. */}}
 {{- define "sanderling.check" -}}
-{{- range $name, $worker := .Values.workers -}}
+{{- range $name, $worker := include "sanderling.workers" . | fromJson -}}
 {{- range $key := list "onDemand" "spot" -}}
 {{- $terms := default dict (index $worker $key) -}}
 {{- $min := int (default 0 $terms.min) -}}

@@ -5,7 +5,7 @@ workerDefaults, the worker and the market merged, with tolerations added up inst
 */}}
 {{- define "sanderling.groups" -}}
 {{- $groups := list -}}
-{{- range $name, $worker := .Values.workers -}}
+{{- range $name, $worker := include "sanderling.workers" . | fromJson -}}
 {{- range $key, $market := dict "onDemand" "on_demand" "spot" "spot" -}}
 {{- $terms := default dict (index $worker $key) -}}
 {{- if gt (int (default 0 $terms.max)) 0 -}}
@@ -18,6 +18,12 @@ workerDefaults, the worker and the market merged, with tolerations added up inst
 {{- end -}}
 {{- end -}}
 {{- toJson $groups -}}
+{{- end -}}
+
+{{/* Those of the values, or else one CPU worker; a default in values.yaml would stay beside yours. JSON. */}}
+{{- define "sanderling.workers" -}}
+{{- $one := dict "cpu" (dict "kind" "cpu" "onDemand" (dict "min" 1 "max" 1)) -}}
+{{- ternary .Values.workers $one (gt (len .Values.workers) 0) | toJson -}}
 {{- end -}}
 
 {{/* Sums over groups: floors and caps by role, and what they cost in an hour. JSON. */}}

@@ -200,7 +200,7 @@ spec:
 
 {{/* The pod's own, those of its device, and on spot those that clouds put on such nodes. JSON. */}}
 {{- define "sanderling.tolerations" -}}
-{{- $all := .pod.tolerations -}}
+{{- $all := default list .pod.tolerations -}}
 {{- if gt (int .gpus) 0 -}}
 {{- $device := default (include "sanderling.deviceResource" .vendor) .pod.deviceResource -}}
 {{- $all = append $all (dict "key" $device "operator" "Exists" "effect" "NoSchedule") -}}
