@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.settings.kubernetes import KubernetesSettings
 from cluster.settings.section import Seconds, Section
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -116,8 +117,26 @@ class AutoscaleSettings(Section):
         description="What one missing replica costs in an hour; up to that much for the time a "
         "new machine takes, training gives machines up.",
     )
+    provider: Literal["none", "kubernetes", "aws"] = Field(
+        "none",
+        description="Whom `sanderling autoscale` rents from: kubernetes (worker groups of a "
+        "RayService), aws; none: it refuses to start.",
+    )
+    service_url: str = Field(
+        "http://127.0.0.1:8000",
+        min_length=1,
+        description="Where `sanderling autoscale` finds the service: its load, and where its "
+        "replicas are placed.",
+    )
+    health_port: int = Field(
+        8081,
+        ge=0,
+        le=65_535,
+        description="Port of the controller's /healthz and /metrics; 0: none.",
+    )
     prefill: RoleScale = RoleScale()
     decode: DecodeScale = DecodeScale()
+    kubernetes: KubernetesSettings = KubernetesSettings()
 
     @model_validator(mode="after")
     def _learnt(self) -> "AutoscaleSettings":

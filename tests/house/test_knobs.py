@@ -17,9 +17,10 @@ KNOBS = {
     "observe": "log_format log_level otlp_endpoint",
     "autoscale": "policy history short_price over period_s call_deadline_s up_delay_s down_delay_s "
     "zero_after_s quantile filled band backlog_s kv_filled ttft_s give_up_s drain_s "
-    "short_usd_per_h",
+    "short_usd_per_h provider service_url health_port",
     "autoscale.prefill": "floor cap on_demand tokens_per_s",
     "autoscale.decode": "floor cap on_demand tokens_per_s",
+    "autoscale.kubernetes": "kubeconfig namespace service lease lease_s notice_s",
 }
 
 

@@ -1,0 +1,1 @@
+"""Machines that are worker pods of a RayService's RayCluster, under KubeRay."""
