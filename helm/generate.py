@@ -24,8 +24,8 @@ LONG = 60
 
 def files() -> dict[Path, str]:
     """Each generated file with the text that it should have."""
-    made = schema()
-    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    made, values = schema(), yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    require(made, values)
     readme = (CHART / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]
@@ -34,6 +34,15 @@ def files() -> dict[Path, str]:
         CHART / "README.md": f"{before}{BEGIN}\n{table(made, values)}{END}{after}",
         CHART / "files" / "dashboard.json": (ROOT / "docs/grafana/sanderling.json").read_text(),
     }
+
+
+def require(made: Schema, values: Mapping[str, Any]) -> None:
+    """What has a default is required, so that nobody takes it away with a null."""
+    made["required"] = sorted(values)
+    for name, default in values.items():
+        inner = made["properties"][name]
+        if isinstance(default, dict) and "properties" in inner:
+            require(inner, default)
 
 
 def table(made: Schema, values: Mapping[str, Any]) -> str:
@@ -54,9 +63,7 @@ def rows(made: Schema, values: Any, prefix: str) -> Iterator[tuple[str, Any, str
             yield from rows(inner, default or {}, f"{path}.")
         else:
             yield path, default, inner["description"]
-        if isinstance(inner.get("additionalProperties"), dict) and "properties" in (
-            each := inner["additionalProperties"]
-        ):
+        for each in inner.get("patternProperties", {}).values():
             yield from rows(each, {}, f"{path}.NAME.")
 
 

@@ -24,8 +24,9 @@ DERIVED = {
     *("prefill.cpus", "prefill.labels", "decode.cpus", "decode.labels"),
     *("autoscale.prefill.floor", "autoscale.prefill.cap", "autoscale.prefill.on_demand"),
     *("autoscale.decode.floor", "autoscale.decode.cap", "autoscale.decode.on_demand"),
-    *("autoscale.provider", "autoscale.kubernetes.namespace", "autoscale.kubernetes.service"),
-    *("autoscale.kubernetes.cluster", "autoscale.kubernetes.url", "autoscale.kubernetes.lease"),
+    *("autoscale.provider", "autoscale.service_url", "autoscale.health_port"),
+    *("autoscale.kubernetes.kubeconfig", "autoscale.kubernetes.namespace"),
+    *("autoscale.kubernetes.service", "autoscale.kubernetes.lease"),
 }
 
 
@@ -88,7 +89,6 @@ def settings() -> Schema:
             made = table(f"The table [{'.'.join(sections)}] of the settings.", {})
             inner = inner["properties"].setdefault(section, made)
         inner["properties"][key] = _setting(field)
-    tree["required"] = ["model"]
     return tree
 
 

@@ -75,8 +75,8 @@ def _machines() -> dict[str, Schema]:
         "workers": {
             "type": "object",
             "description": "Machines by name; empty: one CPU worker.",
-            "propertyNames": {"pattern": NAME},
-            "additionalProperties": _worker(),
+            "patternProperties": {NAME: _worker()},
+            "additionalProperties": False,
         },
         "workerDefaults": table(
             "What workers have unless they say otherwise.",

@@ -56,11 +56,10 @@ autoscalerOptions:
 {{/* call: dict "root" $ "group" {...} "autoscaling" bool */}}
 {{- define "sanderling.workerGroup" -}}
 {{- $group := .group -}}
-{{- $labels := dict "sanderling/role" $group.role "sanderling/offer" $group.name "sanderling/kind" $group.kind "sanderling/market" $group.market -}}
+{{- $labels := dict "sanderling/role" $group.role "sanderling/offer" $group.name "sanderling/kind" $group.kind "sanderling/market" $group.market "sanderling/usd-per-h" (toString $group.usdPerHour) -}}
 {{- if $group.zone -}}{{- $_ := set $labels "sanderling/zone" $group.zone -}}{{- end -}}
 {{- $gpus := ternary 0 1 (eq $group.vendor "cpu") -}}
 {{- $pod := deepCopy $group.pod -}}
-{{- $_ := set $pod "podAnnotations" (mergeOverwrite (dict "sanderling/usd-per-h" (toString $group.usdPerHour)) $pod.podAnnotations) -}}
 {{- if $group.zone -}}{{- $_ := set $pod "nodeSelector" (mergeOverwrite (dict "topology.kubernetes.io/zone" $group.zone) $pod.nodeSelector) -}}{{- end -}}
 - groupName: {{ $group.name }}
   replicas: {{ int $group.min }}

@@ -17,6 +17,13 @@ same text is read by the ingress, the replicas and the controller.
     "decode" (dict "floor" (int $decode.floor) "cap" (int $decode.cap) "on_demand" (int $decode.onDemand))
     "prefill" (dict "floor" (int $prefill.floor) "cap" (int $prefill.cap) "on_demand" (int $prefill.onDemand)))
 -}}
+{{- if .Values.controller.enabled -}}
+{{- $name := include "sanderling.fullname" . -}}
+{{- $_ := set $derived.autoscale "provider" "kubernetes" -}}
+{{- $_ := set $derived.autoscale "health_port" (int .Values.controller.port) -}}
+{{- $_ := set $derived.autoscale "service_url" (printf "http://%s.%s.svc:%d" $name .Release.Namespace (int .Values.service.port)) -}}
+{{- $_ := set $derived.autoscale "kubernetes" (dict "namespace" .Release.Namespace "service" (printf "%s-serve" $name) "lease" (printf "%s-controller" $name)) -}}
+{{- end -}}
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $derived.http "api_keys_file" (printf "/etc/sanderling/keys/%s" .Values.apiKeys.key) -}}
 {{- end -}}
