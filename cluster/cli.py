@@ -34,6 +34,10 @@ COMMANDS: Mapping[str, Entry] = {
     "simulate": Entry(
         "autoscale.simulate_command:simulate", "Run spot policies over a recorded or made market."
     ),
+    "autoscale": Entry(
+        "autoscale.providers.controller_command:autoscale",
+        "Run the control loop over a provider and a service.",
+    ),
     "key": Entry("serve.key_command:key", "Make an API key for a tenant."),
     "plan": Entry("autoscale.plan_command:plan", "What to buy for a load, and where to put it."),
     "train": Entry("train.commands:train", "Train a model, or go on with one, by a job file."),

@@ -223,6 +223,16 @@ class ControllerActor:
         await self.controller.stop()
 
 
+class RayPlacing:
+    """See serve.placing.Placing."""
+
+    async def place(self, role: str, machines: list[str], drain_s: float) -> None:
+        await reply(_handle(CONTROLLER).place.remote(role, machines, drain_s))
+
+    async def leave(self, machine: str, deadline_s: float) -> None:
+        await reply(_handle(CONTROLLER).leave.remote(machine, deadline_s))
+
+
 async def watch(version: int, timeout_s: float) -> Directory:
     """Ask the controller actor; ReplicaLost while it is away."""
     return cast(Directory, await reply(_handle(CONTROLLER).watch.remote(version, timeout_s)))

@@ -15,12 +15,13 @@ from cluster.clock import WallClock
 from cluster.settings import Settings
 from cluster.settings.losses import quality_cost
 from serve.access import Traces, configure
-from serve.actors import RayDecodeClient, watch
+from serve.actors import RayDecodeClient, RayPlacing, watch
 from serve.backlog import Backlog
 from serve.follow import follow
 from serve.http import EdgeSettings, build_app
 from serve.ingress import Ingress
 from serve.keys import KeyRing, load_keys
+from serve.placing import placing_routes
 from serve.prefixes import placed_prefixes
 
 MAX_ONGOING_REQUESTS = 1000
@@ -80,7 +81,10 @@ class IngressDeployment:
             keys=self.keys,
             quality_cost=quality_cost(self.settings),
         )
-        return build_app(self.ingress, self.text, edge, traces=traces(self.settings))
+        app = build_app(self.ingress, self.text, edge, traces=traces(self.settings))
+        if key := self.settings.http.machines_key:
+            app.router.routes.extend(placing_routes(RayPlacing(), key))
+        return app
 
 
 def application(

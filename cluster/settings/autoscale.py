@@ -128,6 +128,9 @@ class AutoscaleSettings(Section):
         description="Where `sanderling autoscale` finds the service: its load, and where its "
         "replicas are placed.",
     )
+    service_key_file: str = Field(
+        "", description="File that holds the service's http.machines_key in plain. Empty: none."
+    )
     health_port: int = Field(
         8081,
         ge=0,

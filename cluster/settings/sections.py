@@ -42,7 +42,14 @@ class HttpSettings(Section):
         "", description="TOML file of hashed keys by tenant (`sanderling key`). Empty: none."
     )
 
-    @field_validator("api_key")
+    machines_key: str = Field(
+        "",
+        max_length=512,
+        description="Key of POST /machines, by which `sanderling autoscale` places replicas; only "
+        "its SHA-256 is kept. Empty: there is no such path.",
+    )
+
+    @field_validator("api_key", "machines_key")
     @classmethod
     def _hashed(cls, key: str) -> str:
         if not key or re.fullmatch("sha256:[0-9a-f]{64}", key):

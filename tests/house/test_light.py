@@ -17,6 +17,7 @@ LIGHT = {
     "doctor": "from cluster.doctor.command import doctor",
     "train": "from train.commands import train",
     "plan": "from autoscale.plan_command import plan",
+    "autoscale": "from autoscale.providers.controller_command import autoscale",
 }
 
 
