@@ -20,6 +20,7 @@ QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 # What the chart derives itself, and what would be a secret in plain sight.
 DERIVED = {
     *("data_dir", "http.host", "http.port", "http.proxy", "http.api_key", "http.api_keys_file"),
+    *("http.machines_key", "autoscale.service_key_file"),
     *("ray.address", "ray.auth", "ray.object_store_bytes", "handoff.transport"),
     *("prefill.cpus", "prefill.labels", "decode.cpus", "decode.labels"),
     *("autoscale.prefill.floor", "autoscale.prefill.cap", "autoscale.prefill.on_demand"),

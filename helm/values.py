@@ -167,6 +167,7 @@ def _pods() -> dict[str, Schema]:
                 "enabled": flag("Whether it runs."),
                 "replicas": integer("How many; one of them leads, by a Lease.", 1, 5),
                 "port": integer("Port of /healthz and /metrics.", 1024, 65535),
+                "machinesKey": secret("What it shows the service to place replicas.", "Key of it."),
             },
         ),
     }

@@ -41,7 +41,7 @@ def leaving(deadline_s: float, address: str) -> None:
 
 
 def leave(node_id: str, end_s: float) -> Sequence[str]:
-    """Drain the node's replicas by `end_s` (of time.monotonic); the names of those that are left."""
+    """Drain the node's replicas by `end_s` (of time.monotonic); names of those that are left."""
     import ray
 
     from cluster.raylocal.actors import find

@@ -27,12 +27,14 @@ LOOK_S = 1.0
 
 class Arguments(BaseModel):
     """What serveConfigV2 hands over. config: the settings file, where each pod has it. front: how
-    many ingresses, one on each node with the front's labels."""
+    many ingresses, one on each node with the front's labels. machines_key_file: holds
+    http.machines_key in plain; empty: none."""
 
     model_config = ConfigDict(extra="forbid")
 
     config: str = Field("/etc/sanderling/settings/sanderling.toml", min_length=1)
     front: int = Field(1, ge=1, le=64)
+    machines_key_file: str = ""
     labels: dict[str, str] = Field(default_factory=lambda: dict(FRONT_LABELS))
 
 
@@ -51,11 +53,22 @@ def application(args: Arguments) -> Any:
     ValueError when the settings are not accepted, or start a Ray of their own.
     """
     arguments = Arguments.model_validate(args.model_dump() if isinstance(args, BaseModel) else args)
-    settings = resolve(Path(arguments.config)).settings
+    flags = {"http.machines_key": machines_key(arguments.machines_key_file)}
+    settings = resolve(Path(arguments.config), flags=flags).settings
     refuse_own_ray(settings)
     ensure_controller(settings)
     options = {"num_cpus": 0, "label_selector": arguments.labels}
     return service(settings, ReadyIngress, replicas=arguments.front, options=options)
+
+
+def machines_key(file: str) -> str | None:
+    """The key in a file of its own, since a Secret is no part of a settings file."""
+    if not file:
+        return None
+    key = Path(file).read_text(encoding="utf-8").strip()
+    if not key:
+        raise ValueError(f"{file} is empty; a random text is accepted as http.machines_key")
+    return key
 
 
 def refuse_own_ray(settings: Settings) -> None:

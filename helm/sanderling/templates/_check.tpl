@@ -37,6 +37,9 @@
 {{- if and .Values.controller.enabled .Values.ray.autoscaler.enabled -}}
 {{- fail "controller.enabled and ray.autoscaler.enabled are both true: two would write the replicas of one cluster; one of them is accepted" -}}
 {{- end -}}
+{{- if and .Values.controller.enabled (not .Values.controller.machinesKey.existingSecret) -}}
+{{- fail "controller.enabled needs controller.machinesKey.existingSecret, which is empty; the name of a Secret with a random text is accepted" -}}
+{{- end -}}
 {{- if gt (add .Values.drain.deadlineSeconds 15 | int) (int .Values.drain.gracePeriodSeconds) -}}
 {{- fail (printf "drain.deadlineSeconds = %d leaves less than 15 s of drain.gracePeriodSeconds = %d for the end; a shorter deadline is accepted" (int .Values.drain.deadlineSeconds) (int .Values.drain.gracePeriodSeconds)) -}}
 {{- end -}}

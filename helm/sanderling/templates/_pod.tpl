@@ -162,6 +162,9 @@ spec:
 {{- if and .root.Values.apiKeys.existingSecret (ne .component "train") }}
 - {name: keys, mountPath: /etc/sanderling/keys, readOnly: true}
 {{- end }}
+{{- if and .root.Values.controller.enabled (ne .component "train") }}
+- {name: machines, mountPath: /etc/sanderling/machines, readOnly: true}
+{{- end }}
 {{- if .root.Values.huggingface.existingSecret }}
 - {name: huggingface, mountPath: /etc/sanderling/huggingface, readOnly: true}
 {{- end }}
@@ -186,6 +189,9 @@ spec:
 {{- if and .root.Values.apiKeys.existingSecret (ne .component "train") }}
 - name: keys
   secret: {secretName: {{ .root.Values.apiKeys.existingSecret }}}
+{{- end }}
+{{- if and .root.Values.controller.enabled (ne .component "train") }}
+{{ include "sanderling.machinesVolume" .root }}
 {{- end }}
 {{- if .root.Values.huggingface.existingSecret }}
 - name: huggingface
@@ -232,4 +238,11 @@ spec:
 {{- $computed = dict "nodeAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" (dict "nodeSelectorTerms" $terms)) -}}
 {{- end -}}
 {{- toJson (mergeOverwrite $computed (deepCopy .pod.affinity)) -}}
+{{- end -}}
+
+{{- define "sanderling.machinesVolume" -}}
+- name: machines
+  secret:
+    secretName: {{ .Values.controller.machinesKey.existingSecret }}
+    items: [{key: {{ .Values.controller.machinesKey.key }}, path: key}]
 {{- end -}}

@@ -22,6 +22,7 @@ same text is read by the ingress, the replicas and the controller.
 {{- $_ := set $derived.autoscale "provider" "kubernetes" -}}
 {{- $_ := set $derived.autoscale "health_port" (int .Values.controller.port) -}}
 {{- $_ := set $derived.autoscale "service_url" (printf "http://%s.%s.svc:%d" $name .Release.Namespace (int .Values.service.port)) -}}
+{{- $_ := set $derived.autoscale "service_key_file" "/etc/sanderling/machines/key" -}}
 {{- $_ := set $derived.autoscale "kubernetes" (dict "namespace" .Release.Namespace "service" (printf "%s-serve" $name) "lease" (printf "%s-controller" $name)) -}}
 {{- end -}}
 {{- if .Values.apiKeys.existingSecret -}}
