@@ -70,9 +70,15 @@ class Live:
 
 @contextlib.contextmanager
 def release(
-    tools: Tools, major: int, folder: Path, definitions: list[Body] | None = None
+    tools: Tools,
+    major: int,
+    folder: Path,
+    definitions: list[Body] | None = None,
+    *,
+    waits: bool = False,
 ) -> Iterator[Live]:
-    """A cluster with KubeRay's definitions; unless given, small ones of ours."""
+    """A cluster with KubeRay's definitions; unless given, small ones of ours. waits: it goes on by
+    itself, as Helm's waiting needs; else with each request that changes something."""
     with Double() as double:
         cluster = Cluster(double.store, Cloud(startup_s=0))
         for body in definitions or crds.small():
@@ -83,7 +89,11 @@ def release(
                 body["metadata"]["namespace"] = SPACE
             with contextlib.suppress(ApiError):
                 double.add(json.loads(json.dumps(body)))
-        double.after = cluster.tick
         path = double.kubeconfig(folder / f"kubeconfig{major}", namespace=SPACE)
-        with cluster.thread():
-            yield Live(Helm(tools, major, folder, path), double, cluster)
+        found = Live(Helm(tools, major, folder, path), double, cluster)
+        if waits:
+            with cluster.thread():
+                yield found
+        else:
+            double.after = cluster.tick
+            yield found

@@ -22,8 +22,14 @@ def live(request: pytest.FixtureRequest, tools: Tools, tmp_path: Path) -> Iterat
         yield found
 
 
-def test_a_whole_life(live: Live):
+@pytest.mark.parametrize("major", MAJORS)
+def test_a_whole_life(tools: Tools, major: int, tmp_path: Path):
     """Each command of Helm, and what is left behind: nothing."""
+    with release(tools, major, tmp_path, waits=True) as live:
+        _live(live)
+
+
+def _live(live: Live) -> None:
     notes = live.do("install", "--wait", "--timeout=60s")
     assert "0.55 USD/h" in notes and "helm -n models test x" in notes
     assert {"x-sanderling", "x-sanderling-controller"} <= {
