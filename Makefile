@@ -20,7 +20,7 @@ PACKAGES := pyproject.toml constraints.txt
 KERNELS := kernels/cpu/native.so
 KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
-.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train prove-helm install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -60,6 +60,9 @@ prove-autoscale: install-test
 
 prove-train: install-test
 	@$(BIN)/python -m tests.prove.train
+
+prove-helm: install-test
+	@$(BIN)/python -m tests.prove.helm
 
 install: $(VENV)/.installed $(KERNELS)
 install-test: $(VENV)/.installed-test $(KERNELS)

@@ -22,11 +22,11 @@ from tests.helm.chart import Body, pods
 
 # What a check asks for, and why the chart does otherwise. At most five.
 ALLOWED: Mapping[str, str] = {
-    "CKV_K8S_15": "always pulling an image of a fixed tag or digest costs gigabytes for each pod of "
-    "a GPU, and minutes of a replacement; the policy is a value",
+    "CKV_K8S_15": "always pulling an image of a fixed tag or digest costs gigabytes for each GPU "
+    "pod, and minutes of a replacement; the policy is a value",
     "CKV_K8S_43": "digests are values (images.*.digest): images are built by whoever installs",
-    "CKV_K8S_38": "the controller's work is to talk to the API, and Ray's autoscaler's in the head; "
-    "no other pod has a token",
+    "CKV_K8S_38": "the controller's work is to talk to the API, and so is that of Ray's autoscaler "
+    "in the head; no other pod has a token",
 }
 
 
