@@ -73,12 +73,10 @@ def _drain(controller: Any, replica_id: str, deadline_s: float) -> None:
 
 def on_node(node_id: str, prefix: str) -> list[str]:
     """Names (without the prefix) of our living actors on a node, sorted."""
-    from ray.util.state import list_actors
+    from cluster.raylocal.private import actors_on_node
 
-    filters = [("node_id", "=", node_id), ("state", "=", "ALIVE")]
-    found = list_actors(filters=filters, limit=1000, timeout=int(CALL_S))
-    names = (str(actor.name) for actor in found)
-    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    found = [name for name in actors_on_node(node_id) if name.startswith(prefix)]
+    return sorted(name.removeprefix(prefix) for name in found)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The Dockerfile says what the chart and the packages say; no Docker is needed to see it."""
 
 import re
+import subprocess
 import tomllib
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helm.chart import CHART
+from serve.places import MACHINE_LABEL
+from tests.helm.chart import CHART, Body, groups
 from tests.house.imports import OURS
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +65,22 @@ def test_only_the_program_is_copied():
     dropped = [line for line in lines if line.startswith("**/")]
     for secret in ("kernels/cpu/native.so", "serve/__pycache__"):
         assert any(fnmatch(secret, pattern) for pattern in dropped), secret
+
+
+def test_ray_reads_the_labels_that_a_pod_writes(rendered: Mapping[str, list[Body]], tmp_path: Path):
+    """The init container's own command, and Ray's own reader of the file."""
+    from ray._private.label_utils import parse_node_labels_from_yaml_file
+
+    for name, group in groups(rendered["a10g-spot"]).items():
+        (container,) = group["template"]["spec"]["initContainers"]
+        shell, flag, command = container["command"]
+        file = tmp_path / f"{name}.yaml"
+        path = group["rayStartParams"]["labels-file"]
+        assert path in command
+        environment = {"POD_NAME": "x-a10g-worker-abcde", "PATH": "/bin:/usr/bin"}
+        subprocess.run([shell, flag, command.replace(path, str(file))], env=environment, check=True)
+        labels = parse_node_labels_from_yaml_file(str(file))
+        assert labels == {MACHINE_LABEL: "x-a10g-worker-abcde"}
 
 
 def test_the_charts_commands_exist():
