@@ -32,14 +32,14 @@ class Helm:
         nowhere = folder / "nowhere"
         self._environment = {**os.environ, **homes, "KUBECONFIG": str(kubeconfig or nowhere)}
 
-    def try_(self, *arguments: str, timeout_s: float = 120.0) -> "subprocess.CompletedProcess[str]":
+    def try_(self, *arguments: str, timeout_s: float = 280.0) -> "subprocess.CompletedProcess[str]":
         """Whatever it answers."""
         command = [str(self._path), *arguments]
         return subprocess.run(
             command, env=self._environment, capture_output=True, text=True, timeout=timeout_s
         )
 
-    def run(self, *arguments: str, timeout_s: float = 120.0) -> str:
+    def run(self, *arguments: str, timeout_s: float = 280.0) -> str:
         """What it prints; it has to succeed."""
         answer = self.try_(*arguments, timeout_s=timeout_s)
         assert answer.returncode == 0, f"helm {self.major} {arguments}:\n{answer.stderr}"

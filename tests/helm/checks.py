@@ -27,6 +27,8 @@ ALLOWED: Mapping[str, str] = {
     "CKV_K8S_43": "digests are values (images.*.digest): images are built by whoever installs",
     "CKV_K8S_38": "the controller's work is to talk to the API, and so is that of Ray's autoscaler "
     "in the head; no other pod has a token",
+    "CKV_K8S_8": "the pod of `helm test` asks once and ends; that it ended well is its liveness",
+    "CKV_K8S_9": "the pod of `helm test` takes no traffic, so nobody waits for its readiness",
 }
 
 

@@ -22,6 +22,14 @@ def test_nothing_is_left(rendered: Mapping[str, list[Body]], name: str, tmp_path
     assert verdict.passed > 300 and verdict.unexplained == ()
 
 
+def test_probes_are_missing_only_in_the_tests_pod(
+    rendered: Mapping[str, list[Body]], tmp_path: Path
+):
+    failed = checks.judge(rendered["cpu-dev"], tmp_path).failed
+    probes = [each for each in failed if each.split()[0] in ("CKV_K8S_8", "CKV_K8S_9")]
+    assert probes and all("test-completion" in each for each in probes)
+
+
 def test_a_weakness_of_a_ray_pod_is_seen(rendered: Mapping[str, list[Body]], tmp_path: Path):
     objects = copy.deepcopy(rendered["cpu-dev"])
     service = next(b for b in objects if b["kind"] == "RayService")

@@ -13,6 +13,7 @@ from tests.kubernetes_double import crds
 from tests.kubernetes_double.server import Double
 from tests.live.service import wait_for
 
+pytestmark = pytest.mark.timeout(900)
 CONTROLLER = "sanderling-autoscale"
 
 
@@ -30,21 +31,21 @@ def test_a_whole_life(tools: Tools, major: int, tmp_path: Path):
 
 
 def _live(live: Live) -> None:
-    notes = live.do("install", "--wait", "--timeout=60s")
+    notes = live.do("install", "--wait", "--timeout=240s")
     assert "0.55 USD/h" in notes and "helm -n models test x" in notes
     assert {"x-sanderling", "x-sanderling-controller"} <= {
         body["metadata"]["name"] for body in live.all("", "services")
     }
     assert live.numbers() == {"front": 2, "a10g-od": 1, "a10g-spot": 0}
-    assert "Succeeded" in live.do("test", "--timeout=60s")
-    live.do("upgrade", "--set=controller.replicas=3", "--wait", "--timeout=60s")
+    assert "Succeeded" in live.do("test", "--timeout=240s")
+    live.do("upgrade", "--set=controller.replicas=3", "--wait", "--timeout=240s")
     (deployment,) = live.all("apps", "deployments")
     assert deployment["spec"]["replicas"] == 3
     live.do("rollback", "1")
     (deployment,) = live.all("apps", "deployments")
     assert deployment["spec"]["replicas"] == 2
     assert "deployed" in live.do("status")
-    live.do("uninstall", "--wait", "--timeout=60s")
+    live.do("uninstall", "--wait", "--timeout=240s")
     kinds = (
         ("", "configmaps"),
         ("", "services"),

@@ -145,7 +145,7 @@ def life(tools: Tools, major: int, folder: Path) -> Iterator[Row]:
         done = []
         for command, *flags in (
             ("install", "--wait"),
-            ("test", "--timeout=120s"),
+            ("test", "--timeout=240s"),
             ("upgrade", "--set=controller.replicas=3", "--wait"),
             ("rollback", "1"),
             ("uninstall", "--wait"),
