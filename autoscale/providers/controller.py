@@ -146,7 +146,7 @@ class Controller:
         self.progress = Progress(clock.now_s())
         self._make, self._log = make, log
         self._driver: Driver | None = None
-        self._term = -1
+        self._term, self._seen = -1, False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set; then the lease is given back."""
@@ -170,7 +170,7 @@ class Controller:
     async def once(self) -> Decision | None:
         """One step of the loop; None where nothing could be decided."""
         if self._driver is None or self._term != self.election.term:
-            self._term = self.election.term
+            self._term, self._seen = self.election.term, False
             self.progress.terms += 1
             loop = self._make(f"{self.election.me}-{self._term}")
             LOG.info("%s leads, term %d", self.election.me, self._term)
@@ -178,6 +178,11 @@ class Controller:
         self.woken.clear()
         decision = None
         try:
+            if not self._seen:
+                # The service speaks of machines by names that only the listing explains; without
+                # it, a new leader would take every replica for missing and buy for it.
+                await self.provider.machines()
+                self._seen = True
             decision = await self._driver.once()
         except Exception:  # a defect of one step must not end all of them
             LOG.exception("a step of the control loop failed")
@@ -191,9 +196,12 @@ class Controller:
 
     async def _rest(self, stop: asyncio.Event, rest_s: float) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (stop, self.woken)]
-        slept: asyncio.Future[None] = asyncio.ensure_future(self.clock.sleep(rest_s))  # type: ignore[arg-type]
+        slept = asyncio.ensure_future(self._slept(rest_s))
         try:
             await asyncio.wait([*waits, slept], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for one in (*waits, slept):
                 one.cancel()
+
+    async def _slept(self, rest_s: float) -> None:
+        await self.clock.sleep(rest_s)

@@ -22,6 +22,8 @@ Body = dict[str, Any]
 RAY = ("ray.io", "v1")
 LIVE = ("replicas", "minReplicas", "maxReplicas", "scaleStrategy")  # what no upgrade is made for
 SPOT_TAINT = "aws-node-termination-handler/spot-itn"
+HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
+GROUPS = "ray.io/num-worker-groups"
 NOW = How("kubelet", grace_s=0)
 BY = How("kuberay-operator")
 
@@ -338,16 +340,10 @@ class Cluster:
         status = service.get("status") or {}
         active = (status.get("activeServiceStatus") or {}).get("rayClusterName", "")
         pending = (status.get("pendingServiceStatus") or {}).get("rayClusterName", "")
-        name = f"{service['metadata']['name']}-{_hash(service['spec']['rayClusterConfig'])}"
+        name = self._current(service, pending or active)
         place = At(*RAY, "rayclusters", _space(service), name)
         if self.store.key(place) not in self.store.objects:
-            body = {
-                "metadata": {"name": name, "ownerReferences": [_owner(service)]},
-                "spec": service["spec"]["rayClusterConfig"],
-            }
-            origin = {"ray.io/originated-from-cr-name": service["metadata"]["name"]}
-            body["metadata"]["labels"] = {**origin, "ray.io/originated-from-crd": "RayService"}
-            self.store.create(place, body, BY)
+            self.store.create(place, _cluster_of(service, name), BY)
             pending = name
         ready = self._answers(self.store.get(place))
         if pending == name and ready:
@@ -362,6 +358,31 @@ class Cluster:
             "conditions": [{"type": "Ready", "status": str(bool(active)), "reason": "Known"}],
         }
         self._status("rayservices", service, said)
+
+    def _current(self, service: Body, known: str) -> str:
+        """The cluster that fits: the one there is, also where groups were appended (then all of it
+        is written anew, live numbers and annotations included), or a new one."""
+        config = service["spec"]["rayClusterConfig"]
+        fresh = f"{service['metadata']['name']}-{_hash(config)}"
+        if not known:
+            return fresh
+        at = At(*RAY, "rayclusters", _space(service), known)
+        marks = self.store.get(at)["metadata"].get("annotations") or {}
+        if marks.get(HASH) == _hash(config):
+            return known
+        first = json.loads(json.dumps(config))
+        del first["workerGroupSpecs"][int(marks.get(GROUPS, 0)) :]
+        if marks.get(HASH) != _hash(first):
+            return fresh
+        goal = _cluster_of(service, known)
+
+        def rewritten(old: Body) -> Body:
+            old["spec"] = json.loads(json.dumps(goal["spec"]))
+            old["metadata"] |= {k: goal["metadata"][k] for k in ("labels", "annotations")}
+            return old
+
+        self.store.update(at, rewritten, BY)
+        return known
 
     def _answers(self, cluster: Body) -> bool:
         groups = cluster["spec"].get("workerGroupSpecs") or ()
@@ -407,6 +428,20 @@ class Cluster:
     def _set_status(self, group: str, resource: str, body: Body, status: Body) -> None:
         at = At(group, "v1", resource, _space(body), body["metadata"]["name"], "status")
         self.store.update(at, lambda old: {**old, "status": status}, How(resource))
+
+
+def _cluster_of(service: Body, name: str) -> Body:
+    """The RayCluster of a RayService."""
+    config = json.loads(json.dumps(service["spec"]["rayClusterConfig"]))
+    origin = {"ray.io/originated-from-cr-name": service["metadata"]["name"]}
+    many = len(config.get("workerGroupSpecs") or ())
+    metadata = {
+        "name": name,
+        "ownerReferences": [_owner(service)],
+        "labels": {**origin, "ray.io/originated-from-crd": "RayService"},
+        "annotations": {HASH: _hash(config), GROUPS: str(many)},
+    }
+    return {"metadata": metadata, "spec": config}
 
 
 def _replicas(group: Body) -> int:

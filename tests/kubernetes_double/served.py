@@ -16,7 +16,6 @@ from tests.kubernetes_double.operator import Cluster
 from tests.kubernetes_double.store import At
 
 KEY = "the key of the tests"
-STARTS_S, LEAVES_S = 20.0, 10.0
 STATS = {"pages": 100, "free_pages": 60, "evictable_pages": 20, "waiting": 0, "reserved": 0}
 
 
@@ -31,10 +30,13 @@ class Replica:
 
 @dataclass
 class Served:
-    """tokens_per_s: what is asked of it. order: what happened, for people."""
+    """tokens_per_s: what is asked of it. starts_s, leaves_s: what a replica takes to answer, and to
+    be rid of its work."""
 
     cluster: Cluster
     tokens_per_s: float = 100.0
+    starts_s: float = 20.0
+    leaves_s: float = 10.0
     replicas: dict[str, Replica] = field(default_factory=dict)
     drained: list[str] = field(default_factory=list)
     began_s: float | None = None
@@ -55,17 +57,17 @@ class Served:
 
     async def place(self, role: str, machines: list[str], drain_s: float) -> None:
         for name in machines:
-            ready_s = self.now_s + STARTS_S
+            ready_s = self.now_s + self.starts_s
             self.replicas.setdefault(name, Replica(role, ready_s))
         for name, replica in self.replicas.items():
             if replica.role == role and name not in machines and replica.left_s is None:
-                replica.left_s = self.now_s + min(drain_s, LEAVES_S)
+                replica.left_s = self.now_s + min(drain_s, self.leaves_s)
 
     async def leave(self, machine: str, deadline_s: float) -> None:
         replica = self.replicas.get(machine)
         if replica is not None:
             self.drained.append(machine)
-            left_s = self.now_s + min(deadline_s, LEAVES_S)
+            left_s = self.now_s + min(deadline_s, self.leaves_s)
             replica.left_s = min(left_s, replica.left_s or left_s)
 
     def look(self) -> None:

@@ -4,7 +4,7 @@ One lock for all of it; what is handed out is a copy.
 """
 
 import base64
-import copy
+import pickle
 import threading
 import time
 import uuid
@@ -31,6 +31,11 @@ Body = dict[str, Any]
 Key = tuple[str, str, str | None, str]  # group, resource, namespace, name
 KEPT = ("uid", "creationTimestamp", "name", "namespace", "generation", "deletionTimestamp")
 GUARDED = ("leases",)  # built in, and cannot be replaced without a resourceVersion
+
+
+def copied(body: Body) -> Body:
+    """A copy of plain values, all the way down; several times as fast as copy.deepcopy."""
+    return pickle.loads(pickle.dumps(body, pickle.HIGHEST_PROTOCOL))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,13 @@ class Store:
             found = self.objects.get(self.key(at))
             if found is None:
                 raise not_found(at.resource, at.group, at.name)
-            return {**copy.deepcopy(found), "apiVersion": api_version(at.group, at.version)}
+            return {**copied(found), "apiVersion": api_version(at.group, at.version)}
 
     def list(self, at: At, fits: Callable[[Body], bool] = lambda _: True) -> tuple[list[Body], int]:
         """Copies in the order of their names, and the version they are of."""
         with self.lock:
             found = [
-                copy.deepcopy(body)
+                copied(body)
                 for key, body in sorted(self.objects.items(), key=lambda item: str(item[0]))
                 if self.within(key, at) and fits(body)
             ]
@@ -140,7 +145,7 @@ class Store:
     def create(self, at: At, body: Body, how: How = ANYHOW) -> Body:
         """409 where there is one of that name."""
         with self.lock:
-            kind, body = self.kind(at), copy.deepcopy(body)
+            kind, body = self.kind(at), copied(body)
             name = self._named(at, kind, body)
             key = self.key(at, name)
             if key in self.objects:
@@ -168,7 +173,7 @@ class Store:
         """The object as `change` makes it. 409 where it names a resourceVersion that is past."""
         with self.lock:
             old, key = self.get(at), self.key(at)
-            new = change(copy.deepcopy(old))
+            new = change(copied(old))
             self._refuse_past(at, old, new)
             new = self._one_side(at, old, new)
             new = self._admitted(at, new)
@@ -209,7 +214,7 @@ class Store:
             owners.update(dict.fromkeys(mine, how.manager))
             self._applied.setdefault(key, set()).add(how.manager)
             self._manage(key, self.objects[key])
-            return copy.deepcopy(self.objects[key]), False
+            return copied(self.objects[key]), False
 
     def delete(self, at: At, how: How = ANYHOW) -> Body:
         """Finalizers, and a pod's grace where there is a kubelet, keep the object for a while."""
@@ -333,7 +338,7 @@ class Store:
         apart = "status" in self.kind(at).subresources
         if at.sub == "status":
             status = {"status": new["status"]} if new.get("status") is not None else {}
-            return {**copy.deepcopy(old), **status}
+            return {**copied(old), **status}
         for key in KEPT:
             if key in old["metadata"]:
                 new["metadata"][key] = old["metadata"][key]
@@ -392,18 +397,18 @@ class Store:
         body["metadata"]["resourceVersion"] = str(self.version)
         self._manage(key, body)
         self.objects[key] = body
-        self._tell(Change(self.version, what, key, copy.deepcopy(body), copy.deepcopy(old)))
-        return copy.deepcopy(body)
+        self._tell(Change(self.version, what, key, copied(body), old))
+        return copied(body)
 
     def _drop(self, key: Key, body: Body) -> Body:
         old = self.objects.pop(key)
         self._owners.pop(key, None)
         self._applied.pop(key, None)
         self.version += 1
-        body = copy.deepcopy(body)
+        body = copied(body)
         body["metadata"]["resourceVersion"] = str(self.version)
         self._tell(Change(self.version, "DELETED", key, body, old))
-        return copy.deepcopy(body)
+        return copied(body)
 
     def _tell(self, change: Change) -> None:
         self.log.append(change)

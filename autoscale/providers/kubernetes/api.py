@@ -30,6 +30,12 @@ class ApiFailed(Exception):
         self.code = code
         self.retry_s = retry_s
 
+    @property
+    def transient(self) -> bool:
+        """Whether the same may work in a moment. Everything that is asked of this API may be asked
+        twice: writes name the version they were made from, or change nothing the second time."""
+        return self.code in (0, 410, 429) or self.code >= 500
+
 
 class Conflict(ApiFailed):
     """Somebody else was faster: read again. Nothing was done."""

@@ -5,11 +5,12 @@ time one is told to look again; whoever comes last writes what the ledger says b
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoscale.providers.kubernetes.api import Api, Conflict, Missing
+from autoscale.providers.kubernetes.api import Api, ApiFailed, Conflict, Missing
 from autoscale.providers.kubernetes.ledger import KEY, Ledger, Stored, read, written
 from autoscale.providers.kubernetes.nodes import close
 from autoscale.providers.kubernetes.notices import doomed_s
@@ -28,7 +29,9 @@ from cluster.settings.kubernetes import KubernetesSettings
 
 Body = dict[str, Any]
 Change = Callable[["Look"], Ledger]
-TRIES = 10
+TRIES = 10  # of looks, where others write at the same time
+TRANSIENT = 6  # of looks, where the server is in trouble
+PAUSE_S, LONGEST_S = 0.1, 1.0  # before the second of those, three times as long each time
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,54 @@ class Look:
 
 
 class Lookout:
-    """Looks and writes, for one RayService. wall_s: seconds since 1970."""
+    """Looks and writes, for one RayService. wall_s: seconds since 1970. pause: sleeps."""
 
-    def __init__(self, api: Api, settings: KubernetesSettings, wall_s: Callable[[], float]) -> None:
-        self.api, self.settings, self.wall_s = api, settings, wall_s
+    def __init__(
+        self,
+        api: Api,
+        settings: KubernetesSettings,
+        wall_s: Callable[[], float],
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.api, self.settings, self.wall_s, self.pause = api, settings, wall_s, pause
 
     def look(self, change: Change | None = None) -> Look:
-        """Look, change the ledger, and write what follows from it. Conflict where others were
-        faster time and again; what was written by then is not wrong."""
-        for left in reversed(range(TRIES)):
+        """Look, change the ledger, and write what follows from it. ApiFailed where others were
+        faster, or the server in trouble, time and again; what was written by then is not wrong."""
+        conflicts = troubles = 0
+        while True:
             try:
-                found = self._see()
-                if change is not None:
-                    found = replace(found, ledger=change(found))
-                stored = self._keep(found)
-                self._write(found)
-                return replace(found, stored=stored)
+                return self._once(change)
             except Conflict:
-                if not left:
+                conflicts += 1
+                if conflicts >= TRIES:
                     raise
-        raise AssertionError("the last try returns or raises")
+            except ApiFailed as error:
+                troubles += 1
+                if not error.transient or troubles >= TRANSIENT:
+                    raise
+                self.pause(min(LONGEST_S, error.retry_s or PAUSE_S * 3 ** (troubles - 1)))
+
+    def evict(self, pod: str) -> None:
+        """ApiFailed 429 at once where a disruption budget forbids it. An answer that was lost is
+        asked for again here: KubeRay makes a new pod as soon as an evicted one is gone, if nobody
+        has lowered `replicas` by then."""
+        for troubles in range(TRANSIENT):
+            try:
+                self.api.evict(pod)
+                return
+            except ApiFailed as error:
+                if not (error.transient and error.code != 429) or troubles + 1 == TRANSIENT:
+                    raise
+                self.pause(min(LONGEST_S, PAUSE_S * 3**troubles))
+
+    def _once(self, change: Change | None) -> Look:
+        found = self._see()
+        if change is not None:
+            found = replace(found, ledger=change(found))
+        stored = self._keep(found)
+        self._write(found)
+        return replace(found, stored=stored)
 
     def _see(self) -> Look:
         service = self.api.get("rayservices", self.settings.service)

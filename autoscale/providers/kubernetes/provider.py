@@ -36,10 +36,11 @@ class KubernetesProvider:
         settings: KubernetesSettings,
         clock: Clock,
         wall_s: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.api, self.settings, self.clock = api, settings, clock
         self._offset_s = wall_s() - clock.now_s()
-        self._lookout = Lookout(api, settings, wall_s)
+        self._lookout = Lookout(api, settings, wall_s, pause)
         self._one = asyncio.Lock()
         self.pods: dict[str, str] = {}  # machine -> its pod, at the last look
         self._looking: asyncio.Task[Look] | None = None
@@ -65,7 +66,7 @@ class KubernetesProvider:
         if entry is None or entry.gone_s is not None:
             return
         if entry.pod:
-            await asyncio.to_thread(self.api.evict, entry.pod)
+            await asyncio.to_thread(self._lookout.evict, entry.pod)
         await self._changed(lambda look: _gone(look, machine_id))
 
     async def machines(self) -> Sequence[Machine]:

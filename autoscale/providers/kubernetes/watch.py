@@ -52,12 +52,14 @@ class Watch:
         since = ""
         while not self._stop.is_set():
             try:
-                since = since or self._listed()
+                if not since:
+                    since = self._listed()
+                    if self.relisted > 1:
+                        self.wake()  # nobody knows what was missed up to here
                 since = self._follow(since)
                 self.resumed += 1
             except Expired:
                 since = ""
-                self.wake()  # nobody knows what was missed
             except ApiFailed as error:
                 LOG.info("watch: %s", error)
                 self._stop.wait(self.pause_s)

@@ -30,9 +30,9 @@ from tests.kubernetes_double.store import At, Store
 EPOCH_S = 1_800_000_000.0
 USER = account("default", "sanderling-controller")
 GROUPS = (
-    group("spot-a", "spot", 8, 0.2),
-    group("spot-b", "spot", 8, 0.3),
-    group("on-demand", "on_demand", 8, 0.5),
+    group("spot-a", "spot", 8, 0.2, replicas=1),
+    group("spot-b", "spot", 8, 0.3, replicas=1),
+    group("on-demand", "on_demand", 8, 0.5, replicas=1),
 )
 FLOOR, ON_DEMAND = 3, 1
 SETTINGS = AutoscaleSettings(
@@ -72,6 +72,10 @@ class Stage:
         self.elections: list[Election] = []
         self.seen = Seen()
         self.settings = SETTINGS
+        self.stack = AsyncExitStack()
+        self.awaited = ""  # a pod, and when it was first seen to be gone
+        self.gone_s: float | None = None
+        self.asleep: set[int] = set()  # controllers that hang: places in the list
 
     def wall_s(self) -> float:
         return EPOCH_S + self.clock.now_s()
@@ -80,14 +84,14 @@ class Stage:
         config = self.double.kubeconfig(self.folder / "kubeconfig", user)
         return connect(KubernetesSettings(kubeconfig=str(config), namespace="default"))
 
-    async def add(self, name: str, stack: AsyncExitStack) -> Controller:
+    async def add(self, name: str) -> Controller:
         """One controller more, as its process makes it."""
         chosen = self.settings.kubernetes
-        provider = KubernetesProvider(self.api(), chosen, self.clock, self.wall_s)
+        provider = KubernetesProvider(self.api(), chosen, self.clock, self.wall_s, lambda _: None)
         election = Election(self.api(), chosen.lease, name, chosen.lease_s, self.clock, self.wall_s)
         transport = httpx.ASGITransport(app=self.served.app())
         client = httpx.AsyncClient(transport=transport, base_url="http://served")
-        await stack.enter_async_context(client)
+        await self.stack.enter_async_context(client)
         remote = Remote(
             client,
             KEY,
@@ -111,16 +115,23 @@ class Stage:
 
     async def step(self, watched: bool = True) -> None:
         """A period passes, in which the cluster is never late; then every controller has a turn."""
-        for _ in range(5):
+        for part in range(5):
             await self.clock.advance(self.settings.period_s / 5)
             self.cluster.tick()
             self._look(watched)
-        for controller, election in zip(self.controllers, self.elections, strict=True):
-            await election.once()
-            if election.leads():
+            if part % 2 == 0:
+                await self._renew()
+        pairs = list(zip(self.controllers, self.elections, strict=True))
+        for place, (controller, election) in enumerate(pairs):
+            if election.leads() and place not in self.asleep:
                 await controller.once()
             self.cluster.tick()
             self._look(watched)
+
+    async def _renew(self) -> None:
+        for place, election in enumerate(self.elections):
+            if place not in self.asleep:
+                await election.once()
 
     async def steps(self, many: int, watched: bool = True) -> None:
         for _ in range(many):
@@ -132,7 +143,10 @@ class Stage:
         names = self.served.answering()
         self.seen.answering.append(len(names))
         self.seen.on_demand.append(sum("on-demand" in name for name in names))
-        self.seen.existing.append(len(self.existing()))
+        there = self.existing()
+        self.seen.existing.append(len(there))
+        if self.gone_s is None and self.awaited and self.awaited not in there:
+            self.gone_s = self.clock.now_s()
 
     def existing(self) -> list[str]:
         """Pods of our groups that are on a machine: what is paid for. Read from the store."""
@@ -147,7 +161,10 @@ class Stage:
 
     def orphans(self) -> set[str]:
         """Pods on machines that no launch knows, and nodes of ours without a pod."""
-        known = {entry.pod for entry in self.ledger().entries if entry.gone_s is None}
+        held = [entry for entry in self.ledger().entries if entry.gone_s is None]
+        if not all(entry.pod for entry in held):
+            return {"a launch without a pod"}
+        known = {entry.pod for entry in held}
         dying = {
             pod["metadata"]["name"]
             for pod in self.cluster.workers()
@@ -168,12 +185,16 @@ class Stage:
 async def stage(
     folder: Path, names: tuple[str, ...] = ("one",), **more: Any
 ) -> AsyncIterator[Stage]:
-    """A stage whose cluster has a service, and controllers of these names."""
+    """A stage whose cluster has a service on three machines, and controllers of these names, that
+    have found it and placed its replicas."""
     made = Stage(folder, **more)
-    async with AsyncExitStack() as stack:
+    async with made.stack as stack:
         stack.enter_context(made.double)
         install(made.double, *GROUPS)
         made.cluster.tick()
+        await made.clock.advance(70.0)
+        made.cluster.tick()
         for name in names:
-            await made.add(name, stack)
+            await made.add(name)
+        await made.steps(4, watched=False)
         yield made
