@@ -8,7 +8,7 @@ import sys
 
 from tests.prove.table import main
 
-MODULES = ("helm_chart", "helm_controller")
+MODULES = ("helm_chart", "helm_controller", "helm_aws")
 
 if __name__ == "__main__":
     sys.exit(main("prove-helm", MODULES))
