@@ -7,6 +7,7 @@ requests finish or move with their KV pages to others. Exit status 0 when nothin
 this machine, or nothing ever was; 1 when time was too short or the cluster does not answer.
 """
 
+import logging
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ def leaving(deadline_s: float, address: str) -> None:
     from cluster.raylocal.session import NAMESPACE
 
     end_s = time.monotonic() + deadline_s
-    ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
+    ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     try:
         left = leave(ray.get_runtime_context().get_node_id(), end_s)
     finally:

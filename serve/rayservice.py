@@ -41,7 +41,8 @@ class Arguments(BaseModel):
 class ReadyIngress(IngressDeployment):
     """An ingress that is not there before somebody computes behind it."""
 
-    async def __init__(self, settings_json: str, keys_json: str) -> None:
+    # Ray Serve awaits it.
+    async def __init__(self, settings_json: str, keys_json: str) -> None:  # type: ignore[misc]
         super().__init__(settings_json, keys_json)
         while not await self.ingress.probe():
             await asyncio.sleep(LOOK_S)

@@ -50,12 +50,13 @@ def test_every_container_is_restricted(rendered: Mapping[str, list[Body]], name:
 
 
 def test_a_weakness_is_seen(rendered: Mapping[str, list[Body]]):
-    for change in (
+    changes: tuple[Body, ...] = (
         {"readOnlyRootFilesystem": False},
         {"capabilities": {"drop": []}},
         {"privileged": True},
         {"runAsUser": 0},
-    ):
+    )
+    for change in changes:
         where, pod = next(pods(json.loads(json.dumps(rendered["defaults"]))))
         containers(pod)[0]["securityContext"].update(change)
         assert weaknesses(where, pod), change
