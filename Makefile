@@ -20,7 +20,7 @@ PACKAGES := pyproject.toml constraints.txt
 KERNELS := kernels/cpu/native.so
 KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
-.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train prove-parallel install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train prove-parallel prove-helm install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -63,6 +63,9 @@ prove-train: install-test
 
 prove-parallel: install-test
 	@$(BIN)/python -m tests.prove.parallel
+
+prove-helm: install-test
+	@$(BIN)/python -m tests.prove.helm
 
 install: $(VENV)/.installed $(KERNELS)
 install-test: $(VENV)/.installed-test $(KERNELS)

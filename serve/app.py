@@ -6,7 +6,9 @@ http.py and ingress.py. It reserves no CPU: it waits most of the time.
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cluster.clock import WallClock
@@ -85,17 +87,24 @@ class IngressDeployment:
         return app
 
 
-def application(settings: Settings) -> Any:
-    """The bound application for cluster.raylocal.front.start_front."""
+def application(
+    settings: Settings,
+    ingress: type[IngressDeployment] = IngressDeployment,
+    *,
+    replicas: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({"num_cpus": 0}),
+) -> Any:
+    """The bound application for cluster.raylocal.front.start_front. options: what Ray is to give to
+    each of the ingresses."""
     from ray import serve as ray_serve
 
-    wrapped = ray_serve.ingress()(IngressDeployment)
+    wrapped = ray_serve.ingress()(ingress)
     deployment = ray_serve.deployment(
         name="ingress",
-        num_replicas=1,
+        num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.http.drain_s,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=dict(options),
     )(wrapped)
     # The keys travel, hashed: a file need not be where the ingress runs.
     return deployment.bind(settings.model_dump_json(), load_keys(settings.http).to_json())

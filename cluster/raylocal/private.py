@@ -33,6 +33,13 @@ def forget_serve() -> None:
         sys.modules["ray.serve.context"]._set_global_client(None)
 
 
+def actors_on_node(node_id: str) -> list[str]:
+    """Names of the living named actors on a node (its id in hex) of the connected cluster."""
+    state: Any = importlib.import_module("ray._private.state")
+    found = state.actors(actor_state_name="ALIVE").values()
+    return [str(a["Name"]) for a in found if a["Name"] and a["Address"]["NodeID"] == node_id]
+
+
 def draining_nodes() -> dict[str, float]:
     """Nodes of the connected cluster that are told to go: id (hex) to the Unix time, in seconds,
     at which they do; 0 where no time was said."""
