@@ -6,6 +6,7 @@ rounding (tests/train/test_fused.py). None may be differentiated twice.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def project(x: Tensor, *weights: Tensor) -> Tensor:
     return out
 
 
-def _joined(weights: Any) -> Tensor:
+def _joined(weights: Sequence[Tensor]) -> Tensor:
     """The matrices below each other: where they lie, if they lie so, as a flat buffer has them."""
     first, width = weights[0], weights[0].shape[1]
     place = first.storage_offset()
