@@ -26,9 +26,9 @@ def job(steps: int = STEPS, **tables: Any):
     )
 
 
-def learn(world: ThreadWorld, corpus: Path, wanted: Any, change: Any = None) -> dict[str, Any]:
+def learn(world: ThreadWorld, tokens: Any, wanted: Any, change: Any = None) -> dict[str, Any]:
     """Losses of each step, bytes of the last; change: done to the trainer before."""
-    training = tiny.trainer(wanted, open_corpus(corpus).train)
+    training = tiny.trainer(wanted, tokens)
     training.exchange.transport = ThreadTransport
     if change is not None:
         change(training)
@@ -44,7 +44,8 @@ def learn(world: ThreadWorld, corpus: Path, wanted: Any, change: Any = None) -> 
 
 def losses(corpus: Path, wanted: Any, change: Any = None, size: int = 2) -> dict[str, Any]:
     """Of rank 0, after every rank was seen to have the same weights."""
-    found = on_threads(size, learn, corpus, wanted, change)
+    # Opened once: CPython 3.11's ast, which reads an array's header, is not safe among threads.
+    found = on_threads(size, learn, open_corpus(corpus).train, wanted, change)
     first: dict[str, Any] = found[0]
     assert all((rank["weights"] == first["weights"]).all() for rank in found)
     last = first["losses"][-20:]

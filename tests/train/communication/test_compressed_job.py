@@ -36,18 +36,18 @@ TABLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path: Path = tmp_path_factory.mktemp("corpus")
     tiny.corpus(path)
-    return path
+    return open_corpus(path).train
 
 
 def go(
-    world: ThreadWorld, kind: str, corpus: Path, folder: Path, steps: int, forget: bool
+    world: ThreadWorld, kind: str, tokens: Any, folder: Path, steps: int, forget: bool
 ) -> list[float]:
     """Losses of the next steps of a run, from its newest checkpoint, which is then made anew.
     forget: what compression still owed is not read."""
-    training = tiny.trainer(tiny.job(**TABLES[kind]), open_corpus(corpus).train)
+    training = tiny.trainer(tiny.job(**TABLES[kind]), tokens)
     training.exchange.transport = ThreadTransport
     store = StoredCheckpoints(LocalStorage(folder))
     state = store.newest()
@@ -61,30 +61,30 @@ def go(
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_run_goes_on_to_the_bit(kind: str, corpus: Path, tmp_path: Path):
+def test_a_run_goes_on_to_the_bit(kind: str, tokens: Any, tmp_path: Path):
     """Stopped in the middle, started again on as many workers; without its memory it does not."""
-    whole = on_threads(2, go, kind, corpus, tmp_path / "whole", STEPS, False)[0]
-    first = on_threads(2, go, kind, corpus, tmp_path / "cut", HALF, False)[0]
-    second = on_threads(2, go, kind, corpus, tmp_path / "cut", HALF, False)[0]
+    whole = on_threads(2, go, kind, tokens, tmp_path / "whole", STEPS, False)[0]
+    first = on_threads(2, go, kind, tokens, tmp_path / "cut", HALF, False)[0]
+    second = on_threads(2, go, kind, tokens, tmp_path / "cut", HALF, False)[0]
     assert first + second == whole
     if kind == "qsgd":
         return  # it owes nothing
-    on_threads(2, go, kind, corpus, tmp_path / "torn", HALF, False)
-    torn = on_threads(2, go, kind, corpus, tmp_path / "torn", HALF, True)[0]
+    on_threads(2, go, kind, tokens, tmp_path / "torn", HALF, False)
+    torn = on_threads(2, go, kind, tokens, tmp_path / "torn", HALF, True)[0]
     assert torn != second
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_run_goes_on_with_another_number_of_workers(kind: str, corpus: Path, tmp_path: Path):
-    first = on_threads(3, go, kind, corpus, tmp_path, HALF, False)[0]
-    second = on_threads(2, go, kind, corpus, tmp_path, HALF, False)[0]
+def test_a_run_goes_on_with_another_number_of_workers(kind: str, tokens: Any, tmp_path: Path):
+    first = on_threads(3, go, kind, tokens, tmp_path, HALF, False)[0]
+    second = on_threads(2, go, kind, tokens, tmp_path, HALF, False)[0]
     assert second[-1] < first[0]
 
 
-def test_a_checkpoint_of_other_buckets_is_refused(corpus: Path, tmp_path: Path):
-    on_threads(2, go, "powersgd", corpus, tmp_path, HALF, False)
+def test_a_checkpoint_of_other_buckets_is_refused(tokens: Any, tmp_path: Path):
+    on_threads(2, go, "powersgd", tokens, tmp_path, HALF, False)
     tables = TABLES["powersgd"] | {"communication": {"overlap": True, "bucket_bytes": 4096}}
-    training = tiny.trainer(tiny.job(**tables), open_corpus(corpus).train)
+    training = tiny.trainer(tiny.job(**tables), tokens)
     state = StoredCheckpoints(LocalStorage(tmp_path)).newest()
     assert state is not None
     training.load(state)
@@ -130,7 +130,7 @@ def printed(table: Any) -> str:
     return console.export_text()
 
 
-def test_the_dry_run_says_the_formula(corpus: Path):
+def test_the_dry_run_says_the_formula():
     """And the formula is the exchange's, which other tests compare with counted bytes."""
     for kind, tables in TABLES.items():
         wanted = tiny.job(**tables, workers={"count": 2})

@@ -126,7 +126,7 @@ def test_alone_it_is_adam_with_its_variance_frozen(corpus: Path):
     """Nothing is sent, so nothing is lost."""
     tables = {"optimizer": {"clip_norm": 0, "weight_decay": 0}, **DOUBLE}
     wanted = job(14, compression=table(6), **tables)
-    [mine] = on_threads(1, learn, corpus, wanted)
+    [mine] = on_threads(1, learn, open_corpus(corpus).train, wanted)
     torch.testing.assert_close(mine["losses"], frozen(corpus, 14, 6), rtol=1e-9, atol=1e-9)
     assert mine["sent"] == 0
 

@@ -78,6 +78,7 @@ def every_case(world: World) -> dict[str, dict[str, float]]:
     return {name: measured(world, case) for name, case in CASES.items()}
 
 
+@pytest.mark.slow  # it needs processes that wake when they should: a starved machine fails it
 def test_a_step_takes_what_the_longer_of_the_two_takes():
     """At most 1.15 max(compute, send); one after the other, the mutation, takes more."""
     for rank in on_ranks(2, every_case):

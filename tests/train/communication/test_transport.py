@@ -20,6 +20,8 @@ from train.world import GlooWorld
 
 WIDE = Part("p", ((400, 500), (100, 1000)))
 SIZE = 3
+CALLS = {"none": 1, "onebit": 2, "powersgd": 2, "dgc": 1, "qsgd": 2}
+"""Collectives of a step."""
 
 
 def counted(world: GlooWorld, kind: str) -> tuple[int, int]:
@@ -82,11 +84,13 @@ def ranks() -> list[dict[str, Any]]:
 
 
 def test_counts_are_the_kernels(ranks: list[dict[str, Any]]):
-    """Summed over ranks, since gloo's tree-shaped parts load them unequally."""
+    """Summed over ranks, which a collective may load unequally. Gloo's own messages come on top,
+    as many bytes for each call whatever it carries: about 1,250 a rank for an all-reduce."""
     for kind in ranks[0]["counted"]:
         told = sum(rank["counted"][kind][0] for rank in ranks)
         sent = sum(rank["counted"][kind][1] for rank in ranks)
-        assert sent == pytest.approx(told, rel=0.02, abs=6000), kind
+        own = 1400 * SIZE * 3 * CALLS[kind]
+        assert told <= sent <= 1.02 * told + own, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
