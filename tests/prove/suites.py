@@ -18,10 +18,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class Suite(NamedTuple):
-    """What the tests show, and where they are."""
+    """What the tests show, and where they are; slow: those that take minutes, too."""
 
     shows: str
     files: tuple[str, ...]
+    slow: bool = False
 
 
 SUITES = (
@@ -70,6 +71,8 @@ def run(suite: Suite) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *suite.files]
+        if suite.slow:
+            command += ["-m", "slow or not slow"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
         [found] = ElementTree.parse(report).getroot().iter("testsuite")
     counts = {
