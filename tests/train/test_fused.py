@@ -1,7 +1,6 @@
 """Written-out gradients against autograd's of the same formulas in plain torch, in float64."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
