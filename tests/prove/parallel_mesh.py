@@ -59,7 +59,7 @@ SUITES = (
     ),
 )
 RING_RANKS, RING_TOKENS = 4, 16_384
-# What a ring needs while it goes round, once whatever the number of layers, is less than a layer keeps.
+# What a ring needs while it goes round is needed once, whatever the number of layers.
 CONFIG = ModelConfig(
     name="ring",
     layers=6,
