@@ -6,6 +6,7 @@ equal chains, Oobleck's templates, or the fastest by Varuna's measure.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class PipelineLearner:
             found = self._measured
             rows = torch.tensor([getattr(found, name) for name in MEASURED], dtype=torch.float64)
         world.broadcast(rows, 0)
-        named = dict(zip(MEASURED, map(tuple, rows.tolist()), strict=True))
+        named: dict[str, Any] = dict(zip(MEASURED, map(tuple, rows.tolist()), strict=True))
         return Measured(**named, latency_s=link[0], bytes_per_s=link[1])
 
     def step(self, world: World, stop: bool = False) -> StepReport:
