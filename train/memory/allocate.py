@@ -2,6 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
+Whole = npt.NDArray[np.int64]
+
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -25,29 +30,38 @@ def allocate(
     and so are the totals. ValueError when even the fewest bits are too many.
     """
     limit = mean_bits * sum(elements.values())
-    least = min(widths) * sum(elements.values())
-    if least > limit:
+    rest = min(widths) * sum(elements.values())
+    if rest > limit:
         raise ValueError(f"bits = {mean_bits}: at least {min(widths)} are accepted")
-    rest = least
-    front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    bits, shares = np.array(widths), np.array([variance(width) for width in widths])
+    used, cost = np.zeros(1, np.int64), np.zeros(1)
+    steps: list[tuple[Whole, Whole]] = []
     for name, count in elements.items():
         rest -= min(widths) * count
-        reached = [
-            (used + bits * count, cost + sensitivity[name] * variance(bits), (*chosen, bits))
-            for used, cost, chosen in front
-            for bits in widths
-            if used + bits * count + rest <= limit
-        ]
-        front = _undominated(reached)
-    return dict(zip(elements, front[-1][2], strict=True))
+        totals = (used[:, None] + bits * count).ravel()
+        costs = (cost[:, None] + sensitivity[name] * shares).ravel()
+        kept = _undominated(totals, costs, limit - rest)
+        used, cost = totals[kept], costs[kept]
+        steps.append((kept // len(bits), bits[kept % len(bits)]))
+    return dict(zip(elements, _walk_back(steps), strict=True))
 
 
-def _undominated(
-    reached: list[tuple[int, float, tuple[int, ...]]],
-) -> list[tuple[int, float, tuple[int, ...]]]:
-    """Those that no other beats with as few bits, by rising bits and falling cost."""
-    kept: list[tuple[int, float, tuple[int, ...]]] = []
-    for state in sorted(reached):
-        if not kept or state[1] < kept[-1][1]:
-            kept.append(state)
-    return kept
+def _undominated(totals: Whole, costs: npt.NDArray[np.float64], limit: float) -> Whole:
+    """Places of those within the limit that no other beats with as few bits, by rising bits and
+    falling costs."""
+    order = np.lexsort((costs, totals))
+    order = order[totals[order] <= limit]
+    least = np.minimum.accumulate(costs[order])
+    falls = np.ones(len(order), bool)
+    falls[1:] = least[1:] < least[:-1]
+    return order[falls]
+
+
+def _walk_back(steps: list[tuple[Whole, Whole]]) -> list[int]:
+    """The widths that led to the last, cheapest state; a step: where each state came from, and by
+    which width."""
+    place, found = len(steps[-1][0]) - 1, []
+    for came_from, width in reversed(steps):
+        found.append(int(width[place]))
+        place = int(came_from[place])
+    return found[::-1]
