@@ -42,15 +42,17 @@ def environment_name(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str] = KNOWN) -> str:
-    """The known name most like `name`; one in the same section wins over an equally close one."""
+    """The known name most like `name`; one in the same section wins over an equally close one, and
+    a name without a section may be that of a section."""
     section = name.rpartition(".")[0]
 
     def likeness(candidate: str) -> float:
         ratio = difflib.SequenceMatcher(None, name, candidate).ratio()
         last = candidate.rpartition(".")[2]
         tail = difflib.SequenceMatcher(None, name.rpartition(".")[2], last).ratio()
+        head = difflib.SequenceMatcher(None, name, candidate.partition(".")[0]).ratio()
         same = bool(section) and candidate.startswith(f"{section}.")
-        return max(ratio, tail - 0.05) + 0.1 * same
+        return max(ratio, tail - 0.05, 0.0 if section else head - 0.05) + 0.1 * same
 
     return max(known, key=likeness)
 

@@ -118,7 +118,8 @@ class Market:
 
     def usd_per_h(self, instance_type: str, zone: str, at_s: float | None = None) -> float:
         history = self.spot.get((instance_type, zone), [])
-        past = [usd for since_s, usd in history if since_s <= (at_s or self.wall())]
+        at_s = self.wall() if at_s is None else at_s
+        past = [usd for since_s, usd in history if since_s <= at_s]
         return past[-1] if past else round(0.4 * GPU_USD[instance_type], 4)
 
     def has_room(self, zone: str) -> bool:
