@@ -42,7 +42,7 @@ SETTINGS = {
     "autoscale.drain_s": 6,
     "autoscale.short_usd_per_h": 200,
     "autoscale.decode.cap": 2,
-    "autoscale.decode.tokens_per_s": 3000,
+    "autoscale.decode.tokens_per_s": 500,  # a queue is long wherever this runs
 }
 
 
@@ -187,7 +187,7 @@ def test_serving_borrows_from_training_and_gives_back(tmp_path: Path):
         terminal.until("return m-")
         patiently(lambda: len(plans(folder)) == 3)
         [(answered, wrong)] = found
-        assert answered > STREAMS and wrong == []
+        assert answered >= STREAMS and wrong == []
         sizes = [line.count('"w') for line in plans(folder)]
         assert sizes == [2, 1, 2]
         terminal.process.send_signal(signal.SIGINT)
