@@ -3,10 +3,11 @@
 SPEC is JSON: `job` (a job), `corpus` (folder), `folder` (of the files), `steps`, and `cap_bytes`,
 the most private memory (RLIMIT_DATA: heap, stacks and private mappings; files that are mapped or
 cached are not private) that the process may have in all, or `beyond_bytes`, how much more than it
-has when everything is imported; neither: no cap. Prints JSON: losses, bytes of /proc/self/io by
+has when it has warmed up; neither: no cap. Prints JSON: losses, bytes of /proc/self/io by
 step, and the tier's own counts. What runs out of memory ends with status 1.
 """
 
+import ctypes
 import gc
 import json
 import re
@@ -17,17 +18,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from train.data.corpus import open_corpus
 from train.data.stream import SampleStream
 from train.folder import RunFolder
-from train.job import Job
+from train.job import Job, MemoryTable
 from train.memory.disk import DiskTrainer
 from train.memory.offload import OffloadTrainer
 from train.memory.trainers import build_trainer
-from train.optimizer import adamw_update  # noqa: F401  (imported before memory is counted)
-from train.weights import read_start
+from train.step import Trainer
+from train.weights import build_model, read_start
 from train.world import LocalWorld
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +54,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains; what is printed."""
     torch.set_num_threads(1)
     threading.stack_size(STACK_BYTES)
-    _warm_up()
+    _warm_up(Job.model_validate(spec["job"]))
     before = private_bytes()
     cap = spec.get("cap_bytes") or spec.get("beyond_bytes", 0) and before + spec["beyond_bytes"]
     if cap:
@@ -87,10 +89,16 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _warm_up() -> None:
-    """Has libraries allocate what they keep, whatever is computed later."""
-    layer = torch.nn.Linear(8, 8)
-    layer(torch.zeros(2, 8)).sum().backward()
+def _warm_up(job: Job) -> None:
+    """Has libraries allocate what they keep (matrix kernels, autograd's thread), by a step of one
+    layer in the job's dtype; what the step itself took goes back to the system."""
+    model = job.model.model_copy(update={"layers": 1})
+    small = job.model_copy(update={"model": model, "memory": MemoryTable()})
+    tokens = np.arange(4096, dtype=np.uint16) % 250
+    stream = SampleStream(tokens, job.data.sequence_tokens, 0)
+    Trainer(small, build_model(small, read_start(small)), stream).step(LocalWorld())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def run(timeout_s: float = 280, **spec: Any) -> subprocess.CompletedProcess[str]:

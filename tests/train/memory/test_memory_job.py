@@ -32,13 +32,13 @@ WAYS: dict[str, dict[str, Any]] = {
 EXACT = ("recompute", "cpu", "disk")
 
 
-def job(folder: Path, name: str, **memory: Any) -> Job:
-    texts = tiny.write_texts(folder / "texts")
+def job(place: Path, name: str, **memory: Any) -> Job:
+    texts = tiny.write_texts(place / "texts")
     if "folder" in memory:
-        memory["folder"] = str(folder / memory["folder"])
+        memory["folder"] = str(place / memory["folder"])
     return tiny.job(
         name=name,
-        folder=folder,
+        folder=place,
         data={"sources": (str(texts),)},
         run={"tokens": 16 * 12 * 4},
         memory=memory,
