@@ -32,6 +32,9 @@ class KubernetesSite:
         # A notice's length is the taint's, 120 s of a spot machine on AWS, unless told otherwise.
         cloud = Cloud(notice_s=NOTICE_S, startup_s=STARTUP_S, notify=notify or gke)
         self.cluster = Cluster(self.double.store, cloud)
+        # A kubelet ends no pod in the very moment in which it is evicted. Were it so, KubeRay would
+        # make a new one before `replicas` is lowered: kubernetes_faults.py has that.
+        self.cluster.grace_s = 1.0
         install(self.double, *GROUPS)
         self.cluster.tick()
         self.double.after = self.cluster.tick
