@@ -71,7 +71,7 @@ def _start(
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    numbers = [str(rank), str(size), str(store), str(threads)]
+    numbers = [str(rank), str(size), str(store), str(threads), str(os.getpid())]
     return subprocess.Popen(
         [sys.executable, "-m", module, str(folder.path), *numbers],
         env=environment,

@@ -1,4 +1,5 @@
-"""A worker process on this machine: python -m train.worker FOLDER RANK SIZE RENDEZVOUS THREADS.
+"""A worker process on this machine:
+python -m train.worker FOLDER RANK SIZE RENDEZVOUS THREADS PARENT.
 
 Started by `train.local`, which it outlives by at most one step.
 """
@@ -23,11 +24,11 @@ USER_ERROR = 2
 def work(arguments: list[str], act: Callable[[Run, World], str]) -> int:
     """Takes its place among the workers and does `act`, whose result is printed with the step it
     came to; the exit status."""
-    path, rank, size, rendezvous, threads = arguments
+    path, rank, size, rendezvous, threads, parent = arguments
+    _end_with(int(parent))
     folder = RunFolder(Path(path))
     job = folder.job()
     configure_torch(int(threads), job.run.deterministic)
-    _end_with_parent()
     world: World = LocalWorld()
     if int(size) > 1:
         world = join(FileStore(rendezvous, int(size)), int(rank), int(size))
@@ -44,12 +45,12 @@ def work(arguments: list[str], act: Callable[[Run, World], str]) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
-    """Has the kernel end this process when its parent ends (Linux's PR_SET_PDEATHSIG)."""
+def _end_with(parent: int) -> None:
+    """Has the kernel end this process when its parent ends (Linux's PR_SET_PDEATHSIG); at once, if
+    the parent is gone already."""
     import ctypes
     import signal
 
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)

@@ -17,7 +17,7 @@ from train.commands import train
 from train.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 120.0
+DEADLINE_S = 280.0
 
 JOB = """
 name = "t"
@@ -155,7 +155,16 @@ def write_mode(path: Path, mode: str, steps: int) -> Path:
 
 
 @pytest.mark.live
+def test_a_worker_without_its_command_ends_at_once(tmp_path: Path):
+    """Also if the command was gone before the worker had come so far as to ask."""
+    line = [sys.executable, "-m", "train.worker", str(tmp_path), "0", "1", "store", "1", "1"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 1 and "not the folder" not in done.stderr
+
+
+@pytest.mark.live
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", BY_COMMAND)
 def test_a_mode_survives_a_kill_by_the_command(mode: str, tmp_path: Path):
     """A worker is killed by -9; where that ends the run, the command is given once more (ZeRO's
