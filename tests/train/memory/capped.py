@@ -18,11 +18,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from train.data.corpus import open_corpus
-from train.data.stream import SampleStream
+from train.data.stream import SampleStream, Tokens
 from train.folder import RunFolder
 from train.job import Job, MemoryTable
 from train.memory.disk import DiskTrainer
@@ -54,14 +53,13 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Trains; what is printed."""
     torch.set_num_threads(1)
     threading.stack_size(STACK_BYTES)
-    _warm_up(Job.model_validate(spec["job"]))
+    job, corpus = Job.model_validate(spec["job"]), open_corpus(Path(spec["corpus"])).train
+    _warm_up(job, corpus)
     before = private_bytes()
     cap = spec.get("cap_bytes") or spec.get("beyond_bytes", 0) and before + spec["beyond_bytes"]
     if cap:
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
-    job = Job.model_validate(spec["job"])
     start = read_start(job)
-    corpus = open_corpus(Path(spec["corpus"])).train
     stream = SampleStream(corpus, job.data.sequence_tokens, job.run.seed)
     trainer = build_trainer(job, RunFolder(Path(spec["folder"])), start, stream)
     gc.collect()
@@ -89,13 +87,12 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _warm_up(job: Job) -> None:
+def _warm_up(job: Job, corpus: Tokens) -> None:
     """Has libraries allocate what they keep (matrix kernels, autograd's thread), by a step of one
     layer in the job's dtype; what the step itself took goes back to the system."""
     model = job.model.model_copy(update={"layers": 1})
     small = job.model_copy(update={"model": model, "memory": MemoryTable()})
-    tokens = np.arange(4096, dtype=np.uint16) % 250
-    stream = SampleStream(tokens, job.data.sequence_tokens, 0)
+    stream = SampleStream(corpus, job.data.sequence_tokens, 0)
     Trainer(small, build_model(small, read_start(small)), stream).step(LocalWorld())
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
