@@ -22,6 +22,7 @@ def test_contract(check: Check, aws_cloud: AwsCloud, tmp_path: Path):
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_suite_notices(broken: Callable[[Provider], Provider], aws_cloud: AwsCloud, tmp_path: Path):
     async def run() -> None:
