@@ -31,6 +31,7 @@ SUITES = (
         "dp, tp, sp, ring, ulysses, fsdp, ep and pairs of them on 4 ranks: 20 steps = one process",
         (f"{MESH}::test_equals_one_process_for_twenty_steps",)
         + (f"{MESH}::test_experts_equal_one_process_for_twenty_steps",),
+        slow=True,
     ),
     Suite(
         "dp x pp on 4 ranks: 20 steps = one process",

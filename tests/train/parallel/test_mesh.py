@@ -75,7 +75,13 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+QUICK = ("dp x tp + sp", "ring x dp", "fsdp x tp")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
+)
 def test_equals_one_process_for_twenty_steps(name: str, alone: dict[str, Any]) -> None:
     shape, more = MESHES[name]
     for answer in on_ranks(4, trained, shape, more, 3 if "fsdp" in name else 0):
@@ -106,7 +112,7 @@ def mixture(world: GlooWorld | None, expert: int) -> dict[str, Any]:
     return {"curve": curve, "weights": {name: part.numpy() for name, part in weights.items()}}
 
 
-@pytest.mark.parametrize("expert", [2, 4])
+@pytest.mark.parametrize("expert", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_experts_equal_one_process_for_twenty_steps(expert: int) -> None:
     """ep x dp: two ranks, or all four, share the experts; each has samples of its own."""
     expected = mixture(None, 1)
