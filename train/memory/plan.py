@@ -10,6 +10,7 @@ import torch
 
 from models.config import ModelConfig
 from train.folder import RunFolder
+from train.fused import SHORT_TOKENS
 from train.job import Job
 from train.memory.codec import GROUP
 from train.memory.segments import Layout, Segment, lay_out
@@ -21,26 +22,25 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class LayerSaves:
-    """Elements that a layer saves for its backward pass: in the compute dtype (narrow), in float32
-    at least (wide: norms), and sums of norms and softmax, which no codec changes and which are as
-    wide. given: of its input."""
+    """Elements that a layer saves for its backward pass: in the compute dtype (narrow), and sums of
+    norms and softmax, which no codec changes and which are in float32 at least. beside: what a
+    plain run keeps since it lies in one tensor with what is saved. given: of its input."""
 
     narrow: int
-    wide: int
     sums: int
+    beside: int
     given: int
 
 
-def layer_saves(config: ModelConfig, tokens: int) -> LayerSaves:
-    """For so many tokens. Norms save what they were given, and that normalised; products their
-    inputs; attention query, key, value and result; SwiGLU four of its inner width."""
+def layer_saves(config: ModelConfig, tokens: int, sequence_tokens: int) -> LayerSaves:
+    """For so many tokens, as `train.fused` has it. Norms save what they were given, products their
+    inputs; attention query, key, value and result, and sums where it is not written out; SwiGLU
+    four of its inner width. Values lie beside queries and keys as they were before rotation."""
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    narrow = 2 * config.hidden + 2 * query + 2 * key + 4 * config.ff
+    narrow = 4 * config.hidden + 2 * query + 2 * key + 4 * config.ff
+    sums = 2 + (config.heads if sequence_tokens > SHORT_TOKENS else 0)
     return LayerSaves(
-        tokens * narrow,
-        tokens * 4 * config.hidden,
-        tokens * (2 + config.heads),
-        tokens * config.hidden,
+        tokens * narrow, tokens * sums, tokens * (query + key), tokens * config.hidden
     )
 
 
@@ -48,13 +48,13 @@ def activation_bytes(job: Job, config: ModelConfig, tokens: int) -> tuple[int, i
     """What all layers save for `tokens` tokens: as a plain run does, and as the job does."""
     compute = COMPUTE[job.precision.compute]
     wide = master_dtype(compute).itemsize
-    found, table = layer_saves(config, tokens), job.memory
-    plain = found.narrow * compute.itemsize + (found.wide + found.sums) * wide
+    found, table = layer_saves(config, tokens, job.data.sequence_tokens), job.memory
+    plain = (found.narrow + found.beside) * compute.itemsize + found.sums * wide
     asked = min(table.layers or config.layers, config.layers)
     changed = plain
     if table.activations in ("mesa", "gact"):
         bits = 8 if table.activations == "mesa" else table.bits
-        numbers = found.narrow + found.wide
+        numbers = found.narrow
         ranges = 8 * numbers // GROUP if table.activations == "gact" else 8 * 14 * config.heads
         changed = round(numbers * bits / 8) + ranges + found.sums * wide
     if table.activations == "recompute" or table.offload == "disk":
