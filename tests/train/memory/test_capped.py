@@ -46,6 +46,7 @@ def config() -> Any:
 @pytest.mark.parametrize(
     ("offload", "compute", "state"), [("disk", "float64", 32), ("cpu", "bfloat16", 18)]
 )
+@pytest.mark.slow
 def test_under_a_cap(offload: str, compute: str, state: int, tmp_path: Path):
     """state: bytes a parameter of the plain run: weights, masters, gradient, moments. The cap is on
     what the job adds to the interpreter and torch, whose own share would be most of a small test;
