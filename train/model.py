@@ -5,6 +5,8 @@ that what is trained is what `models/load/folder.py` reads. Whole packed sequenc
 no padding, no attention mask but the causal one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +39,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = config.heads, config.kv_heads, config.head_dim
-        self.biased = config.qkv_bias
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden, query, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden, key, bias=config.qkv_bias)
@@ -48,7 +49,8 @@ class Attention(nn.Module):
         """x: (batch, tokens, hidden); cos, sin: (tokens, head_dim / 2)."""
         batch, tokens, _ = x.shape
         sizes = [self.heads + self.kv_heads, self.kv_heads]
-        joined = self._project(x).view(batch, tokens, sum(sizes), self.width)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        joined = side_by_side(x, parts).view(batch, tokens, sum(sizes), self.width)
         turned, value = torch.split(joined, sizes, 2)
         both = rotate(turned, cos, sin)
         query, key = torch.split(both, [self.heads, self.kv_heads], 2)
@@ -56,12 +58,17 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(mixed.reshape(batch, tokens, -1))
         return out
 
-    def _project(self, x: Tensor) -> Tensor:
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        out = project(x, *(part.weight for part in parts))
-        if not self.biased:
-            return out
-        return out + torch.cat([part.bias for part in parts])
+
+def side_by_side(x: Tensor, parts: Sequence[nn.Module]) -> Tensor:
+    """What several linear modules make of x, one after the other in the last dimension. In one
+    product, unless one of them has been replaced by something else that is linear."""
+    plain = [part for part in parts if type(part) is nn.Linear]
+    if len(plain) < len(parts):
+        return torch.cat([part(x) for part in parts], -1)
+    out = project(x, *(part.weight for part in plain))
+    if getattr(plain[0], "bias", None) is None:
+        return out
+    return out + torch.cat([part.bias for part in plain])
 
 
 class FeedForward(nn.Module):
@@ -75,7 +82,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) in, the same out."""
-        joined = project(x, self.gate_proj.weight, self.up_proj.weight)
+        joined = side_by_side(x, (self.gate_proj, self.up_proj))
         out: Tensor = self.down_proj(swiglu(joined))
         return out
 

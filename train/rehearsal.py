@@ -1,5 +1,5 @@
 """A few real steps of a job, on workers started as the run will start them, to say what it takes:
-`python -m train.rehearsal FOLDER RANK SIZE RENDEZVOUS THREADS PARENT` is one, `rehearse` starts them.
+`python -m train.rehearsal FOLDER RANK SIZE RENDEZVOUS THREADS PARENT` is one; `rehearse` has all.
 
 What is timed is the run's own step, with its dtype, workers, threads, sums over workers and update;
 one checkpoint; and a part of an evaluation. The text is made up, and nothing of it stays.
