@@ -23,11 +23,12 @@ import torch
 from train.data.corpus import open_corpus
 from train.data.stream import SampleStream, Tokens
 from train.folder import RunFolder
-from train.job import Job, MemoryTable
+from train.job import Job
 from train.memory.disk import DiskTrainer
 from train.memory.offload import OffloadTrainer
 from train.memory.trainers import build_trainer
 from train.step import Trainer
+from train.tables import MemoryTable
 from train.weights import build_model, read_start
 from train.world import LocalWorld
 
