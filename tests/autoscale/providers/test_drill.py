@@ -28,7 +28,7 @@ def tiny_request(number: int) -> Request:
     rng = random.Random(number)
     prompt = [rng.randrange(2, 250) for _ in range(rng.randint(20, 60))]
     sampling = Sampling(rng.choice([0.0, 1.0]), seed=number)
-    return request(f"r{number}", prompt, rng.randint(160, 190), sampling, ignore_eos=True)
+    return request(f"r{number}", prompt, rng.randint(320, 380), sampling, ignore_eos=True)
 
 
 @pytest.fixture
