@@ -103,7 +103,7 @@ class Removal:
 
 
 def test_peers_are_enough_without_the_store(tmp_path: Path, undisturbed: list[float]):
-    removal = Removal(14, ("w3",), tmp_path / "store")
+    removal = Removal(14, (3,), tmp_path / "store")
     report = supervise(Tiny(tmp_path, STEPS, 0.04, copies=2, store_every=12), REPLACED, removal)
     assert removal.done
     assert curve(report.losses) == undisturbed
