@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KINDS = ("param", "master", "exp_avg", "exp_avg_sq")
@@ -27,6 +28,18 @@ class TrainState:
     tensors: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     ranks: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def copy_to(self, mine: "TrainState") -> None:
+        """Copies its values to the live tensors of another. ValueError, and nothing copied, where
+        one is missing or of another shape."""
+        for name, tensor in mine.tensors.items():
+            given = self.tensors.get(name)
+            if given is None or given.shape != tensor.shape:
+                found = "nothing" if given is None else f"shape {tuple(given.shape)}"
+                raise ValueError(f"state: {name} needs {tuple(tensor.shape)}, found {found}.")
+        with torch.no_grad():
+            for name, tensor in mine.tensors.items():
+                tensor.copy_(self.tensors[name])
 
     def of_kind(self, kind: str) -> dict[str, Tensor]:
         """Tensors of one kind, by the parameter's name."""

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from train.communication.exchange import Exchange
 from train.data.stream import SampleStream
 from train.heterogeneous.shares import Equal, Shares
@@ -109,15 +107,7 @@ class Trainer:
     def load(self, state: TrainState) -> None:
         """Goes on from a state of the same job, whose values are copied. ValueError when it is of
         another model or optimizer."""
-        mine = self.state().tensors
-        for name, tensor in mine.items():
-            given = state.tensors.get(name)
-            if given is None or given.shape != tensor.shape:
-                found = "nothing" if given is None else f"shape {tuple(given.shape)}"
-                raise ValueError(f"state: {name} needs {tuple(tensor.shape)}, found {found}.")
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(state.tensors[name])
+        state.copy_to(self.state())
         self.exchange.load(state.ranks)
         self.step_number, self.samples = state.step, state.samples
 

@@ -14,6 +14,7 @@ from train.checkpoints import Checkpoints
 from train.folder import RunFolder, read_lines
 from train.job import Job
 from train.learner import Learner, Whole
+from train.memory.learner import InLessMemory
 from train.run import Run
 from train.state import TrainState
 from train.step import StepReport
@@ -98,7 +99,7 @@ class ElasticRun(Run):
         self._end(world)
 
 
-def whole(learner: Learner) -> Whole:
+def whole(learner: Learner) -> Whole | InLessMemory:
     """The learner of a run whose workers hold the whole state."""
-    assert isinstance(learner, Whole), "replicas are whole"
+    assert isinstance(learner, Whole | InLessMemory), "replicas are whole"
     return learner

@@ -6,6 +6,7 @@ are summed segment by segment.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from train.optimizer import Decay, adamw_update
 from train.precision import COMPUTE, master_dtype
 from train.schedule import factor
 from train.state import TrainState
-from train.step import StepReport
+from train.step import StepReport, refuse_infinite
 from train.weights import Start, first_values
 from train.world import World
 
@@ -57,6 +58,7 @@ class DiskTrainer:
         self.flat = FileModel(layout, self.tier)
         self.model = StreamedLlama(layout, self.tier)
         self.step_number = self.samples = 0
+        self.before_update: Callable[[], None] = lambda: None
         fill = first_values(job, start)
         with torch.no_grad():
             for name, place in self.flat.named(self.tier.mapped(self.master)).items():
@@ -76,13 +78,10 @@ class DiskTrainer:
         sums = torch.tensor([float(totals.loss), float(stop)], dtype=torch.float64)
         world.all_reduce(sums)
         norm = math.sqrt(totals.squares)
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"step {self.step_number + 1}: the gradient is not finite; "
-                f"optimizer.learning_rate = {self.job.optimizer.learning_rate} may be too high"
-            )
+        refuse_infinite(norm, self.step_number + 1, self.job)
         rate = self.job.optimizer.learning_rate
         rate *= factor(self.job.schedule, self.step_number, self.job.steps)
+        self.before_update()
         self._update(norm, rate)
         self.step_number += 1
         self.samples += self.job.batch_samples
@@ -102,16 +101,7 @@ class DiskTrainer:
 
     def load(self, state: TrainState) -> None:
         """See `Trainer.load`; also from a state that was written without offloading."""
-        mine = self.state().tensors
-        for name, tensor in mine.items():
-            given = state.tensors.get(name)
-            if given is None or given.shape != tensor.shape:
-                found = "nothing" if given is None else f"shape {tuple(given.shape)}"
-                raise ValueError(f"state: {name} needs {tuple(tensor.shape)}, found {found}.")
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(state.tensors[name])
-        del mine
+        state.copy_to(self.state())
         self.tier.flush()
         self.step_number, self.samples = state.step, state.samples
 

@@ -24,7 +24,7 @@ from train.optimizer import AdamW, clip
 from train.precision import COMPUTE, master_dtype
 from train.schedule import factor
 from train.state import TrainState
-from train.step import StepReport, Trainer
+from train.step import StepReport, Trainer, refuse_infinite
 from train.weights import Start, first_values
 from train.world import World
 
@@ -149,7 +149,8 @@ class OffloadTrainer(Trainer):
         self.pass_spans: deque[Interval] = deque(maxlen=SPANS)
 
     def step(self, world: World, stop: bool = False) -> StepReport:
-        """See `Trainer.step`."""
+        """See `Trainer.step`. A late update changes the state beside the passes."""
+        self.before_update()
         late = self._begin_late()
         try:
             summed = self._gradient(world, stop)
@@ -159,6 +160,7 @@ class OffloadTrainer(Trainer):
                 self.late_spans.append((late.started_s, late.ended_s))
         norm = clip(self.flat.gradient, self.job.optimizer.clip_norm)
         number = self.step_number + 1
+        refuse_infinite(norm, number, self.job)
         delayed = self.job.memory.late_from_step
         self.waiting = bool(delayed) and delayed <= number < self.job.steps
         if self.waiting:
@@ -222,9 +224,4 @@ class OffloadTrainer(Trainer):
         self.pass_spans.append((started_s, time.monotonic()))
         summed[-1] = float(stop)
         world.all_reduce(summed)
-        if not bool(torch.isfinite(torch.linalg.vector_norm(self.flat.gradient))):
-            raise ValueError(
-                f"step {self.step_number + 1}: the gradient is not finite; "
-                f"optimizer.learning_rate = {self.job.optimizer.learning_rate} may be too high"
-            )
         return summed

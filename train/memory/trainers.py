@@ -1,7 +1,7 @@
-"""The trainer that a job's `[memory]` asks for, as `train.run.Run` uses it."""
+"""The trainer that a job's `[memory]` asks for."""
 
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -37,8 +37,10 @@ class Scores(Protocol):
         ...
 
 
-class RunTrainer(Protocol):
-    """What a run asks of a trainer; `train.step.Trainer` says it in full."""
+class MemoryTrainer(Protocol):
+    """What `train.memory.learner` asks of a trainer; `train.step.Trainer` says it in full."""
+
+    before_update: Callable[[], None]
 
     @property
     def step_number(self) -> int: ...
@@ -53,62 +55,21 @@ class RunTrainer(Protocol):
     def load(self, state: TrainState) -> None: ...
 
 
-class CodedTrainer:
-    """A trainer and the codec that its model's layers save through, whose state (ranges, bits) is
-    in the meta part of a checkpoint: rank 0's, when there are several."""
+class Built(NamedTuple):
+    """A trainer, and the codec that its model's layers save through, if they do."""
 
-    def __init__(self, inner: Trainer, coded: CodedLayers) -> None:
-        self.inner, self.coded = inner, coded
-
-    @property
-    def step_number(self) -> int:
-        """Finished steps."""
-        return self.inner.step_number
-
-    @property
-    def samples(self) -> int:
-        """Consumed."""
-        return self.inner.samples
-
-    @property
-    def flat(self) -> Flat:
-        """See `Flat`."""
-        return self.inner.flat
-
-    @property
-    def model(self) -> Scores:
-        """See `Scores`."""
-        return self.inner.model
-
-    def step(self, world: World, stop: bool = False) -> StepReport:
-        """See `Trainer.step`."""
-        return self.inner.step(world, stop)
-
-    def state(self) -> TrainState:
-        """See `Trainer.state`."""
-        state = self.inner.state()
-        kept = {type(self.coded.codec).__name__: self.coded.codec.state()}
-        return replace(state, meta=state.meta | {"codec": kept})
-
-    def load(self, state: TrainState) -> None:
-        """See `Trainer.load`. A state of another codec, or of none, leaves this one fresh."""
-        self.inner.load(state)
-        kept = state.meta.get("codec", {}).get(type(self.coded.codec).__name__)
-        if kept is not None:
-            self.coded.codec.load(kept)
+    trainer: MemoryTrainer
+    coded: CodedLayers | None = None
 
 
-def build_trainer(job: Job, folder: RunFolder, start: Start, stream: SampleStream) -> RunTrainer:
+def build_trainer(job: Job, folder: RunFolder, start: Start, stream: SampleStream) -> Built:
     """With the first weights. OSError when the files of offloading cannot be made."""
-    if job.memory.activations == "keep" and job.memory.offload == "none":
-        return Trainer(job, build_model(job, start), stream)
     place = offload_folder(job, folder)
     if job.memory.offload == "disk":
         assert place is not None
-        return DiskTrainer(job, start, stream, place)
+        return Built(DiskTrainer(job, start, stream, place))
     if job.memory.offload == "cpu":
         trainer: Trainer = OffloadTrainer(job, start, stream, place)
     else:
         trainer = Trainer(job, build_model(job, start), stream)
-    coded = install(trainer.model, job.memory, job.run.seed)
-    return trainer if coded is None else CodedTrainer(trainer, coded)
+    return Built(trainer, install(trainer.model, job.memory, job.run.seed))

@@ -123,6 +123,32 @@ def test_a_killed_worker_changes_nothing(
         assert not any(event["store_bytes"] for event in resumed), "no checkpoint was read"
 
 
+MEMORY: dict[str, dict[str, Any]] = {
+    "recompute": {"activations": "recompute"},
+    "mesa": {"activations": "mesa"},
+    "cpu": {"offload": "cpu"},
+    "disk": {"offload": "disk"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "mesa" else pytest.mark.slow) for n in MEMORY]
+)
+def test_workers_with_less_memory_outlive_each_other(
+    name: str, tmp_path: Path, expected: dict[bool, list[float]]
+):
+    """Whoever comes is sent all of the state, from files or in few bits though it be."""
+    workers = {"count": 3, "threads": 1, "where": "elastic"}
+    job_ = job(tmp_path, name, workers=workers, memory=MEMORY[name], **LONG)
+    folder, resumed = disturbed(job_, "w1")
+    assert resumed and lost(resumed) == []
+    if name != "mesa":
+        refuse_another_curve(folder, expected[True])
+        return
+    found = [line["loss"] for line in folder.read_metrics() if "loss" in line]
+    assert found == pytest.approx(expected[True], rel=0.05), "in few bits, but the same run"
+
+
 def part_that_forgets(path: Path, threads: int, name: str) -> Part:
     """The mutation: nobody takes over."""
     PipelineKeeper._go_on = lambda self, plan, world: None  # type: ignore[method-assign]

@@ -62,7 +62,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     start = read_start(job)
     stream = SampleStream(corpus, job.data.sequence_tokens, job.run.seed)
-    trainer = build_trainer(job, RunFolder(Path(spec["folder"])), start, stream)
+    trainer, _ = build_trainer(job, RunFolder(Path(spec["folder"])), start, stream)
     gc.collect()
     losses, moved, counted = [], [], []
     for _ in range(spec["steps"]):
