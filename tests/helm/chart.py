@@ -14,6 +14,9 @@ Body = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "sanderling"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+FILES = {"defaults": (), **{path.stem: (f"--values={path}",) for path in EXAMPLES}}
+# The Prometheus operator's, whose definitions are not at hand: only their frame is looked at.
+UNSCHEMED = ("ServiceMonitor", "PodMonitor", "PrometheusRule")
 VERSIONS = ("1.29.0", "1.37.0")
 MAJORS = (3, 4)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

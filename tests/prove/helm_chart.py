@@ -16,8 +16,9 @@ from cluster.settings import resolve
 from tests.helm import checks, crd
 from tests.helm.chart import (
     CHART,
-    EXAMPLES,
+    FILES,
     MAJORS,
+    UNSCHEMED,
     VERSIONS,
     Body,
     Helm,
@@ -33,8 +34,6 @@ from tests.prove.attempt import attempt
 from tests.prove.row import Row
 
 SCALED = {"front": 2, "a10g-od": 2, "a10g-spot": 5}
-FILES = {"defaults": (), **{path.stem: (f"--values={path}",) for path in EXAMPLES}}
-UNSCHEMED = ("ServiceMonitor", "PodMonitor", "PrometheusRule")
 
 
 def rows() -> Iterator[Row]:

@@ -96,6 +96,18 @@ class Compressor(Protocol):
         ...
 
 
+def uncompressed(
+    compressor: Compressor, part: Part, local: Tensor, transport: Transport, step: int
+) -> Tensor | None:
+    """The sum as it is, where nothing is compressed: in the warm-up, and in a world of one; None
+    elsewhere."""
+    if step <= compressor.warmup_steps:
+        total = local.clone()
+        transport.all_reduce(total)
+        return total
+    return alone(compressor.memory, part, local) if transport.size == 1 else None
+
+
 def with_error(memory: Memory, part: Part, local: Tensor) -> Tensor:
     """What is to be sent: the new and what was left out before; a new tensor."""
     error = memory.kept.get(f"error/{part.key}")

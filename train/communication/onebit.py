@@ -9,7 +9,7 @@ variance is small (a rare token's row of the embedding) takes a step as many tim
 import torch
 from torch import Tensor
 
-from train.communication.compressor import Memory, Part, alone, with_error
+from train.communication.compressor import Memory, Part, uncompressed, with_error
 from train.communication.signs import decode, encode, sign_layout
 from train.communication.transport import Transport, dense_bytes
 from train.job import OptimizerTable
@@ -35,12 +35,8 @@ class SignCompressor:
 
     def reduce(self, part: Part, local: Tensor, transport: Transport, step: int) -> Tensor:
         """See `Compressor`."""
-        if step <= self.warmup_steps:
-            total = local.clone()
-            transport.all_reduce(total)
+        if (total := uncompressed(self, part, local, transport, step)) is not None:
             return total
-        if transport.size == 1:
-            return alone(self.memory, part, local)
         layout, dtype = sign_layout(part.spans, transport.size), local.dtype
         wanted = torch.zeros(layout.width * transport.size, dtype=dtype)
         wanted[: part.elements] = with_error(self.memory, part, local)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from train.communication.compressor import Memory, Part, alone, pieces, seeded, with_error
+from train.communication.compressor import Memory, Part, pieces, seeded, uncompressed, with_error
 from train.communication.transport import Transport, dense_bytes
 
 WORTH = 2
@@ -44,12 +44,8 @@ class PowerSgd:
 
     def reduce(self, part: Part, local: Tensor, transport: Transport, step: int) -> Tensor:
         """See `Compressor`."""
-        if step <= self.warmup_steps:
-            total = local.clone()
-            transport.all_reduce(total)
+        if (total := uncompressed(self, part, local, transport, step)) is not None:
             return total
-        if transport.size == 1:
-            return alone(self.memory, part, local)
         wanted = with_error(self.memory, part, local)
         total = wanted.clone()
         matrices, rest = self._sorted(part, wanted)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.communication import elias
-from train.communication.compressor import Memory, Part, added, alone, seeded
+from train.communication.compressor import Memory, Part, added, seeded, uncompressed
 from train.communication.transport import Transport
 
 STRETCH = 512
@@ -38,12 +38,8 @@ class Qsgd:
 
     def reduce(self, part: Part, local: Tensor, transport: Transport, step: int) -> Tensor:
         """See `Compressor`."""
-        if step <= self.warmup_steps:
-            total = local.clone()
-            transport.all_reduce(total)
+        if (total := uncompressed(self, part, local, transport, step)) is not None:
             return total
-        if transport.size == 1:
-            return alone(self.memory, part, local)
         chance = seeded(self.seed, step, transport.rank, part.key)
         payload = encode(*quantise(local, self.levels, chance), self.bits)
         lengths = transport.all_gather(torch.tensor([len(payload)]))

@@ -145,20 +145,10 @@ class MeshLayer(nn.Module):
 
 
 class _Trunk(nn.Module):
-    def __init__(
-        self,
-        config: ModelConfig,
-        mesh: Mesh,
-        sequence: bool,
-        attend: Attend,
-        table: ExpertTable | None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, rows: slice, layers: list[MeshLayer]) -> None:
         super().__init__()
-        rows = rows_of(config.vocab, mesh.tensor)
         self.embed_tokens = nn.Embedding(rows.stop - rows.start, config.hidden)
-        self.layers = nn.ModuleList(
-            [MeshLayer(config, mesh, sequence, attend, table) for _ in range(config.layers)]
-        )
+        self.layers = nn.ModuleList(layers)
         self.norm = Norm(config.hidden, config.rms_eps)
 
 
@@ -193,8 +183,12 @@ class MeshLlama(nn.Module):
         if experts is not None and (sequence_parallel or mesh.tensor.size > 1):
             raise ValueError("model.experts are not split by mesh.tensor; 1 would be accepted")
         self.experts = experts
-        self.model = _Trunk(config, mesh, sequence_parallel, self._attend(ring), experts)
-        rows = rows_of(config.vocab, mesh.tensor)
+        rows, attend = rows_of(config.vocab, mesh.tensor), self._attend(ring)
+        layers = [
+            MeshLayer(config, mesh, sequence_parallel, attend, experts)
+            for _ in range(config.layers)
+        ]
+        self.model = _Trunk(config, rows, layers)
         self._first = rows.start
         self.lm_head = nn.Linear(config.hidden, rows.stop - rows.start, bias=False)
         if config.tied_head:

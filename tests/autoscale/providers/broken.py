@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import pytest
+
 from autoscale.catalog.offer import Offer
 from autoscale.providers.provider import LaunchRefused, Machine, Provider
 from autoscale.spot.events import SpotEvent
@@ -155,3 +157,11 @@ BROKEN: Mapping[Callable[[Provider], Provider], Check] = {
     ReadyAtOnce: suite.starts_and_is_listed,
     TakesAtTheNotice: suite.notice_then_loss,
 }
+
+
+async def must_be_noticed(broken: Callable[[Provider], Provider], site: suite.Site) -> None:
+    """Fails unless the suite notices a provider that is broken over a site that works."""
+    site.wrap = broken
+    site.provider = broken(site.provider)
+    with pytest.raises((AssertionError, KeyError, LaunchRefused, pytest.fail.Exception)):
+        await BROKEN[broken](site)

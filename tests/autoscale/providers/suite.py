@@ -24,9 +24,10 @@ NOTICE_S = 30.0
 class Site(Protocol):
     """provider: under test, of a cloud in which nothing was rented yet. spot: an offer whose
     machines take STARTUP_S to start and are told NOTICE_S before they are taken; its quota is 4.
-    other: another offer, on demand."""
+    other: another offer, on demand. wrap: what `again` puts around a provider."""
 
     provider: Provider
+    wrap: Callable[[Provider], Provider]
     spot: Offer
     other: Offer
 
@@ -301,6 +302,13 @@ async def nothing_is_forgotten_in_a_crash(site: Site) -> None:
 
 
 Check = Callable[[Site], Awaitable[None]]
+
+
+async def holds(check: Check, site: Site) -> None:
+    """One check of the contract over a site."""
+    await check(site)
+
+
 CHECKS: Sequence[Check] = (
     starts_and_is_listed,
     same_token_is_same_machine,
