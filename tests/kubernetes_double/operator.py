@@ -92,7 +92,9 @@ class Cluster:
 
     def tick(self) -> None:
         """All that is due, until nothing changes any more."""
-        parts = (self._market, self._kubelets, self._services, self._clusters, self._schedule)
+        collect = self.store.collect_orphans
+        made = (self._services, self._clusters, self._schedule)
+        parts = (self._market, self._kubelets, *made, collect)
         with self._busy:
             for _ in range(20):
                 before = self.store.version

@@ -414,6 +414,15 @@ class Store:
         self.log.append(change)
         self.changed.notify_all()
 
+    def collect_orphans(self) -> None:
+        """What names owners of which none is there, as when one went while it was being made."""
+        with self.lock:
+            there = {body["metadata"]["uid"] for body in self.objects.values()}
+            for key, body in list(self.objects.items()):
+                owners = body["metadata"].get("ownerReferences") or ()
+                if owners and not any(owner.get("uid") in there for owner in owners):
+                    self._drop(key, body)
+
     def _collect(self, uid: str) -> None:
         """What was owned by an object that is gone."""
         for key in list(self.objects):

@@ -229,6 +229,28 @@ def test_a_service_becomes_pods_and_a_changed_one_a_new_cluster(double: Double):
     assert {p["spec"]["containers"][0]["image"] for p in cluster.workers("g")} == {"new"}
 
 
+def test_what_was_made_for_an_owner_that_went_meanwhile_is_collected(double: Double):
+    """With all that it owns itself; what has an owner stays."""
+    install(double, group("g", "spot", 4, 1.0, replicas=2))
+    cluster = Cluster(double.store, Cloud(startup_s=0.0))
+    cluster.tick()
+    place = At("ray.io", "v1", "rayclusters", "default")
+    [kept] = double.store.list(place)[0]
+    pods = At("", "v1", "pods", "default")
+    running = double.store.list(pods)[0]
+    late = {"metadata": {**kept["metadata"], "name": "late", "uid": ""}, "spec": kept["spec"]}
+    late["metadata"]["ownerReferences"] = [
+        {**kept["metadata"]["ownerReferences"][0], "uid": "of one that is gone"}
+    ]
+    double.store.create(place, late)
+    cluster.tick()
+    assert [body["metadata"]["name"] for body in double.store.list(place)[0]] == [
+        kept["metadata"]["name"]
+    ]
+    names = {body["metadata"]["name"] for body in double.store.list(pods)[0]}
+    assert names == {body["metadata"]["name"] for body in running}
+
+
 def test_an_appended_group_is_written_over_what_others_wrote(double: Double):
     """As KubeRay's modifyRayCluster does: live numbers and annotations go."""
     groups = [group("g", "spot", 4, 1.0)]
