@@ -10,7 +10,7 @@ import torch
 
 from models.config import ModelConfig
 from train.folder import RunFolder
-from train.fused import SHORT_TOKENS
+from train.fused import written_out
 from train.job import Job
 from train.memory.codec import GROUP
 from train.memory.segments import Layout, Segment, lay_out
@@ -32,13 +32,13 @@ class LayerSaves:
     given: int
 
 
-def layer_saves(config: ModelConfig, tokens: int, sequence_tokens: int) -> LayerSaves:
+def layer_saves(config: ModelConfig, tokens: int, of_softmax: bool) -> LayerSaves:
     """For so many tokens, as `train.fused` has it. Norms save what they were given, products their
-    inputs; attention query, key, value and result, and sums where it is not written out; SwiGLU
-    four of its inner width. Values lie beside queries and keys as they were before rotation."""
+    inputs; attention query, key, value and result, and perhaps softmax's sums; SwiGLU four of its
+    inner width. Values lie beside queries and keys as they were before rotation."""
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     narrow = 4 * config.hidden + 2 * query + 2 * key + 4 * config.ff
-    sums = 2 + (config.heads if sequence_tokens > SHORT_TOKENS else 0)
+    sums = 2 + config.heads * of_softmax
     return LayerSaves(
         tokens * narrow, tokens * sums, tokens * (query + key), tokens * config.hidden
     )
@@ -48,7 +48,8 @@ def activation_bytes(job: Job, config: ModelConfig, tokens: int) -> tuple[int, i
     """What all layers save for `tokens` tokens: as a plain run does, and as the job does."""
     compute = COMPUTE[job.precision.compute]
     wide = master_dtype(compute).itemsize
-    found, table = layer_saves(config, tokens, job.data.sequence_tokens), job.memory
+    sums = not written_out(job.data.sequence_tokens, compute)
+    found, table = layer_saves(config, tokens, sums), job.memory
     plain = (found.narrow + found.beside) * compute.itemsize + found.sums * wide
     asked = min(table.layers or config.layers, config.layers)
     changed = plain

@@ -80,7 +80,10 @@ class Bare:
             page_tables=own * pages + torch.arange(pages)[None],
             logit_rows=torch.arange(1, sequences + 1) * tokens - 1,
         )
-        return self._decoder(batch, self._kv).argmax(dim=1)
+        logits: torch.Tensor = self._decoder(batch, self._kv)
+        # As the sampler does it: torch's own would wake its team of threads, which then spins
+        # beside the next step.
+        return torch.from_numpy(logits.numpy().argmax(axis=1))
 
 
 class Whole:
