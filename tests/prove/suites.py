@@ -83,6 +83,16 @@ def run(suite: Suite) -> Row:
     if counts["skipped"]:
         measured += f", {counts['skipped']} skipped"
     if done.returncode:
-        measured += f": {done.stdout.strip().splitlines()[-1]}"
+        measured += f": {_failed(found) or done.stdout.strip().splitlines()[-1]}"
     ok = done.returncode == 0 and 0 < passed == counts["tests"]
     return Row(suite.shows, "all pass", measured, ok)
+
+
+def _failed(found: ElementTree.Element) -> str:
+    """Each test that failed, with the first line of why."""
+    said = []
+    for case in found.iter("testcase"):
+        for fault in (*case.findall("failure"), *case.findall("error")):
+            why = (fault.get("message") or "").strip().splitlines()
+            said.append(f"{case.get('name')} ({(why or ['no reason'])[0][:120]})")
+    return "; ".join(said)
