@@ -26,8 +26,8 @@ class _RMSNorm(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `rms_norm`."""
         wide = x.float() if x.dtype == torch.bfloat16 else x
-        mean = wide.pow(2).mean(-1, keepdim=True)
-        inverse = mean.add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, nothing between
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).mul_(weight).to(x.dtype)
 
@@ -40,8 +40,8 @@ class _RMSNorm(Function):
         wide, scale = gradient.to(inverse.dtype), weight.to(inverse.dtype)
         normal = x * inverse
         product = (wide * normal).flatten(0, -2)
-        mean = (product @ scale).div_(x.shape[-1]).view(inverse.shape)
-        of_x = (wide * scale).sub_(normal.mul_(mean)).mul_(inverse)
+        less = (product @ scale).div_(-x.shape[-1]).view(inverse.shape)
+        of_x = (wide * scale).addcmul_(normal, less).mul_(inverse)
         return of_x.to(x.dtype), product.sum(0).to(weight.dtype), None
 
 
