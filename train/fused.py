@@ -27,7 +27,7 @@ class _RMSNorm(Function):
         """See `rms_norm`."""
         wide = x.float() if x.dtype == torch.bfloat16 else x
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass, nothing between
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).mul_(weight).to(x.dtype)
 
