@@ -93,12 +93,11 @@ def vllm() -> Path:
 def ray_train() -> Path:
     """The interpreter of an environment that sees this one, and has what else ray.train needs."""
 
-    def install(folder: Path) -> None:
-        [packages] = folder.glob("lib/python*/site-packages")
-        (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        _install(folder, *RAY_TRAIN)
-
-    return _made("ray-train-v2", " ".join(RAY_TRAIN), install) / "bin" / "python"
+    folder = _made("ray-train-v2", " ".join(RAY_TRAIN), lambda made: _install(made, *RAY_TRAIN))
+    [packages] = folder.glob("lib/python*/site-packages")
+    # Each time: whoever made it may be gone from where it was.
+    (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
 
 
 def exported(dtype: str) -> Path:

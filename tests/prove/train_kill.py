@@ -163,7 +163,10 @@ def peer() -> dict[str, float]:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=PEER_S, check=False
         )
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("PEER ")]
+    found = [line for line in done.stdout.splitlines() if line.startswith("PEER ")]
+    if not found:
+        raise RuntimeError(f"plain Ray Train told nothing: {done.stderr.strip()[-300:]}")
+    [line] = found
     answer: dict[str, float] = json.loads(line.removeprefix("PEER "))
     return answer
 
