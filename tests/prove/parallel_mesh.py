@@ -68,7 +68,7 @@ SUITES = (
         + (f"{STAGED}::test_an_order_of_one_by_one_is_all_bubble",),
     ),
     Suite("Ulysses and the ring: outputs, gradients, bytes; zigzag <= 1.05", (SEQUENCE,)),
-    Suite("MegaBlocks and Tutel: nothing dropped, no weight moved at any degree, the tuner", (EXPERTS,)),
+    Suite("MegaBlocks and Tutel: nothing dropped, no weight moved, the tuner", (EXPERTS,)),
     Suite(
         "unequal shares: best of all, the gradient the same; >= 1.25 x at speeds 1 and 0.4",
         ("tests/train/heterogeneous",),

@@ -1,11 +1,11 @@
 """A mixture of experts over several ranks that drops no token (MegaBlocks, Gale et al. 2022), with
 a parallelism that can change from step to step without moving a weight (Tutel, Hwang et al. 2022).
 
-Weights have one layout for all degrees of parallelism: with as many experts as ranks or more, a rank
-has whole ones; with fewer, the ranks of an expert have a slice each of its width. The degree says to
-how many ranks of its expert a row travels (Tutel's r). At the highest each slice gets a copy, and no
-weight moves; at 1 one rank gets it, which gathers the expert's other slices before; between them a
-row goes to r ranks, each with an r-th of the expert. At 0 no row travels: everybody gathers all
+Weights have one layout for all degrees of parallelism: with as many experts as ranks or more, a
+rank has whole ones; with fewer, the ranks of an expert have a slice each of its width. The degree
+says to how many ranks of its expert a row travels (Tutel's r). At the highest each slice gets a
+copy, and no weight moves; at 1 one rank gets it, which gathers the expert's other slices before;
+between them a row goes to r ranks, each with an r-th of the expert. At 0 no row travels: everybody gathers all
 experts for its own rows, which costs by weights instead of tokens. `Tuner` learns which is fastest
 at how many tokens.
 
@@ -143,7 +143,8 @@ class Experts(nn.Module):
         assert self.group is not None
         first = self.group.rank() // together * together
         peers = range(first, first + together)
-        gate, up, down = (gather_from(w, peers, self.group) for w in (self.gate, self.up, self.down))
+        held, group = (self.gate, self.up, self.down), self.group
+        gate, up, down = (gather_from(weight, peers, group) for weight in held)
         width = self.gate.shape[2]
         gate, up = (w.reshape(1, -1, width) for w in (gate, up))
         return gate, up, down.permute(1, 2, 0, 3).reshape(1, width, -1)

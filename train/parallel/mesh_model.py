@@ -283,7 +283,7 @@ def _check(config: ModelConfig, axis: Axis) -> None:
     if rows * (axis.size - 1) >= config.vocab:
         raise ValueError(
             f"mesh.tensor = {axis.size} ranks cannot share a vocabulary of {config.vocab}: the last "
-            "would have none of it"
+            "one would have none of it"
         )
     if config.out_bias:
         raise ValueError("a model with a bias behind its attention cannot be split by mesh.tensor")

@@ -58,7 +58,7 @@ def wanted(experts: int, size: int, one_sided: bool) -> tuple[list[Tensor], dict
 
 
 def shared(world: GlooWorld, experts: int, one_sided: bool, degrees: list[int]) -> dict[str, Any]:
-    """This rank's answers and its weights' gradients at each degree, and how many weights changed."""
+    """This rank's answers and its weights' gradients at each degree; how many weights changed."""
     made = Experts(HIDDEN, FF, experts, TOP_K, world.group).double()
     made.load_whole(whole(experts, one_sided))
     before = {name: p.detach().clone() for name, p in made.named_parameters()}
@@ -175,11 +175,12 @@ def test_a_degree_that_there_is_not_is_refused() -> None:
 
 
 def test_the_tuner_takes_the_fastest_of_each_bucket() -> None:
-    """Against the exhaustive best on a made-up cost: a row costs as often as it travels, weights by how
-    many are gathered. Each degree is somewhere the best."""
+    """Against the exhaustive best on a made-up cost: a row costs as often as it travels, weights by
+    how many are gathered. Each degree is somewhere the best."""
     degrees = Placement.of(2, 8).degrees
     tuner, right, asked = Tuner(degrees), 0, 0
-    cost = {0: lambda n: 900.0, 1: lambda n: n + 300.0, 2: lambda n: 2 * n + 100.0, 4: lambda n: 4.0 * n}
+    fixed = {0: 900.0, 1: 300.0, 2: 100.0, 4: 0.0}
+    cost = {degree: lambda n, d=degree: d * n + fixed[d] for degree in degrees}
     found: set[int] = set()
     for turn in range(40):
         for count in (16, 128, 512, 2048):

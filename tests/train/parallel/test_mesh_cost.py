@@ -116,8 +116,8 @@ def test_workers_hold_keep_and_send_what_the_formulas_say(name: str, compute: st
 
 
 def test_a_mesh_of_one_is_the_whole_model() -> None:
-    """By the table of ZeRO: 16 bytes a parameter in bfloat16, and our gradient is summed in float32;
-    shared by four, a quarter of the 16."""
+    """By the table of ZeRO: 16 bytes a parameter in bfloat16, and 2 more as gradients are summed in
+    float32; shared by four, a quarter of the 16."""
     config = read_start(job_of({}, "bfloat16")).config
     layer = 128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 352 + 2 * 128
     count = 272 * 128 + 3 * layer + 128

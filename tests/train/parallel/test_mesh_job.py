@@ -1,5 +1,5 @@
-"""Jobs with `[mesh]` on four workers: the curve of one worker, checkpoints that anybody goes on from,
-what the dry run says; and each of these with the mechanism behind it turned off."""
+"""Jobs with `[mesh]` on four workers: the curve of one worker, checkpoints that anybody goes on
+from, what the dry run says; and these with the mechanism behind them turned off."""
 
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def test_the_same_mesh_goes_on_to_the_bit_in_bfloat16(kind: str, tmp_path: Path)
 
 
 def test_replicas_with_fewer_samples_share_weights_too(tmp_path: Path):
-    """Four replicas of ten samples, two at a time: who has none left makes its passes all the same."""
+    """Ten samples for four replicas, two at once: who has none left makes its passes all the same."""
     uneven = {"run": {"tokens": 160 * 3, "batch_tokens": 160}}
     one = make(job(tmp_path, "one", model=FOUR_HEADS, **uneven))
     one.run(LocalWorld())
