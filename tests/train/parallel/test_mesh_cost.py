@@ -72,15 +72,18 @@ def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, 
 
 
 def kept(learner: MeshLearner, job: Job) -> int:
-    """Bytes of distinct storages that a forward pass saves, those of weights left out."""
+    """Bytes of distinct storages that a forward pass saves, those of weights left out. FSDP frees a
+    storage and keeps its object, so addresses come again."""
     model = learner.trainer.model
     found: dict[int, int] = {}
     weights: set[int] = set()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if isinstance(tensor, torch.nn.Parameter) or tensor.is_leaf and tensor.requires_grad:
-            weights.add(tensor.untyped_storage().data_ptr())
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+        base = tensor if tensor._base is None else tensor._base
+        if base.is_leaf and base.requires_grad:
+            weights.add(storage._cdata)
         return tensor
 
     batch = learner.stream.batch(0, job.micro_samples)
