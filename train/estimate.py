@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
+from train.combine import uneven
 from train.communication.exchange import Exchange
 from train.communication.transport import dense_bytes
 from train.job import Job
 from train.layout import FlatModel
 from train.memory.plan import memory_rows
 from train.model import Llama
+from train.parallel.mesh_plan import plan
 from train.precision import COMPUTE, master_dtype
 from train.weights import Start, build_model, read_start
 
@@ -39,7 +41,8 @@ class Estimate:
     optimizer step on all workers; other_s: of the whole run, but steps: starting and ending,
     checkpoints at a fixed interval, evaluations; how: where the seconds are from; sent_bytes: of a
     worker in a step after the warm-up, by the compressor's formula; dense_bytes: uncompressed; both
-    0 where the state is divided; memory: what the job's `[memory]` changes of that, in words.
+    0 where the state is divided; memory: what `[memory]` changes of that, or what a mesh needs and
+    sends, in words.
     """
 
     parameters: int
@@ -80,40 +83,87 @@ def peak_flops(dtype: torch.dtype, rounds: int = 5) -> float:
 
 
 def estimate(job: Job) -> Estimate:
-    """Builds the job's model, tries one micro-batch of made-up tokens, and rehearses where the
-    workers are this machine's. ValueError as the job's parts have it, WorkerFailed."""
+    """Builds the job's model and tries one micro-batch of made-up tokens (of a mesh bytes are
+    counted instead), and rehearses where the workers are this machine's. ValueError as the job's
+    parts have it, WorkerFailed."""
     start = read_start(job)
+    size = _size_of_part(job, start) if not job.mesh.plain else _size(job, start)
+    here = job.workers.where in ("local", "elastic")
+    if here and job.workers.count <= CROWD * (psutil.cpu_count() or 1):
+        step_s, other_s, how = _rehearsed(job, start)
+    else:
+        step_s, other_s, how = _tried(job, start)
+    return Estimate(
+        size.parameters,
+        size.state_bytes,
+        size.activation_bytes,
+        step_s,
+        job.steps,
+        flops_per_token(start.config, size.parameters, job.data.sequence_tokens),
+        other_s,
+        how,
+        size.sent,
+        size.dense,
+        size.rows,
+    )
+
+
+class _Size(NamedTuple):
+    """As `Estimate` has it; rows: its `memory`."""
+
+    parameters: int
+    state_bytes: int
+    activation_bytes: int
+    rows: Mapping[str, str]
+    sent: float = 0.0
+    dense: int = 0
+
+
+def _size(job: Job, start: Start) -> _Size:
+    """By trying, and by ZeRO's table."""
     model = build_model(job, start)
     parameters = sum(p.numel() for p in model.parameters())
     wide = master_dtype(COMPUTE[job.precision.compute]).itemsize
-    samples = min(job.micro_samples, -(-job.batch_samples // job.workers.count))
-    shape = (samples, job.data.sequence_tokens + 1)
-    tokens = torch.arange(shape[0] * shape[1]).view(shape) % start.config.vocab
     model.to(COMPUTE[job.precision.compute])
-    activation_bytes = _kept_bytes(model, tokens)
+    activations = _kept_bytes(model, _made_up(job, start, _samples(job)))
     sums = _sums(job, model, moment_bytes(job, start, wide))
-    here = job.workers.where in ("local", "elastic")
-    if here and job.workers.count <= CROWD * (psutil.cpu_count() or 1):
-        del model
-        step_s, other_s, how = _rehearsed(job, start)
-    else:
-        portions = -(-job.batch_samples // (job.workers.count * samples))
-        step_s, other_s = min(_micro_s(model, tokens) for _ in range(2)) * portions, 0.0
-        how = "From one micro-batch here, as if each worker had such a machine: updates, sums over "
-        how += "workers, checkpoints and evaluations are not in it."
-    return Estimate(
-        parameters,
-        state_bytes(job, start, parameters, sums.moments) + sums.memory,
-        activation_bytes,
-        step_s,
-        job.steps,
-        flops_per_token(start.config, parameters, job.data.sequence_tokens),
-        other_s,
-        how,
-        sums.sent,
-        sums.dense,
-        memory_rows(job, start.config, parameters),
-    )
+    state = state_bytes(job, start, parameters, sums.moments) + sums.memory
+    rows = memory_rows(job, start.config, parameters)
+    return _Size(parameters, state, activations, rows, sums.sent, sums.dense)
+
+
+def _size_of_part(job: Job, start: Start) -> _Size:
+    """By count. ValueError where the model cannot be shared out."""
+    config = start.config
+    for sentence in uneven(job, config.heads, config.kv_heads, config.ff):
+        raise ValueError(sentence)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(config).parameters())
+    found = plan(job, config)
+    return _Size(parameters, found.state_bytes, found.activation_bytes, found.rows)
+
+
+def _samples(job: Job) -> int:
+    """Of a micro-batch."""
+    replicas = job.workers.count // job.mesh.replica_workers
+    return min(job.micro_samples, -(-job.batch_samples // replicas))
+
+
+def _made_up(job: Job, start: Start, samples: int) -> Tensor:
+    shape = (samples, job.data.sequence_tokens + 1)
+    return torch.arange(shape[0] * shape[1]).view(shape) % start.config.vocab
+
+
+def _tried(job: Job, start: Start) -> tuple[float, float, str]:
+    """Seconds of a step by one micro-batch of the whole model, of all else, and how."""
+    model = build_model(job, start).to(COMPUTE[job.precision.compute])
+    samples = _samples(job)
+    tokens = _made_up(job, start, samples)
+    portions = -(-job.batch_samples // (job.workers.count // job.mesh.replica_workers * samples))
+    step_s = min(_micro_s(model, tokens) for _ in range(2)) * portions
+    how = "From one micro-batch here, as if each worker had such a machine: updates, sums over "
+    how += "workers, checkpoints and evaluations are not in it."
+    return step_s / job.mesh.replica_workers, 0.0, how
 
 
 class _Sums(NamedTuple):

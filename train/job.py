@@ -142,6 +142,37 @@ class PipelineTable(Strict):
     )
 
 
+class MeshTable(Strict):
+    """A replica of the model over several workers (train/parallel/mesh*.py). `workers.count` is
+    tensor x sequence x replicas; replicas have samples of their own (data parallelism)."""
+
+    tensor: int = Field(
+        1, ge=1, le=1024, description="Workers that share each matrix (Megatron-LM); 1: whole."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Tensor workers share the tokens between matrices, too (Megatron's SP)."
+    )
+    sequence: int = Field(
+        1, ge=1, le=1024, description="Workers that share the tokens of each sequence; 1: whole."
+    )
+    sequence_kind: Literal["ring", "ulysses"] = Field(
+        "ring", description="How these attend: keys go round, or heads are exchanged (sequence)."
+    )
+    full_shard: bool = Field(
+        False, description="Replicas share weights, gradients and moments (FSDP)."
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for: a worker is a replica, and holds all of its state."""
+        return self.tensor == 1 and self.sequence == 1 and not self.full_shard
+
+    @property
+    def replica_workers(self) -> int:
+        """Workers of one replica."""
+        return self.tensor * self.sequence
+
+
 class ResilienceTable(Strict):
     """What a loss costs. train/README.md says what each mode needs beside it."""
 
@@ -217,6 +248,7 @@ class Job(Strict):
     workers: WorkersTable = WorkersTable()
     sharding: ShardingTable = ShardingTable()
     pipeline: PipelineTable = PipelineTable()
+    mesh: MeshTable = MeshTable()
     compression: CompressionTable = CompressionTable()
     communication: CommunicationTable = CommunicationTable()
     memory: MemoryTable = MemoryTable()

@@ -1,6 +1,7 @@
 """What a run asks of whoever makes its steps, and the one that holds the whole state: `Whole`.
 
-Others hold a part of it: `train.sharded` (ZeRO), `train.parallel.pipeline_job` (layers).
+Others hold a part of it: `train.sharded` (ZeRO), `train.parallel.pipeline_job` (layers),
+`train.parallel.mesh_job` (parts of matrices and sequences).
 """
 
 from collections.abc import Callable, Sequence
@@ -81,6 +82,10 @@ def build_learner(job: Job, start: Start, stream: SampleStream, folder: RunFolde
         from train.memory.trainers import build_trainer
 
         return InLessMemory(build_trainer(job, folder, start, stream))
+    if not job.mesh.plain:
+        from train.parallel.mesh_job import MeshLearner
+
+        return MeshLearner(job, start, stream)
     if job.pipeline.stages:
         from train.parallel.pipeline_job import PipelineLearner
 

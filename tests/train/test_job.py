@@ -44,6 +44,7 @@ REFUSED = {
 ELASTIC = "workers = {count = 4, where = 'elastic'}\n"
 PIPELINE = "precision.compute = 'float32'\nmodel.tied_head = false\n"
 NO_CHECKPOINTS = "resilience = {mode = 'varuna', checkpoint_every_steps = 0}\n"
+ULYSSES = "mesh.sequence_kind = 'ulysses'\n"
 APART = {
     "sharding.stage = 2\noptimizer.name = 'adafactor'": 'optimizer.name = "adamw" is accepted',
     ELASTIC + "sharding.stage = 3": '1 with resilience.mode = "gemini"',
@@ -62,6 +63,23 @@ APART = {
     PIPELINE + "workers.count = 6\npipeline.stages = 6": "at most 5 are accepted",
     PIPELINE + "pipeline.stages = 2\nsharding.stage = 1": "sharding.stage = 0 is accepted",
     PIPELINE + "pipeline.stages = 2\noptimizer.name = 'adafactor'": '"adamw" is accepted',
+    "mesh.tensor = 3\nworkers.count = 4": "mesh.tensor x mesh.sequence = 3 x 1",
+    "mesh.tensor = 8\nworkers.count = 8": "cannot share model.kv_heads = 4",
+    "mesh.tensor = 2\nmodel.feed_forward = 703": "model.feed_forward = 703",
+    "mesh.sequence = 3\nworkers.count = 3": "= 256 must be a multiple of 6",
+    ULYSSES + "mesh.sequence = 8\nworkers.count = 8": "cannot share 4 heads of attention",
+    ULYSSES: "is read where mesh.sequence is 2",
+    "mesh.sequence_parallel = true": "is read where mesh.tensor is 2",
+    "mesh.tensor = 2\nworkers.where = 'elastic'": '"local" is accepted',
+    "mesh.full_shard = true\nsharding.stage = 3": "mesh.full_shard = true shares the state",
+    "mesh.tensor = 2\nmemory.activations = 'mesa'": '"keep" is accepted',
+    "mesh.tensor = 2\nmemory.offload = 'cpu'": '"none" is accepted',
+    "mesh.tensor = 2\ncompression.kind = 'powersgd'": "compression.kind",
+    "mesh.tensor = 2\ncommunication.overlap = true": "false is accepted",
+    "mesh.tensor = 2\nworkers.shares = 'measured'": '"equal" is accepted',
+    "mesh.tensor = 2\noptimizer.name = 'adafactor'": '"adamw" or "sgd" is accepted',
+    "mesh.full_shard = true\noptimizer.name = 'sgd'": '"adamw" is accepted',
+    PIPELINE + "mesh.tensor = 2\npipeline.stages = 2": "does not go with pipeline.stages = 2",
     "pipeline.stages = 2": '"float32" or "float64" is accepted',
     "pipeline.stages = 2\nprecision.compute = 'float32'": "model.tied_head = false is accepted",
 }
@@ -78,6 +96,9 @@ TOGETHER = (
     *(f"sharding.stage = {stage}\nresilience.mode = '{mode}'" for stage in range(4)
       for mode in ("none", "checkpoint", "checkfreq")),
     ELASTIC + "resilience.mode = 'checkfreq'",
+    *(f"workers.count = 4\nmesh = {{{mesh}}}\nresilience.mode = 'checkfreq'" for mesh in (
+        "tensor = 2", "tensor = 4, sequence_parallel = true", "tensor = 2, full_shard = true",
+        "sequence = 4", "sequence = 4, sequence_kind = 'ulysses'", "full_shard = true")),
     ELASTIC + "resilience.mode = 'gemini'\nsharding.stage = 1",
     PIPELINE + "pipeline.stages = 2\nresilience.mode = 'checkfreq'",
     *(ELASTIC + PIPELINE + f"pipeline.stages = 2\nrun.micro_batch_tokens = 256\n"

@@ -191,9 +191,15 @@ class MeshLlama(nn.Module):
         self.model = _Trunk(config, rows, layers)
         self._first = rows.start
         self.lm_head = nn.Linear(config.hidden, rows.stop - rows.start, bias=False)
-        if config.tied_head:
+        self.tie()
+        with torch.device("cpu"):  # also where the parameters have no memory yet
+            self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+
+    def tie(self) -> None:
+        """Makes the embedding the output matrix, too, if it is to be. Again after the parameters
+        were replaced, as `to_empty` does."""
+        if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
 
     def _attend(self, ring: bool) -> Attend:
         group = self.mesh.sequence.group
@@ -273,6 +279,12 @@ class MeshLlama(nn.Module):
 
 
 def _check(config: ModelConfig, axis: Axis) -> None:
+    rows = -(-config.vocab // axis.size)
+    if rows * (axis.size - 1) >= config.vocab:
+        raise ValueError(
+            f"mesh.tensor = {axis.size} ranks cannot share a vocabulary of {config.vocab}: the "
+            "last one would have none of it"
+        )
     if config.out_bias:
         raise ValueError("a model with a bias behind its attention cannot be split by mesh.tensor")
     for name, count in (("kv_heads", config.kv_heads), ("feed_forward", config.ff)):

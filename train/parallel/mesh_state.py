@@ -2,7 +2,9 @@
 shared out among data ranks by FSDP2 (ZeRO's stage 3), on top of what tensor ranks share.
 """
 
-from typing import Protocol
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,9 +19,25 @@ from train.parallel.mesh_model import ROW, MeshLlama
 from train.parallel.tensor_exchange import total
 from train.parallel.zero_full import FullShards, gradient, master
 
+MASTER = "master"
+
+
+class Held(NamedTuple):
+    """Some rows of this tensor rank's part of a parameter, or of its moments (kind "exp_avg", ...):
+    from row `first` of the part on. data: live, in the part's shape but for the rows."""
+
+    kind: str
+    name: str
+    first: int
+    data: Tensor
+
 
 class MeshState(Protocol):
-    """A rank's part of the training state. All methods but `squares` and `scale` are collective."""
+    """A rank's part of the training state. All methods but `squares`, `scale` and `held` are
+    collective."""
+
+    shared: bool
+    """Whether data ranks share it; if not, they hold the same."""
 
     def clear(self) -> None:
         """Before the first backward pass of a step."""
@@ -41,13 +59,23 @@ class MeshState(Protocol):
         """The step-th update, from 1."""
         ...
 
-    def parts(self) -> dict[str, Tensor]:
-        """This tensor rank's masters by name."""
+    def held(self) -> Iterator[Held]:
+        """Masters and moments, in an order that all ranks share."""
+        ...
+
+    def publish(self) -> None:
+        """After masters were changed from outside: weights become theirs."""
+        ...
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """This tensor rank's masters by name, in an order that all ranks share."""
         ...
 
 
 class Replicated:
     """Every data rank has the replica's state."""
+
+    shared = False
 
     def __init__(self, model: MeshLlama, compute: torch.dtype, table: OptimizerTable) -> None:
         self.model = model
@@ -72,7 +100,7 @@ class Replicated:
 
     def squares(self) -> Tensor:
         """See `MeshState`."""
-        squares = torch.zeros(3, dtype=self.flat.gradient.dtype)
+        squares = torch.zeros(3, dtype=torch.float64)
         experts = set(self.model.expert_names)
         for name, found in self.flat.named(self.flat.gradient).items():
             place = 2 if name in experts else int(name in self._everywhere)
@@ -90,24 +118,34 @@ class Replicated:
         self.optimizer.update(step, learning_rate)
         self.flat.publish()
 
-    def parts(self) -> dict[str, Tensor]:
+    def held(self) -> Iterator[Held]:
         """See `MeshState`."""
-        return self.flat.named(self.flat.masters)
+        yield from (Held(MASTER, name, 0, part) for name, part in self.parts())
+        for key, tensor in self.optimizer.tensors().items():
+            kind, _, name = key.partition("/")
+            yield Held(kind, name, 0, tensor)
+
+    def publish(self) -> None:
+        """See `MeshState`."""
+        self.flat.publish()
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """See `MeshState`."""
+        yield from self.flat.named(self.flat.masters).items()
 
 
 class FullyShared:
     """Data ranks share the replica's state; layers are put together when they are computed."""
 
+    shared = True
+
     def __init__(self, model: MeshLlama, compute: torch.dtype, table: OptimizerTable) -> None:
         if model.mesh.expert.size > 1:
-            raise ValueError("sharding.stage = 3 with mesh.expert > 1: accepted is stage 0")
-        if model.mesh.sequence.size > 1:
-            raise ValueError(
-                "sharding.stage = 3 with mesh.sequence > 1: accepted are mesh.sequence = 1 or "
-                "sharding.stage = 0"
-            )
+            raise ValueError("mesh.full_shard = true with mesh.expert > 1: false is accepted")
         if table.name != "adamw":
-            raise ValueError(f"sharding.stage = 3 updates by adamw; optimizer.name = {table.name}")
+            raise ValueError(
+                f'mesh.full_shard = true updates by optimizer.name = "adamw", not "{table.name}"'
+            )
         decay = Decay(table.beta1, table.beta2, table.epsilon, table.weight_decay)
         self.model, self._everywhere = model, set(model.whole_everywhere)
         self._shards = FullShards(model, model.mesh.data.group, compute, decay)
@@ -118,9 +156,13 @@ class FullyShared:
 
     def reduce(self) -> None:
         """See `MeshState`. The sum over data ranks was made in the backward pass."""
+        named = {rows.name: gradient(rows) for rows in self._shards.rows}
+        found = {name: held for name, held in named.items() if held is not None}
+        for held in found.values():
+            total(held, self.model.mesh.sequence)
         if self.model.sequence_parallel:
-            rows = (rows for rows in self._shards.rows if rows.name in self._everywhere)
-            sum_norms([g for r in rows if (g := gradient(r)) is not None], self.model.mesh.tensor)
+            norms = [held for name, held in found.items() if name in self._everywhere]
+            sum_norms(norms, self.model.mesh.tensor)
 
     def squares(self) -> Tensor:
         """See `MeshState`. Summed over data ranks, who have a share of each."""
@@ -142,14 +184,22 @@ class FullyShared:
         """See `MeshState`."""
         self._shards.update(step, learning_rate)
 
-    def parts(self) -> dict[str, Tensor]:
+    def held(self) -> Iterator[Held]:
         """See `MeshState`."""
-        axis = self.model.mesh.data
-        made = {}
         for rows in self._shards.rows:
-            joined = torch.cat(gather_unlike(master(rows), axis))
-            made[rows.name] = joined.view(rows.shape)
-        return made
+            first = rows.start // math.prod(rows.shape[1:])
+            kinds = {MASTER: master(rows), "exp_avg": rows.exp_avg, "exp_avg_sq": rows.exp_avg_sq}
+            for kind, flat in kinds.items():
+                yield Held(kind, rows.name, first, flat.view(-1, *rows.shape[1:]))
+
+    def publish(self) -> None:
+        """See `MeshState`. Weights are made of masters when they are used."""
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """See `MeshState`."""
+        for rows in self._shards.rows:
+            joined = torch.cat(gather_unlike(master(rows), self.model.mesh.data))
+            yield rows.name, joined.view(rows.shape)
 
 
 def sum_norms(gradients: list[Tensor], axis: Axis) -> None:
@@ -173,19 +223,17 @@ def gather_unlike(part: Tensor, axis: Axis) -> list[Tensor]:
     return found
 
 
-def whole(state: MeshState, model: MeshLlama) -> dict[str, Tensor]:
-    """The whole model's masters by name, on every rank; called by all."""
+def whole_parameters(state: MeshState, model: MeshLlama) -> Iterator[tuple[str, Tensor]]:
+    """The whole model's masters by name, on every rank, one after another; called by all."""
     everywhere, axis = set(model.whole_everywhere), model.mesh.tensor
     experts = set(model.expert_names)
-    made = {}
-    for name, part in state.parts().items():
+    for name, part in state.parts():
         if name in experts:
-            made[name] = whole_experts(part, name, model)
+            yield name, whole_experts(part, name, model)
         elif name in everywhere:
-            made[name] = part.clone()
+            yield name, part.clone()
         else:
-            made[name] = torch.cat(gather_unlike(part, axis), 1 if name.endswith(ROW) else 0)
-    return made
+            yield name, torch.cat(gather_unlike(part, axis), 1 if name.endswith(ROW) else 0)
 
 
 def whole_experts(part: Tensor, name: str, model: MeshLlama) -> Tensor:

@@ -1,6 +1,9 @@
 """A training step over a mesh: `train.step` where a replica is more than one rank."""
 
+from collections.abc import Callable, Iterator
+
 import torch
+from torch import Tensor
 
 from train.data.stream import SampleStream, share
 from train.job import Job
@@ -9,49 +12,62 @@ from train.parallel.mesh_state import FullyShared, MeshState, Replicated
 from train.parallel.tensor_exchange import total
 from train.precision import COMPUTE
 from train.schedule import factor
+from train.step import StepReport, refuse_infinite
+from train.world import World
 
 
 class MeshTrainer:
     """One rank's part of a model, its optimizer and its place in the stream.
 
-    stage: 0, data ranks have equal state; 3, they share it. ValueError for another, or for a batch
-    that data ranks cannot share evenly in stage 3, where each has to make as many passes.
+    full_shard: data ranks share the replica's state; without it theirs is equal.
     """
 
-    def __init__(self, job: Job, model: MeshLlama, stream: SampleStream, *, stage: int = 0) -> None:
+    def __init__(
+        self, job: Job, model: MeshLlama, stream: SampleStream, *, full_shard: bool = False
+    ) -> None:
         self.job, self.model, self.stream = job, model, stream
-        if stage not in (0, 3):
-            raise ValueError(f"sharding.stage = {stage} over a mesh: accepted are 0 and 3")
-        data = model.mesh.data.size
-        if stage == 3 and job.batch_samples % (data * job.micro_samples):
-            raise ValueError(
-                f"sharding.stage = 3: a batch of {job.batch_samples} samples is not divisible by "
-                f"mesh.data x micro-batch = {data} x {job.micro_samples}"
-            )
-        kind = FullyShared if stage == 3 and data > 1 else Replicated
+        kind = FullyShared if full_shard and model.mesh.data.size > 1 else Replicated
         self.state: MeshState = kind(model, COMPUTE[job.precision.compute], job.optimizer)
         self.step_number = self.samples = 0
+        self.before_update: Callable[[], None] = lambda: None
+        """Called in each step before the first change of the state."""
 
-    def step(self) -> tuple[float, float]:
-        """One optimizer step of all ranks: nats per token before it, and the gradient's norm."""
+    def step(self, world: World, stop: bool = False) -> StepReport:
+        """One optimizer step of all ranks of the world. stop: this one asks for an end."""
         mesh = self.model.mesh
         mine = share(self.samples, self.job.batch_samples, mesh.data.rank, mesh.data.size)
         self.state.clear()
-        nats = torch.zeros(1, dtype=torch.float64)
-        for first in range(mine.first, mine.first + mine.samples, self.job.micro_samples):
-            count = min(self.job.micro_samples, mine.first + mine.samples - first)
-            loss = self.model.loss(self.stream.batch(first, count)) / self.job.run.batch_tokens
+        told = torch.tensor([0.0, float(stop)], dtype=torch.float64)
+        for tokens, weight in self._portions(mine.first, mine.samples):
+            loss = self.model.loss(tokens) * (weight / self.job.run.batch_tokens)
             loss.backward()  # type: ignore[no-untyped-call]
-            nats += loss.detach()
-        total(total(nats, mesh.data), mesh.sequence)
+            told[0] += float(loss.detach())
+        told[0] /= mesh.tensor.size  # whose ranks have the same
+        world.all_reduce(told)
         self.state.reduce()
         norm = self._clip()
+        refuse_infinite(norm, self.step_number + 1, self.job)
         rate = self.job.optimizer.learning_rate
         rate *= factor(self.job.schedule, self.step_number, self.job.steps)
+        self.before_update()
         self.state.update(self.step_number + 1, rate)
         self.step_number += 1
         self.samples += self.job.batch_samples
-        return float(nats), norm
+        ids = self.stream.ids(mine.first, mine.samples)
+        loss_nats, asked = float(told[0]), bool(told[1])
+        return StepReport(self.step_number, self.samples, loss_nats, norm, rate, asked, ids)
+
+    def _portions(self, first: int, samples: int) -> Iterator[tuple[Tensor, float]]:
+        """A replica's micro-batches with weight 1. Where replicas share weights, all of them make
+        equally many passes: who has fewer samples goes through one with weight 0."""
+        data, micro = self.model.mesh.data.size, self.job.micro_samples
+        most = -(-self.job.batch_samples // data) if self.state.shared else samples
+        for start in range(first, first + most, micro):
+            count = min(micro, first + samples - start)
+            if count > 0:
+                yield self.stream.batch(start, count), 1.0
+            else:
+                yield self.stream.batch(first, 1), 0.0
 
     def _clip(self) -> float:
         """Scales the gradient down to the job's limit; the whole model's norm before."""

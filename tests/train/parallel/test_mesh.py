@@ -15,10 +15,10 @@ from train.data.stream import SampleStream
 from train.model import Norm
 from train.parallel.mesh import Mesh, build_mesh
 from train.parallel.mesh_model import ExpertTable, MeshLlama
-from train.parallel.mesh_state import whole
+from train.parallel.mesh_state import whole_parameters
 from train.parallel.mesh_trainer import MeshTrainer
 from train.weights import build_model, read_start
-from train.world import GlooWorld, LocalWorld
+from train.world import GlooWorld, LocalWorld, World
 
 STEPS = 20
 JOB = tiny.job(
@@ -44,8 +44,18 @@ def alone() -> dict[str, Any]:
     }
 
 
+def followed(world: World, trainer: MeshTrainer) -> dict[str, Any]:
+    """Losses and norms of its steps, and the whole model's weights after them."""
+    reports = [trainer.step(world) for _ in range(STEPS)]
+    weights = whole_parameters(trainer.state, trainer.model)
+    return {
+        "curve": [(report.loss, report.gradient_norm) for report in reports],
+        "weights": {name: part.numpy() for name, part in weights},
+    }
+
+
 def trained(
-    world: GlooWorld, shape: dict[str, int], more: dict[str, Any], stage: int
+    world: GlooWorld, shape: dict[str, int], more: dict[str, Any], full_shard: bool
 ) -> dict[str, Any]:
     """The job on this rank of a mesh."""
     start = read_start(JOB)
@@ -53,10 +63,7 @@ def trained(
     model = MeshLlama(start.config, mesh, JOB.data.sequence_tokens, **more).double()
     model.load_whole(dict(build_model(JOB, start).double().named_parameters()))
     stream = SampleStream(tokens(), JOB.data.sequence_tokens, JOB.run.seed)
-    trainer = MeshTrainer(JOB, model, stream, stage=stage)
-    curve = [trainer.step() for _ in range(STEPS)]
-    weights = whole(trainer.state, model)
-    return {"curve": curve, "weights": {name: part.numpy() for name, part in weights.items()}}
+    return followed(world, MeshTrainer(JOB, model, stream, full_shard=full_shard))
 
 
 SP = {"sequence_parallel": True}
@@ -71,6 +78,7 @@ MESHES = {
     "ring x tp + sp": ({"sequence": 2, "tensor": 2}, SP),
     "fsdp": ({"data": 4}, {}),
     "fsdp x tp": ({"data": 2, "tensor": 2}, {}),
+    "fsdp x ring": ({"data": 2, "sequence": 2}, {}),
     "fsdp x tp + sp": ({"data": 2, "tensor": 2}, SP),
 }
 
@@ -84,7 +92,7 @@ QUICK = ("dp x tp + sp", "ring x dp", "fsdp x tp")
 )
 def test_equals_one_process_for_twenty_steps(name: str, alone: dict[str, Any]) -> None:
     shape, more = MESHES[name]
-    for answer in on_ranks(4, trained, shape, more, 3 if "fsdp" in name else 0):
+    for answer in on_ranks(4, trained, shape, more, "fsdp" in name):
         np.testing.assert_allclose(answer["curve"], alone["curve"], rtol=0, atol=1e-9)
         for parameter, made in answer["weights"].items():
             expected = alone["weights"][parameter]
@@ -106,10 +114,7 @@ def mixture(world: GlooWorld | None, expert: int) -> dict[str, Any]:
     model = MeshLlama(config, mesh, JOB.data.sequence_tokens, experts=MIXTURE).double()
     model.load_whole(dict(source.named_parameters()))
     stream = SampleStream(tokens(), JOB.data.sequence_tokens, JOB.run.seed)
-    trainer = MeshTrainer(JOB, model, stream)
-    curve = [trainer.step() for _ in range(STEPS)]
-    weights = whole(trainer.state, model)
-    return {"curve": curve, "weights": {name: part.numpy() for name, part in weights.items()}}
+    return followed(world or LocalWorld(), MeshTrainer(JOB, model, stream))
 
 
 @pytest.mark.parametrize("expert", [2, pytest.param(4, marks=pytest.mark.slow)])
