@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kernels.reference.dequantize import dequantize
 from models.load.folder import open_folder, read_text
-from models.load.gguf import ARCHITECTURES, architecture, read_config, stored_name
+from models.load.gguf import ARCHITECTURES, read_config, stored_name
 from models.load.gguf_file import GGUFFile, open_gguf
 from models.load.weights import WeightSource, checked_parts
 from models.save.describe import Entry, describe, rotary_factors
@@ -67,7 +67,6 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self._file: GGUFFile = open_gguf(path)  # checks every length, so the library may read on
         read_config(self._file)
-        architecture(self._file)
         self.name = str(path)
         self.architecture = str(self._file.metadata["general.architecture"])
         self.metadata = _entries(path)

@@ -163,7 +163,8 @@ def test_text_sides_are_the_same(tmp_path: Path, tiny_gguf: Path):
 
 
 def test_so_are_those_of_a_real_tokenizer(tmp_path: Path, smollm2_text: Any):
-    save_folder(tmp_path / "m", "Llama", vocab_size=smollm2_text.tokenizer.vocab_size)
+    vocab = smollm2_text.tokenizer.vocab_size
+    save_folder(tmp_path / "m", "Llama", vocab_size=vocab, bos_token_id=1, eos_token_id=2)
     add_tokenizer(tmp_path / "m", smollm2_text)
     refuse_another_text(tmp_path / "m", written(tmp_path / "m", tmp_path, "q4_0"))
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from cluster.settings import Settings
 from models.load import load_text
 from serve.build import Model, load
+from tests.cluster_ray.machine import living
 from tests.live.service import clean_environment, wait_for
 from tests.prove.raynodes import RayNodes, ray_nodes
 from tests.serving import tiny as serving_tiny
@@ -61,10 +61,15 @@ evaluate_tokens = 320
 """
 
 
+def commands(file: Path) -> list[str]:
+    """Those of a document that ask Ray for something about a job, without what is said of them."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [line.partition("  #")[0].rstrip() for line in lines if line.startswith("ray job")]
+
+
 def documented(what: str) -> str:
     """The README's command that holds these words, its address that of a cluster elsewhere."""
-    text = (ROOT / "train" / "README.md").read_text(encoding="utf-8")
-    found = [line for line in text.splitlines() if line.startswith("ray job") and what in line]
+    found = [line for line in commands(ROOT / "train" / "README.md") if what in line]
     assert len(found) == 1, found
     return found[0]
 
@@ -122,7 +127,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with ray_nodes({"one": 4}, dashboard=True, variables=found_first()) as nodes:
         yield Cluster(nodes, folder)
         pids = [pid for name in ("one", "head") for pid in nodes.pids(name)]
-    assert pids and not any(psutil.pid_exists(pid) for pid in pids)
+    assert pids and not living(pids)
+
+
+def test_the_other_document_has_the_same_commands():
+    assert commands(ROOT / "docs" / "operations.md") == commands(ROOT / "train" / "README.md")
 
 
 def test_without_the_token_nothing_is_taken(cluster: Cluster):

@@ -133,7 +133,7 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(tmp_path: Path):
 @pytest.mark.live
 @pytest.mark.parametrize("where", ["local", pytest.param("elastic", marks=pytest.mark.slow)])
 def test_a_stop_that_every_process_hears_leaves_a_checkpoint(where: str, tmp_path: Path):
-    """As `ray job stop` does it: SIGTERM to the command and to all below it. The run goes on."""
+    """As `ray job stop` does it: SIGTERM to the command and to all below it."""
     job, folder = write_job(tmp_path, 300), RunFolder(tmp_path / "t")
     text = job.read_text().replace("checkpoint_every_steps = 4", "checkpoint_every_steps = 0")
     job.write_text(text.replace("[workers]", f'[workers]\nwhere = "{where}"'))
