@@ -1,7 +1,7 @@
 """From the `model` setting to a file or folder on this machine.
 
-Accepts a built-in name, a path to a .gguf file, to a folder with one, or to a Hugging Face folder, or
-a hub id "owner/name". Imports nothing heavy; the hub client only when a hub id is given.
+Accepts a built-in name, a path to a .gguf file, to a folder with one, or to a Hugging Face folder,
+or a hub id "owner/name". Imports nothing heavy; the hub client only when a hub id is given.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """Who hears that a job is to stop: the command alone, never its workers.
 
-`ray job stop`, and other keepers of processes, signal every process below the one that they started.
-Only the command may act on that: it asks for an end through the run's folder, all workers finish
-their step together, and the last checkpoint is written.
+`ray job stop`, and other keepers of processes, signal every process below the one that they
+started. Only the command may act on that: it asks for an end through the run's folder, all
+workers finish their step together, and the last checkpoint is written.
 """
 
 import contextlib

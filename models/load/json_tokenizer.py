@@ -1,5 +1,5 @@
-"""Builds a tokenizer from the text of a tokenizer.json, wherever that lies: a file of a Hugging Face
-folder, or a line of a GGUF file's metadata. Imports no torch.
+"""Builds a tokenizer from the text of a tokenizer.json, wherever that lies: a file of a Hugging
+Face folder, or a line of a GGUF file's metadata. Imports no torch.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Writes models: a GGUF file with the weights in a chosen format, of whatever `models.load` reads.
 
-`open_source` finds what is there, `write_gguf` rounds and writes it, `formats` lists what weights may
-become. Errors are ValueErrors with one sentence that names the model and what is accepted.
+`open_source` finds what is there, `write_gguf` rounds and writes it, `formats` lists what weights
+may become. Errors are ValueErrors with one sentence that names the model and what is accepted.
 """
 
 from models.save.formats import WEIGHT_FORMATS, weight_format

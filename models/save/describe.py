@@ -103,7 +103,9 @@ def _text(name: str, text: TextModel) -> Iterator[Entry]:
         raise ValueError(
             f"{name} has {len(ends)} tokens that end an answer; a GGUF file names {len(ENDS)}."
         )
-    ids = {key: tokenizer.token_id(tokenizer.special_texts.get(own, "")) for own, key in IDS.items()}
+    ids = {
+        key: tokenizer.token_id(tokenizer.special_texts.get(own, "")) for own, key in IDS.items()
+    }
     if tokenizer.bos_token_id is not None:
         ids["bos_token_id"] = tokenizer.bos_token_id
     ids |= dict(zip(ENDS, ends, strict=False))
@@ -112,4 +114,3 @@ def _text(name: str, text: TextModel) -> Iterator[Entry]:
             yield Entry(f"tokenizer.ggml.{key}", number, KIND.UINT32)
     if text.chat_template is not None:
         yield Entry("tokenizer.chat_template", text.chat_template.text, KIND.STRING)
-

@@ -80,8 +80,8 @@ def refuse(source: Source, path: Path, chosen: WeightFormat) -> None:
             accepted = ", ".join(fitting(math.gcd(*(t.shape[-1] for t in _matrices(source)))))
             raise ValueError(
                 f"{source.name}: {tensor.name} has rows of {tensor.shape[-1]} values, and "
-                f"{chosen.form} stores groups of {group}, which must divide them; accepted for this "
-                f"model are {accepted}."
+                f"{chosen.form} stores groups of {group}, which must divide them; accepted for "
+                f"this model are {accepted}."
             )
 
 

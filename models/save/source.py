@@ -1,7 +1,7 @@
 """What a model consists of, as a GGUF file has it: lines of metadata, and tensors by GGUF's names.
 
-A GGUF file is taken as it is. A Hugging Face folder is described anew: its shape in GGUF's keys, its
-tokenizer.json whole under `tokenizer.huggingface.json`, query and key rows in the order of the
+A GGUF file is taken as it is. A Hugging Face folder is described anew: its shape in GGUF's keys,
+its tokenizer.json whole under `tokenizer.huggingface.json`, query and key rows in the order of the
 architecture. Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

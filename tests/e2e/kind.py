@@ -96,7 +96,9 @@ def missing() -> str:
         return f"e2e-kind needs Docker's daemon, and `docker info` says nothing for {DAEMON_S:g} s"
     if asked.returncode:
         said = asked.stderr.decode(errors="replace").strip().splitlines()
-        return f"e2e-kind needs Docker's daemon, and `docker info` says: {said[-1] if said else '-'}"
+        return (
+            f"e2e-kind needs Docker's daemon, and `docker info` says: {said[-1] if said else '-'}"
+        )
     return ""
 
 

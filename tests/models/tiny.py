@@ -132,8 +132,8 @@ def _finish(writer: Any, path: Path) -> Path:
 
 
 def save_folder(path: Path, kind: str, *, shard: str = "1GB", **settings: Any) -> Any:
-    """Saves a random transformers model of class `kind`ForCausalLM; returns that model. settings: of
-    its configuration, instead of ours."""
+    """Saves a random transformers model of class `kind`ForCausalLM; returns that model. settings:
+    of its configuration, instead of ours."""
     import transformers
 
     shape = {

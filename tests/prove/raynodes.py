@@ -25,7 +25,7 @@ from tests.live.service import clean_environment, wait_for
 
 MARK_VARIABLE = "_SANDERLING_PROOF_NODE"
 OBJECT_STORE_BYTES = 160 << 20
-START_S = 120.0
+START_S = 240.0
 LABEL = "sanderling-pool"
 
 

@@ -1,5 +1,5 @@
-"""Each resilience mode with workers that are Ray's actors, one of them killed by -9: the curve is that
-of one process that nobody disturbed."""
+"""Each resilience mode with workers that are Ray's actors, one of them killed by -9: the curve is
+that of one process that nobody disturbed."""
 
 import os
 import signal
@@ -103,8 +103,8 @@ def test_a_killed_actor_changes_nothing(
 def test_a_signal_to_stop_is_ours_after_ray_has_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """`ray.init` sets a handler of SIGTERM that ends the process; a job that is stopped has to leave
-    a checkpoint first."""
+    """`ray.init` sets a handler of SIGTERM that ends the process; a job that is stopped has to
+    leave a checkpoint first."""
     job_, seen = wanted(tmp_path, "checkfreq"), list[object]()
 
     def init(*_: object, **__: object) -> None:
