@@ -165,7 +165,8 @@ def test_a_stopped_job_goes_on_by_submitting_it_again(cluster: Cluster):
 
     said = cluster.ray(command)
     assert said.returncode == 0, said.stdout
-    assert f"finished: step {STEPS}/{STEPS}" in said.stdout and "succeeded" in said.stdout
+    assert f"finished: step {STEPS}/{STEPS}" in said.stdout, said.stdout
+    assert "succeeded" in said.stdout
     assert f"Serve it: sanderling up --model {folder.path}" in said.stdout
     events = [line["event"] for line in read_lines(folder.log / "events.jsonl")[before:]]
     resumed = [e["step"] for e in events if isinstance(e, dict) and e["kind"] == "resumed"]
