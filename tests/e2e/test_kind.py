@@ -97,7 +97,9 @@ def test_the_cluster_is_deleted_whatever_happens(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("major", MAJORS)
+@pytest.mark.parametrize(
+    "major", [pytest.param(m, marks=pytest.mark.slow if m == 3 else ()) for m in MAJORS]
+)
 def test_real_helm_and_kubectl_take_the_commands(major: int, tmp_path: Path):
     """All of them that need no Docker, in their order, against the double; KubeRay's own chart is a
     small one here, since its repository is elsewhere."""

@@ -31,7 +31,7 @@ LABEL = "sanderling-pool"
 
 @dataclass(frozen=True)
 class RayNodes:
-    """The nodes of one cluster, by name; "head" has its directory of nodes and no CPU to hand out.
+    """The nodes of one cluster, by name; "head" has its directory of nodes and, unless told, no CPU.
 
     address: host:port for `ray.address`. environment: what a visitor needs to be let in. variables:
     that all processes of the nodes have beside it. dashboard_port: of the head's dashboard with its
@@ -101,6 +101,7 @@ class RayNodes:
 def ray_nodes(
     cpus: Mapping[str, float],
     *,
+    head_cpus: float = 0,
     dashboard: bool = False,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[RayNodes]:
@@ -115,7 +116,7 @@ def ray_nodes(
         address = f"{_own_address()}:{free_port()}"
         nodes = RayNodes(Path(folder), address, environment, variables, port)
         try:
-            nodes.start("head", 0, head=True)
+            nodes.start("head", head_cpus, head=True)
             for name, count in cpus.items():
                 nodes.start(name, count)
             yield nodes
