@@ -31,7 +31,7 @@ LABEL = "sanderling-pool"
 
 @dataclass(frozen=True)
 class RayNodes:
-    """The nodes of one cluster, by name; "head" has its directory of nodes and, unless told, no CPU.
+    """The nodes of one cluster, by name; "head" has its directory of nodes and mostly no CPU.
 
     address: host:port for `ray.address`. environment: what a visitor needs to be let in. variables:
     that all processes of the nodes have beside it. dashboard_port: of the head's dashboard with its
