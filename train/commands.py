@@ -21,6 +21,8 @@ from train.view import Progress, estimate_table, line, plot, status_table
 
 PATH = click.Path(path_type=Path)
 STOP_S = 300.0
+PASSING = "working_dir_files"
+"""The folder below which Ray unpacks the working directories of jobs."""
 Launcher = Callable[[Job, RunFolder, Callable[[], None]], None]
 
 LAUNCHERS = Registry(
@@ -131,6 +133,7 @@ def resume(run: Path, workers: int | None) -> None:
 def begin(job: Job, folder: RunFolder, console: Console) -> None:
     """Lays the run's folder: its job, and the corpus where it is not there yet."""
     launcher_of(job)  # refused here, before anything is computed
+    refuse_passing(folder.path)
     folder.write_job(job)
     folder.clear_stop()
     folder.write_status(Status("starting", steps=job.steps))
@@ -145,6 +148,15 @@ def begin(job: Job, folder: RunFolder, console: Console) -> None:
         corpus = prepare(folder.corpus, texts, start.encode, start.end_id, job.data.held_out_every)
         found = f"{len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out"
         console.print(found, highlight=False, soft_wrap=True)
+
+
+def refuse_passing(path: Path) -> None:
+    """ValueError for a run in the working directory of a Ray job, which goes with the job."""
+    if PASSING in path.resolve().parts:
+        raise ValueError(
+            f"{path} is in the working directory of this Ray job, which Ray deletes when the job "
+            "ends: give the job's file a folder = that every node sees and that stays."
+        )
 
 
 def carry_on(job: Job, folder: RunFolder, console: Console) -> int:

@@ -14,6 +14,7 @@ from typing import IO
 
 from train.folder import RunFolder
 from train.job import Job
+from train.signals import starting_workers
 
 POLL_S = 0.1
 GRACE_S = 60.0
@@ -72,14 +73,15 @@ def _start(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     numbers = [str(rank), str(size), str(store), str(threads), str(os.getpid())]
-    return subprocess.Popen(
-        [sys.executable, "-m", module, str(folder.path), *numbers],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is the command's, which asks them to stop
-    )
+    with starting_workers():
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(folder.path), *numbers],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is the command's, which asks them to stop
+        )
 
 
 def _wait(

@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
 from kernels.rope import RopeConfig
 from models.chat_template import ChatTemplate
 from models.config import ModelConfig
 from models.load.fields import Fields
+from models.load.json_tokenizer import build, read_backend
 from models.load.text import TextModel
 from models.tokenizer import Tokenizer
 
@@ -165,29 +164,10 @@ def _tokenizer(path: Path, config: ModelConfig, texts: dict[str, str]) -> Tokeni
     if not file.is_file():
         raise ValueError(f"{path} has no tokenizer.json; a Hugging Face folder needs one.")
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
-    # The library raises bare Exception, and a UnicodeDecodeError is no sentence.
-    except Exception as error:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a tokenizer that can be loaded: {error}") from None
-    prefix = tuple(backend.encode("", add_special_tokens=True).ids)
-    bos = config.bos_token_id
-    if bos is None and "bos_token" in texts:
-        bos = backend.token_to_id(texts["bos_token"])
-    tokenizer = Tokenizer(
-        backend,
-        source=str(file),
-        bos_token_id=bos,
-        eos_token_ids=config.eos_token_ids,
-        special_texts=texts,
-        # A tokenizer that also ends texts would end the prompt.
-        prompt_prefix=tuple(number for number in prefix if number not in config.eos_token_ids),
-    )
-    if tokenizer.vocab_size > config.vocab:
-        raise ValueError(
-            f"{file} has token ids up to {tokenizer.vocab_size - 1}, but the model's "
-            f"vocab_size is {config.vocab}."
-        )
-    return tokenizer
+    return build(str(file), read_backend(str(file), text), config, texts)
 
 
 def _special_texts(settings: Fields) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Two families: "gpt2", byte-level BPE whose way of splitting text is named by tokenizer.ggml.pre,
 and "llama", SentencePiece BPE whose merges follow from the scores. The splits are those of the
-models' own tokenizer.json files. Imports no torch.
+models' own tokenizer.json files. A file may also hold a whole tokenizer.json, which then is what
+counts. Imports no torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,19 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from models.config import ModelConfig
 from models.load.fields import Fields
+from models.load.json_tokenizer import build, read_backend
 from models.tokenizer import Tokenizer as ModelTokenizer
 
 CONTROL, USER_DEFINED = 3, 4
 # Longer than any real piece; recovering merges is quadratic in it.
 LONGEST_PIECE = 1024
+WHOLE = "tokenizer.huggingface.json"
+SPECIAL_KEYS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -57,6 +66,8 @@ def build_tokenizer(
     """The tokenizer of a file's metadata. ValueError naming `source` when it has none, is of an
     unknown kind or contradicts itself."""
     fields = Fields(source, metadata)
+    if WHOLE in fields:
+        return _whole(fields, config)
     kind = fields.text("tokenizer.ggml.model", "")
     if kind not in BUILDERS:
         known = " and ".join(repr(known) for known in BUILDERS)
@@ -82,6 +93,21 @@ def build_tokenizer(
         special_texts=_special_texts(fields, tokens),
         prompt_prefix=(bos,) if prefixed and bos is not None else (),
     )
+
+
+def _whole(fields: Fields, config: ModelConfig) -> ModelTokenizer:
+    """A Hugging Face folder's tokenizer.json, all of it in one line of the metadata."""
+    place = f"{fields.source}: {WHOLE}"
+    backend = read_backend(place, fields.text(WHOLE))
+    texts = {}
+    for name, key in SPECIAL_KEYS.items():
+        if key in fields:
+            number = fields.integer(key)
+            token = backend.id_to_token(number) if 0 <= number < config.vocab else None
+            if token is None:
+                raise fields.refuse(key, "a token of the vocabulary")
+            texts[name] = token
+    return build(place, backend, config, texts)
 
 
 def _byte_level(fields: Fields, tokens: Sequence[str]) -> Tokenizer:
@@ -173,15 +199,8 @@ def _add_tokens(backend: Tokenizer, fields: Fields, tokens: Sequence[str]) -> No
 
 
 def _special_texts(fields: Fields, tokens: Sequence[str]) -> dict[str, str]:
-    names = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
-    }
     texts = {}
-    for name, key in names.items():
-        key = f"tokenizer.ggml.{key}"
+    for name, key in SPECIAL_KEYS.items():
         if key in fields:
             number = fields.integer(key)
             if not 0 <= number < len(tokens):

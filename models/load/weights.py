@@ -67,16 +67,21 @@ def _layer_parts(config: ModelConfig) -> Iterator[Part]:
     yield Part("mlp.down_proj.weight", "feedforward.down.weight", 0, hidden, ff)
 
 
-def fill(config: ModelConfig, source: WeightSource, dtype: torch.dtype, name: str) -> Decoder:
-    """A decoder with the source's weights in dtype, not trainable. ValueError names the file
-    (`name`) and the tensor when one is missing or has another shape."""
-    wanted = []
-    for part in parts(config):
+def checked_parts(config: ModelConfig, source: WeightSource, name: str) -> list[Part]:
+    """All parts, each of them in the source and of the right shape. ValueError as in `fill`."""
+    wanted = list(parts(config))
+    for part in wanted:
         shape = (part.rows,) if part.columns is None else (part.rows, part.columns)
         found = source.shape(part.source)
         if found != shape:
             raise ValueError(f"{name}: {part.source} has shape {found}, {shape} is wanted.")
-        wanted.append(part)
+    return wanted
+
+
+def fill(config: ModelConfig, source: WeightSource, dtype: torch.dtype, name: str) -> Decoder:
+    """A decoder with the source's weights in dtype, not trainable. ValueError names the file
+    (`name`) and the tensor when one is missing or has another shape."""
+    wanted = checked_parts(config, source, name)
     decoder = Decoder(config).requires_grad_(False).eval()
     parameters = dict(decoder.named_parameters())
     for parameter in parameters.values():

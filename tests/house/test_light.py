@@ -16,6 +16,7 @@ LIGHT = {
     "registry": "import cluster.registry",
     "doctor": "from cluster.doctor.command import doctor",
     "train": "from train.commands import train",
+    "compress": "from serve.compress_command import compress",
     "plan": "from autoscale.plan_command import plan",
     "autoscale": "from autoscale.providers.controller_command import autoscale",
 }

@@ -132,22 +132,23 @@ def _finish(writer: Any, path: Path) -> Path:
 
 
 def save_folder(path: Path, kind: str, *, shard: str = "1GB", **settings: Any) -> Any:
-    """Saves a random transformers model of class `kind`ForCausalLM; returns that model."""
+    """Saves a random transformers model of class `kind`ForCausalLM; returns that model. settings:
+    of its configuration, instead of ours."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=160,
-        hidden_size=HIDDEN,
-        intermediate_size=FF,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-        **settings,
-    )
+    shape = {
+        "vocab_size": 160,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FF,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    config = getattr(transformers, f"{kind}Config")(**shape | settings)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():

@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 import psutil
 
@@ -24,20 +25,24 @@ from tests.live.service import clean_environment, wait_for
 
 MARK_VARIABLE = "_SANDERLING_PROOF_NODE"
 OBJECT_STORE_BYTES = 160 << 20
-START_S = 120.0
+START_S = 240.0
 LABEL = "sanderling-pool"
 
 
 @dataclass(frozen=True)
 class RayNodes:
-    """The nodes of one cluster, by name; "head" has its directory of nodes and no CPU to hand out.
+    """The nodes of one cluster, by name; "head" has its directory of nodes and mostly no CPU.
 
-    address: host:port for `ray.address`. environment: what a visitor needs to be let in.
+    address: host:port for `ray.address`. environment: what a visitor needs to be let in. variables:
+    that all processes of the nodes have beside it. dashboard_port: of the head's dashboard with its
+    job server, on loopback; 0 for none.
     """
 
     folder: Path
     address: str
     environment: Mapping[str, str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    dashboard_port: int = 0
 
     def start(self, name: str, cpus: float, *, head: bool = False) -> None:
         """Start a node, labelled with its name. RuntimeError with Ray's words when it fails."""
@@ -54,15 +59,10 @@ class RayNodes:
             *("--disable-usage-stats", "--include-log-monitor", "false"),
         ]
         if head:
-            command += [
-                "--include-dashboard",
-                "false",
-                "--ray-client-server-port",
-                str(free_port()),
-            ]
+            command += self._head()
         done = subprocess.run(
             command,
-            env={**clean_environment(), **self.environment, MARK_VARIABLE: self._mark(name)},
+            env=self._environment(name),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -71,6 +71,17 @@ class RayNodes:
         )
         if done.returncode:
             raise RuntimeError(f"the node {name} did not start: {done.stdout[-2000:]}")
+
+    def _head(self) -> list[str]:
+        port = self.dashboard_port
+        board = ["--include-dashboard", "true" if port else "false"]
+        if port:
+            board += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)]
+        return [*board, "--ray-client-server-port", str(free_port())]
+
+    def _environment(self, name: str) -> dict[str, str]:
+        ours = {**self.variables, **self.environment, MARK_VARIABLE: self._mark(name)}
+        return clean_environment() | ours
 
     def pids(self, name: str) -> list[int]:
         """Every living process of a node."""
@@ -87,16 +98,25 @@ class RayNodes:
 
 
 @contextmanager
-def ray_nodes(cpus: Mapping[str, float]) -> Iterator[RayNodes]:
-    """A head and one node for each name of `cpus`; all of them ended whatever happens."""
+def ray_nodes(
+    cpus: Mapping[str, float],
+    *,
+    head_cpus: float = 0,
+    dashboard: bool = False,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[RayNodes]:
+    """A head and one node for each name of `cpus`; all of them ended whatever happens. See
+    `RayNodes`."""
     with TemporaryDirectory(prefix="nodes-", dir="/tmp") as folder:
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        nodes = RayNodes(Path(folder), f"{_own_address()}:{free_port()}", environment)
+        port = free_port() if dashboard else 0
+        address = f"{_own_address()}:{free_port()}"
+        nodes = RayNodes(Path(folder), address, environment, variables, port)
         try:
-            nodes.start("head", 0, head=True)
+            nodes.start("head", head_cpus, head=True)
             for name, count in cpus.items():
                 nodes.start(name, count)
             yield nodes

@@ -130,6 +130,36 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(tmp_path: Path):
     assert steps == list(range(1, len(steps) + 1)) and folder.status().phase == "stopped"
 
 
+@pytest.mark.live
+@pytest.mark.parametrize("where", ["local", pytest.param("elastic", marks=pytest.mark.slow)])
+def test_a_stop_that_every_process_hears_leaves_a_checkpoint(where: str, tmp_path: Path):
+    """As `ray job stop` does it: SIGTERM to the command and to all below it."""
+    job, folder = write_job(tmp_path, 300), RunFolder(tmp_path / "t")
+    text = job.read_text().replace("checkpoint_every_steps = 4", "checkpoint_every_steps = 0")
+    job.write_text(text.replace("[workers]", f'[workers]\nwhere = "{where}"'))
+    running = subprocess.Popen(command(job), cwd=ROOT)
+    try:
+        _wait_for(lambda: folder.status().step >= 2)
+        below = psutil.Process(running.pid).children(recursive=True)
+        assert len(below) >= 2
+        for process in [*below, psutil.Process(running.pid)]:
+            process.terminate()
+        assert running.wait(DEADLINE_S) == 0
+    finally:
+        running.kill()
+    step = folder.status().step
+    assert folder.status().phase == "stopped" and 2 <= step < 300
+    assert [path.name[:13] for path in folder.checkpoints.iterdir()] == [f"step-{step:08d}"]
+
+
+def test_a_run_that_would_go_with_its_ray_job_is_refused(tmp_path: Path):
+    home = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    home.mkdir(parents=True)
+    said = sanderling(write_job(home, 10))
+    assert said.returncode == 2 and "Ray deletes when the job ends" in said.stderr
+    assert not (home / "t" / "job.json").exists()
+
+
 UNTIED = "[model]\ntied_head = false"
 BY_COMMAND = {
     "checkfreq": ("", 'mode = "checkfreq"\nslowdown = 1.0', "count = 2"),

@@ -19,6 +19,7 @@ from train.folder import RunFolder
 from train.job import Job
 from train.journal import configure_torch
 from train.local import WorkerFailed, threads_of
+from train.signals import own_stop
 
 PRELOAD = ("train.elastic.worker", "train.run")
 WAIT_S = 60.0
@@ -70,8 +71,9 @@ def launch_on_ray(job: Job, folder: RunFolder, watch: Callable[[], None]) -> Non
 
     if not ray.is_initialized():
         try:
-            ray.init("auto", log_to_driver=False)
-        except ConnectionError as error:
+            with own_stop():
+                ray.init("auto", log_to_driver=False)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(
                 f'workers.where = "ray" needs a Ray cluster: start it by `ray job submit`, '
                 f'or give workers.where = "elastic" for processes of this machine ({error})'

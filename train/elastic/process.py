@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from train.elastic.keeper import Keeper
 from train.elastic.messages import Beat, Hello
 from train.elastic.trainee import StepEnd
 from train.elastic.worker import ElasticWorker
+from train.signals import starting_workers
 from train.world import World
 
 WORKER = "train.elastic.worker"
@@ -91,6 +93,9 @@ class ProcessLauncher:
         self._build, self._threads = build, threads
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*preload])
+        resource_tracker.ensure_running()  # first: where it starts, it lets SIGTERM through again
+        with starting_workers():
+            forkserver.ensure_running()
         self._processes: dict[str, BaseProcess] = {}
 
     def start(self, name: str, machine: str, address: tuple[str, int], key: bytes) -> None:

@@ -38,6 +38,10 @@ metadata:
 spec:
   entrypoint: sanderling train /etc/sanderling/job/job.toml
   entrypointNumCpus: 1
+  {{- /* How long a stop waits for the step under way and its checkpoint; Ray itself waits 3 s. */}}
+  runtimeEnvYAML: |
+    env_vars:
+      RAY_JOB_STOP_WAIT_TIME_S: "600"
   submissionMode: HTTPMode
   shutdownAfterJobFinishes: true
   backoffLimit: {{ .Values.train.job.backoffLimit }}
