@@ -3,6 +3,7 @@ go into. Bytes are by `mesh_cost`, `estimate` and `memory.plan`; seconds are tho
 machines' rates, and tried passes; pipelines by `amp`.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -150,18 +151,20 @@ class Pricer:
             counts = [share(0, job.batch_samples, n, replicas).samples for n in range(replicas)]
             speeds = [min(speeds)] * replicas
         each = (
-            self._samples_s(job, count) / speed for count, speed in zip(counts, speeds, strict=True)
+            self._samples_s(job, count, inner) / speed for count, speed in zip(counts, speeds, strict=True)
         )
-        return max(each) / inner
+        return max(each)
 
-    def _samples_s(self, job: Job, samples: int) -> float:
+    def _samples_s(self, job: Job, samples: int, inner: int) -> float:
         whole, rest = divmod(samples, job.micro_samples)
         sizes = chain([job.micro_samples] * whole, [rest] if rest else [])
-        return sum(self._pass_s(job, size) for size in sizes)
+        return sum(self._pass_s(job, size, inner) for size in sizes)
 
-    def _pass_s(self, job: Job, samples: int) -> float:
-        """Of one micro-batch; what is computed again or written in few bits included."""
-        seconds = self._machines.pass_s(samples)
+    def _pass_s(self, job: Job, samples: int, inner: int) -> float:
+        """Of a worker's part of a micro-batch that `inner` workers share, as of so much smaller a
+        micro-batch; what is computed again or written in few bits included."""
+        part = samples / inner
+        seconds = self._machines.pass_s(math.ceil(part)) * part / math.ceil(part)
         if job.memory.activations == "recompute" or job.memory.offload == "disk":
             seconds *= 1 + FORWARD
         if job.memory.activations == "mesa":

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ DISK_BYTES_PER_S = 1e9
 """Taken for granted, of a disk that state is read from and written to."""
 COPY_BYTES = 1 << 26
 MESSAGE_BYTES = 1 << 22
+PRODUCT, PRODUCTS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,12 @@ def _sample_flops(job: Job, start: Start) -> float:
 def _here(
     job: Job, start: Start, terms: Sequence[Term], network_bytes_per_s: float | None
 ) -> Machines:
-    """This machine's memory is shared by its workers; so are its cores where they are too few."""
+    """This machine's memory and cores are shared by its workers; how much that slows them is tried."""
     from train.advise.trial import Trial
     from train.local import threads_of
 
     workers = sum(count for count, _, _, _ in terms)
-    cores, threads = psutil.cpu_count() or 1, threads_of(job)
-    crowd = max(1.0, workers * threads / cores)
+    crowd = crowding(workers)
     trial = Trial(job, start)
     memory = memory_bytes_per_s()
     link = network_bytes_per_s or socket_bytes_per_s()
@@ -172,8 +173,8 @@ def _here(
     )
     peak = peak_flops(COMPUTE[job.precision.compute])
     sources = (
-        f"passes of the job's model, tried here on {threads} threads ({peak / 1e9:.0f} GFLOP/s at "
-        f"its best), x {crowd:.2g} for {workers} workers on {cores} cores",
+        f"passes of the job's model, tried here on {threads_of(job)} threads ({peak / 1e9:.0f} "
+        f"GFLOP/s at its best), x {crowd:.2f} for {workers} workers at once, tried with products",
         f"memory {memory / 1e9:.2g} GB/s, a connection {link / 1e9:.2g} GB/s, measured"
         if network_bytes_per_s is None
         else f"memory {memory / 1e9:.2g} GB/s measured, network {link / 1e9:.2g} GB/s declared",
@@ -181,6 +182,23 @@ def _here(
     )
     links = Links(link, LATENCY_S)
     return Machines(kinds, links, lambda n: crowd * trial.pass_s(n), sources, memory)
+
+
+def crowding(workers: int) -> float:
+    """How much longer a product takes when all workers compute one at once."""
+    a = torch.ones(PRODUCT, PRODUCT)
+
+    def taken_s(_worker: int) -> float:
+        started_s = time.perf_counter()
+        for _ in range(PRODUCTS):
+            torch.mm(a, a)
+        return time.perf_counter() - started_s
+
+    taken_s(0)
+    alone_s = min(taken_s(0) for _ in range(3))
+    with ThreadPoolExecutor(workers) as pool:
+        all_s = min(max(pool.map(taken_s, range(workers))) for _ in range(3))
+    return max(1.0, all_s / alone_s)
 
 
 def memory_bytes_per_s() -> float:

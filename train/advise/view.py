@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from train.advise.options import Settings
 from train.advise.ranking import Advice, Advised
 from train.view import MIB, duration
 
@@ -61,10 +62,12 @@ def _ranking(advice: Advice) -> Table:
     return table
 
 
-def _said(settings: object) -> str:
-    assert isinstance(settings, dict)
-    values = (f'"{v}"' if isinstance(v, str) else str(v).lower() for v in settings.values())
-    return ", ".join(f"{name} = {value}" for name, value in zip(settings, values, strict=True))
+def _said(settings: Settings) -> str:
+    """As a file has them."""
+    return ", ".join(
+        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {str(value).lower()}"
+        for name, value in settings.items()
+    )
 
 
 def _step(advised: Advised) -> str:

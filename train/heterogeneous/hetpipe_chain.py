@@ -108,13 +108,14 @@ class ChainStage:
 
     def _inboxes(self, channels: Channels, count: int) -> tuple[Inbox | None, Inbox | None]:
         inputs, _ = self._batches(0)
-        shapes = lambda: itertools.repeat(self.model.boundary(len(inputs)), count)  # noqa: E731
-        before, after, _ = self.neighbours
-        dtype = self.model.dtype
-        return (
-            None if before is None else channels.expect(before, shapes(), dtype),
-            None if after is None else channels.expect(after, shapes(), dtype),
-        )
+        shape, dtype = self.model.boundary(len(inputs)), self.model.dtype
+
+        def inbox(rank: int | None) -> Inbox | None:
+            if rank is None:
+                return None
+            return channels.expect(rank, itertools.repeat(shape, count), dtype)
+
+        return inbox(self.neighbours.before), inbox(self.neighbours.after)
 
     def _forward(self, number: int, channels: Channels, inbox: Inbox | None) -> None:
         self._take_up(number - self.plan.in_flight)

@@ -59,7 +59,9 @@ class HetPipeLearner:
         self._anticipates = job.optimizer.name == "sgd" and not job.optimizer.beta1
         self._own_waves: dict[int, Tensor] = {}
         self._per_s = 0.0
-        self._facts: Tensor | None = None
+        self._facts: Tensor |        self._shard: Shard | None = None
+        self._servers: Servers | None = None
+        self._begun = False
         self._shard: Shard | None = None
         self._servers: Servers | None = None
 
@@ -96,6 +98,9 @@ class HetPipeLearner:
 
     def step(self, world: World, stop: bool = False) -> StepReport:
         """See `Learner`."""
+        if not self._begun:  # nobody pushes to a server that still reads its checkpoint
+            world.barrier()
+            self._begun = True
         mine, sent_before = self._mine(world), self._moved()
         begun_s = self._clock()
         loss = self._gradient(mine)

@@ -133,7 +133,7 @@ class Shard:
         with self._changed:
             assert not self._pushed, "nobody has begun yet"
             self.version = version
-            self._facts.clear()
+            self._changed.notify_all()
 
     def push(self, worker: int, clock: int, at: int, gradient: Tensor, facts: Tensor) -> None:
         """A worker's summed gradient of its wave number `clock` (from 0), from element `at` of the

@@ -21,8 +21,8 @@ from train.world import World, WorldChanged
 LOOPBACK = "127.0.0.1"
 HEAD = struct.Struct("!BIQQQ")
 """Of a request: what is asked for, worker, clock, first element, elements."""
-ANSWER = struct.Struct("!QB")
-"""Of an answer: version, and whether facts follow."""
+ANSWER = struct.Struct("!QH")
+"""Of an answer: version, and of how many workers facts follow."""
 PUSH, PULL, PULL_EXACT = 1, 2, 3
 
 
@@ -103,9 +103,9 @@ class Servers:
         """A wave's gradient, flat, from element `start` of the model on. WorldChanged when a server
         is gone."""
         for number, part in self._parts(start, start + gradient.numel()):
-            values = gradient[part.mine].clone()
+            values = gradient[part.mine]
             if number in self._own:
-                self._own[number].push(self.worker, clock, part.at, values, facts)
+                self._own[number].push(self.worker, clock, part.at, values.clone(), facts)
                 continue
             head = HEAD.pack(PUSH, self.worker, clock, part.at, values.numel())
             self._send(number, head, as_bytes(facts), as_bytes(values))
@@ -137,7 +137,7 @@ class Servers:
             found.append(pulled)
         return found
 
-    def _parts(self, start: int, stop: int) -> "list[tuple[int, _Part]]":
+    def _parts(self, start: int, stop: int) -> list[tuple[int, "_Part"]]:
         """Where each shard's stretch and [start, stop) meet."""
         found = []
         for number, (first, last) in enumerate(self.stretches):

@@ -94,7 +94,7 @@ def trained(world: GlooWorld, wanted: Job, slow_s: float = 0.0, ignored: bool = 
         "ids": [report.ids for report in reports],
         "weights": weights.numpy(),
         "stale": [read.staleness for read in learner.shard.reads],
-        "sent": reports[-1].sent_bytes,
+        "sent": learner._moved(),
         "dense": reports[-1].dense_bytes,
     }
 

@@ -70,11 +70,11 @@ def test_a_bound_that_nobody_keeps_is_noticed() -> None:
 
 
 def test_what_a_worker_sends_is_counted() -> None:
-    """A push to two of three servers and a third of the weights to each of two others, but for
-    heads and facts; the kernel's sockets are the wire's own count of what came in elsewhere."""
-    answers = on_ranks(3, ranks.trained, ranks.job(0))
-    for answer in answers:
-        assert answer["sent"] == pytest.approx(answer["dense"], rel=0.01)
+    """As much as a sum in a ring: a push to two of three servers, and a third of the weights to each
+    of two others; once more at the end, when all come together."""
+    wanted = ranks.job(0)
+    for answer in on_ranks(3, ranks.trained, wanted):
+        assert answer["sent"] == pytest.approx((wanted.steps + 0.5) * answer["dense"], rel=0.01)
 
 
 def test_bytes_are_those_of_the_wire() -> None:
@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_wire() -> None:
     servers.push(0, 0, torch.ones(7, dtype=torch.float64), torch.zeros(FACTS).double())
     found = servers.pull(1, 1, into)
     assert into.tolist() == [-1.0] * 5 and [pulled.version for pulled in found] == [1, 1]
-    head, facts, answer = 29, 8 * FACTS, 9
+    head, facts, answer = 29, 8 * FACTS, 10
     assert servers.sent_bytes == 2 * (head + facts) + 7 * 8 + 2 * head
     assert servers.received_bytes == 2 * (answer + facts) + 5 * 8
     assert sum(door.received_bytes for door in doors) == servers.sent_bytes

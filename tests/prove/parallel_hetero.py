@@ -1,0 +1,156 @@
+"""Proof rows of workers of unlike speed: HetPipe's bound on real workers, what it is worth where one
+is throttled, what it costs in loss; AMP's search against all there is; and what `--advise` puts first
+against what a few forms really take."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tests.prove.row import Row
+from tests.prove.suites import Suite, run
+from tests.train.advise import test_amp
+from tests.train.heterogeneous import hetpipe_ranks as ranks
+from tests.train.heterogeneous import test_hetpipe, test_hetpipe_speed
+from tests.train.processes import on_ranks
+from train.advise.machines import machines_of
+from train.advise.ranking import Advised, advise
+from train.job import Job
+from train.rehearsal import rehearse
+from train.weights import read_start
+
+FOLDER = "tests/train/heterogeneous/test_hetpipe.py"
+ROUNDS = 2
+SUITES = (
+    Suite(
+        "HetPipe, bound 0: bulk-synchronous SGD, momentum and AdamW, fp64 1e-12",
+        (f"{FOLDER}::test_bound_0_is_bulk_synchronous",),
+    ),
+    Suite(
+        "HetPipe, chains in flight: weights of one process with the same delays, fp64 1e-12",
+        (f"{FOLDER}::test_chains_compute_with_the_weights_that_they_may_have",)
+        + (f"{FOLDER}::test_chains_are_as_far_apart_as_the_bound_lets_them",),
+    ),
+    Suite(
+        "HetPipe, a server that keeps no bound is noticed; bytes are the wire's",
+        (f"{FOLDER}::test_a_bound_that_nobody_keeps_is_noticed",)
+        + (f"{FOLDER}::test_bytes_are_those_of_the_wire",),
+    ),
+    Suite(
+        "HetPipe in a job: checkpoints, stops, real workers",
+        ("tests/train/heterogeneous/test_hetpipe_job.py",),
+    ),
+    Suite("--advise: forms are jobs, costs by hand, refusals", ("tests/train/advise",)),
+)
+
+
+def rows() -> Iterator[Row]:
+    """Every row of this module; about six minutes."""
+    for suite in SUITES:
+        yield run(suite)
+    yield from staleness()
+    yield from speed()
+    yield loss()
+    yield amp()
+    yield first_is_fastest()
+
+
+def staleness() -> Iterator[Row]:
+    """As the servers saw it, with one slow worker of three."""
+    for bound in (0, 1, 4):
+        answers = on_ranks(3, ranks.trained, ranks.job(bound, steps=14), test_hetpipe.SLOW_S)
+        seen = [stale for answer in answers for stale in answer["stale"]]
+        check = f"HetPipe: waves ahead of the servers' clock, bound {bound}"
+        measured = f"{min(seen)} to {max(seen)} in {len(seen)} reads"
+        yield Row(check, f"reaches {bound}, never more", measured, max(seen) == bound)
+
+
+def speed() -> Iterator[Row]:
+    """Over workers that sum their gradients after each step."""
+    for throttle, shares, said in (
+        ("in turns", "equal", "each slow in its turn"),
+        ("stays", "measured", "one stays slow, waves by speed"),
+    ):
+        ratio = test_hetpipe_speed.times_faster(throttle, shares)
+        check = f"HetPipe, one of 4 throttled 2 x ({said}): steps over bulk-synchronous"
+        yield Row(check, ">= 1.50 x", f"{ratio:.2f} x", ratio >= 1.5)
+    ratio = test_hetpipe_speed.times_faster("stays", "equal")
+    check = "HetPipe, one stays slow, equal waves: the bound alone wins nothing"
+    yield Row(check, "<= 1.20 x", f"{ratio:.2f} x", ratio <= 1.2)
+
+
+def loss() -> Row:
+    """After the same samples, with one slow worker and a bound of 4."""
+    worst = 0.0
+    said = []
+    for name in ("sgd", "adamw"):
+        chosen = test_hetpipe.OPTIMIZERS[name]
+        together, _ = test_hetpipe.together(ranks.job(None, steps=60, optimizer=chosen))
+        wanted = ranks.job(4, steps=60, optimizer=chosen)
+        apart = on_ranks(3, ranks.trained, wanted, 0.02)[0]["losses"]
+        mine, theirs = float(np.mean(apart[-8:])), float(np.mean(together[-12:-4]))
+        worst = max(worst, mine / theirs - 1)
+        said.append(f"{name} {mine:.3f} and {theirs:.3f}")
+    check = "HetPipe, bound 4: loss after the same samples as together"
+    return Row(check, "at most 5 % more", f"{worst:+.1%}: {', '.join(said)}", worst <= 0.05)
+
+
+def amp() -> Row:
+    """On random problems of up to five devices."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    missed, count = test_amp.wrong(seed), test_amp.PROBLEMS
+    check = "AMP: stages and devices as fast as the best of all there are"
+    measured = f"{count - missed} of {count} random problems (seed {seed})"
+    return Row(check, f"all {count}", measured, missed == 0)
+
+
+FORMS = (
+    {"mesh.tensor": 2},
+    {"pipeline.stages": 2},
+    {"sharding.stage": 3},
+    {"memory.activations": "recompute"},
+    {},
+)
+
+
+def chosen(ranked: tuple[Advised, ...]) -> list[Advised]:
+    """The first, and the best of each unlike kind behind it; of the plain kind the one with the
+    smallest micro-batches."""
+    found = [ranked[0]]
+    for form in FORMS:
+        alike = [
+            advised
+            for advised in ranked
+            if {k: v for k, v in advised.settings.items() if k != "run.micro_batch_tokens"} == form
+        ]
+        if alike:
+            found.append(alike[0] if form else min(alike, key=lambda a: a.job.micro_samples))
+    return found
+
+
+def first_is_fastest() -> Row:
+    """Real steps of some forms on this machine, in turns."""
+    wanted = Job.model_validate(
+        {
+            "model": {"layers": 4, "tied_head": False},
+            "run": {"tokens": 2048 * 20, "batch_tokens": 2048},
+            "precision": {"compute": "float32"},
+            "workers": {"count": 2, "threads": 1},
+        }
+    )
+    start = read_start(wanted)
+    forms = chosen(advise(wanted, start, machines_of(wanted, start)).ranked)
+    took = {place: float("inf") for place in range(len(forms))}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(ROUNDS):
+            for place, form in enumerate(forms):
+                made = form.job.model_copy(update={"folder": Path(folder)})
+                took[place] = min(took[place], rehearse(made, start).step_s)
+    for place, form in enumerate(forms):
+        print(f"{form.settings}: {form.step_s * 1e3:.0f} ms said, {took[place] * 1e3:.0f} measured")
+    ratio = took[0] / min(took.values())
+    check = f"--advise: its first against the fastest of {len(forms)} measured forms"
+    measured = f"{ratio:.3f} x, {took[0] / forms[0].step_s:.2f} x the estimate"
+    return Row(check, "<= 1.10 x", measured, ratio <= 1.10)
+
