@@ -1,6 +1,6 @@
-"""Proof rows of workers of unlike speed: HetPipe's bound on real workers, what it is worth where one
-is throttled, what it costs in loss; AMP's search against all there is; and what `--advise` puts first
-against what a few forms really take."""
+"""Proof rows of workers of unlike speed: HetPipe's bound on real workers, what it is worth where
+one is throttled, what it costs in loss; AMP's search against all there is; and what `--advise` puts
+first against what a few forms really take."""
 
 import tempfile
 from collections.abc import Iterator

@@ -3,8 +3,8 @@ which order, and where the layers are cut, by dynamic programming over what is u
 
 The model of a step, for stages of `replicas` devices each and m micro-batches: the first goes
 through all stages and links, the others follow at the pace of the slowest stage or link, and then
-replicas sum the gradient of their layers. A stage is as fast as its slowest device. Within this model
-the search is exact; devices that are alike stay a number. Pure arithmetic, no torch.
+replicas sum the gradient of their layers. A stage is as fast as its slowest device. Within this
+model the search is exact; devices that are alike stay a number. Pure arithmetic, no torch.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,5 @@
-"""What a form of a job costs: memory of the worker that has most, and seconds of a step by what they
-go into. Bytes are by `mesh_cost`, `estimate` and `memory.plan`; seconds are those bytes over the
+"""What a form of a job costs: memory of the worker that has most, and seconds of a step by what they go
+into. Bytes are by `mesh_cost`, `estimate` and `memory.plan`; seconds are those bytes over the
 machines' rates, and tried passes; pipelines by `amp`.
 """
 
@@ -31,8 +31,8 @@ FORWARD = 1 / 3
 CODED = 2.5
 """Times that a saved number's bytes are moved to be written in 8 bits and read again."""
 TOUCHED = 6
-"""Numbers moved for a weight in a step beside its moments: its gradient cleared, normed, clipped and
-read, its master read and written. A moment is read and written."""
+"""Numbers moved for a weight in a step beside its moments: its gradient cleared, normed, clipped
+and read, its master read and written. A moment is read and written."""
 
 
 class Memory(NamedTuple):
@@ -150,10 +150,8 @@ class Pricer:
         else:
             counts = [share(0, job.batch_samples, n, replicas).samples for n in range(replicas)]
             speeds = [min(speeds)] * replicas
-        each = (
-            self._samples_s(job, count, inner) / speed for count, speed in zip(counts, speeds, strict=True)
-        )
-        return max(each)
+        pairs = zip(counts, speeds, strict=True)
+        return max(self._samples_s(job, count, inner) / speed for count, speed in pairs)
 
     def _samples_s(self, job: Job, samples: int, inner: int) -> float:
         whole, rest = divmod(samples, job.micro_samples)

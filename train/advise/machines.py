@@ -1,8 +1,8 @@
 """What a job's workers can do: measured where they are this machine's, from data sheets where they
 are named.
 
-`--devices "2xa10g@1.01,4xt4@0.53"` are two machines, of two and of four accelerators, with $/h of each
-one; `"3xhere,1xhere*0.4"` are workers like this machine's and one of 0.4 of their speed.
+`--devices "2xa10g@1.01,4xt4@0.53"` are two machines, of two and of four accelerators, with $/h of
+each; `"3xhere,1xhere*0.4"` are workers like this machine's and one of 0.4 of their speed.
 """
 
 import re
@@ -156,7 +156,7 @@ def _sample_flops(job: Job, start: Start) -> float:
 def _here(
     job: Job, start: Start, terms: Sequence[Term], network_bytes_per_s: float | None
 ) -> Machines:
-    """This machine's memory and cores are shared by its workers; how much that slows them is tried."""
+    """Workers share this machine's memory and its cores; how much that slows them is tried."""
     from train.advise.trial import Trial
     from train.local import threads_of
 

@@ -36,7 +36,8 @@ class Option:
 
 def options(job: Job, layers: int, unlike: bool = False) -> Iterator[Option]:
     """Every form: sizes of a mesh or a pipeline, ZeRO's stages, what is kept, where state is, and
-    micro-batches. layers: the model's; unlike: devices have unlike speeds, so that shares by speed are worth a try."""
+    micro-batches. layers: the model's; unlike: devices have unlike speeds, so that shares
+    by speed are worth a try."""
     for form in _forms(job.workers.count, layers + ENDS, unlike):
         for activations, offload in product(ACTIVATIONS, OFFLOADS):
             memory = {"memory.activations": activations, "memory.offload": offload}

@@ -1,4 +1,4 @@
-"""Advice for people: a table in the terminal, and a picture of what the seconds of a step go into."""
+"""Advice for people: a table in the terminal, and a picture of what a step's seconds go into."""
 
 import importlib.util
 from pathlib import Path

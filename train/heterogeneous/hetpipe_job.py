@@ -1,10 +1,10 @@
-"""A learner whose workers do not wait for each other at every step (`workers.staleness = D`): HetPipe
-(Park et al., ATC 2020) with virtual workers of one process each.
+"""A learner whose workers do not wait for each other at every step (`workers.staleness = D`):
+HetPipe (Park et al., ATC 2020) with virtual workers of one process each.
 
 A step is a wave: the worker's share of the step's samples, computed with the version it has, pushed
 to the servers; then the newest version, which lacks at most D waves that it has pushed itself. Each
-process is also the server of an equal share of masters and moments. Checkpoints, evaluations and the
-end are made of exact versions: all workers come to them after the same step, and the servers wait
+process is also the server of an equal share of masters and moments. Checkpoints, evaluations and
+the end are made of exact versions: all workers come to them after the same step, and the servers wait
 until all have pushed it.
 """
 

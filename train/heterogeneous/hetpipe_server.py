@@ -1,9 +1,9 @@
-"""A parameter server of HetPipe (Park et al., ATC 2020): a stretch of the model's flat weights, which
-changes one whole clock at a time.
+"""A parameter server of HetPipe (Park et al., ATC 2020): a stretch of the model's flat weights,
+which changes one whole clock at a time.
 
 A virtual worker's clock is the number of waves that it has pushed. A clock is whole once every
-virtual worker has pushed its wave; the sum then makes the next version, so version v holds all waves
-before v and nothing of later ones. Who has pushed c waves may read version v only if c - v is at
+virtual worker has pushed its wave; the sum then makes the next version, so version v holds all
+waves before v and nothing of later ones. Who has pushed c waves may read version v only if c - v is at
 most the bound D, and waits until it may. With D = 0 that is bulk-synchronous training.
 """
 
@@ -19,7 +19,7 @@ from train.job import OptimizerTable
 from train.optimizer import Decay, adamw_update
 
 FACTS = 3
-"""Numbers that come with a wave: summed loss, samples a second (of whoever tells), votes to stop."""
+"""Numbers that come with a wave: summed loss, samples a second, votes to stop."""
 PATIENCE_S = 300.0
 """How long a reader waits for the others before it takes them for lost."""
 
@@ -152,7 +152,7 @@ class Shard:
         the others do not come."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.may_read(clock, exact), PATIENCE_S):
-                raise TimeoutError(f"clock {clock}: version {self.version} after {PATIENCE_S:.0f} s")
+                raise TimeoutError(f"version {self.version} for clock {clock}: others are gone")
             if not exact:
                 self.reads.append(Read(worker, clock, self.version))
             facts = self._facts.get(clock - self.bound - 1)

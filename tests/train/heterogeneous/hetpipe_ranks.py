@@ -1,5 +1,5 @@
-"""Virtual workers on ranks, for tests: jobs whose workers are ahead of each other, chains of stages,
-and workers that are paced by sleeping, so that a busy machine does not count."""
+"""Virtual workers on ranks, for tests: jobs whose workers are ahead of each other, chains of
+stages, and workers that are paced by sleeping, so that a busy machine does not count."""
 
 import time
 from typing import Any
