@@ -280,9 +280,7 @@ def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool | int) else f'"{value}"'
 
 
-def uneven(
-    job: "Job", heads: int = 0, kv_heads: int = 0, feed_forward: int = 0
-) -> Iterator[str]:
+def uneven(job: "Job", heads: int = 0, kv_heads: int = 0, feed_forward: int = 0) -> Iterator[str]:
     """What a job's mesh cannot share out evenly. 0: not known, and not looked at."""
     table, tokens = job.mesh, job.data.sequence_tokens
     for name, number in (("kv_heads", kv_heads), ("feed_forward", feed_forward)):

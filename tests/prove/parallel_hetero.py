@@ -153,4 +153,3 @@ def first_is_fastest() -> Row:
     check = f"--advise: its first against the fastest of {len(forms)} measured forms"
     measured = f"{ratio:.3f} x, {took[0] / forms[0].step_s:.2f} x the estimate"
     return Row(check, "<= 1.10 x", measured, ratio <= 1.10)
-

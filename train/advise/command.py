@@ -14,7 +14,10 @@ from train.weights import read_start
 
 
 def show(
-    job: Job, console: Console, devices: str = "", network_gb_per_s: float | None = None,
+    job: Job,
+    console: Console,
+    devices: str = "",
+    network_gb_per_s: float | None = None,
     plot: Path | None = None,
 ) -> None:
     """Prints the ranking, and draws it where a file is given. ValueError for what cannot be."""

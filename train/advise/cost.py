@@ -1,6 +1,6 @@
-"""What a form of a job costs: memory of the worker that has most, and seconds of a step by what they go
-into. Bytes are by `mesh_cost`, `estimate` and `memory.plan`; seconds are those bytes over the
-machines' rates, and tried passes; pipelines by `amp`.
+"""What a form of a job costs: memory of the worker that has most, and seconds of a step, by
+what they go into. Bytes are by `mesh_cost`, `estimate` and `memory.plan`; seconds are those bytes
+over the machines' rates, and tried passes; pipelines by `amp`.
 """
 
 import math
@@ -267,8 +267,9 @@ class Pricer:
         attention = (flops - 6.0 * (whole.elements - rows)) / config.layers
         parts = [6.0 * config.hidden, *[6 * inner + attention] * config.layers, 6.0 * weights[-1]]
         seconds = self._machines.pass_s(job.micro_samples)
-        shape, batch = MeshShape(), mesh_cost.Batch(
-            job.micro_samples, job.micro_samples, 1, job.data.sequence_tokens
+        shape, batch = (
+            MeshShape(),
+            mesh_cost.Batch(job.micro_samples, job.micro_samples, 1, job.data.sequence_tokens),
         )
         kept = mesh_cost.activation_bytes(config, shape, batch, job.precision.compute)
         plain = kept / config.layers

@@ -4,8 +4,8 @@ HetPipe (Park et al., ATC 2020) with virtual workers of one process each.
 A step is a wave: the worker's share of the step's samples, computed with the version it has, pushed
 to the servers; then the newest version, which lacks at most D waves that it has pushed itself. Each
 process is also the server of an equal share of masters and moments. Checkpoints, evaluations and
-the end are made of exact versions: all workers come to them after the same step, and the servers wait
-until all have pushed it.
+the end are made of exact versions: all workers come to them after the same step, and the servers
+wait until all have pushed it.
 """
 
 import time
@@ -59,11 +59,10 @@ class HetPipeLearner:
         self._anticipates = job.optimizer.name == "sgd" and not job.optimizer.beta1
         self._own_waves: dict[int, Tensor] = {}
         self._per_s = 0.0
-        self._facts: Tensor |        self._shard: Shard | None = None
-        self._servers: Servers | None = None
-        self._begun = False
+        self._facts: Tensor | None = None
         self._shard: Shard | None = None
         self._servers: Servers | None = None
+        self._begun = False
 
     @property
     def shard(self) -> Shard:

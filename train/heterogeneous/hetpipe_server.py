@@ -3,8 +3,8 @@ which changes one whole clock at a time.
 
 A virtual worker's clock is the number of waves that it has pushed. A clock is whole once every
 virtual worker has pushed its wave; the sum then makes the next version, so version v holds all
-waves before v and nothing of later ones. Who has pushed c waves may read version v only if c - v is at
-most the bound D, and waits until it may. With D = 0 that is bulk-synchronous training.
+waves before v and nothing of later ones. Who has pushed c waves may read version v only if c - v is
+at most the bound D, and waits until it may. With D = 0 that is bulk-synchronous training.
 """
 
 import threading

@@ -58,7 +58,10 @@ class Door:
                     kind, worker, clock, at, count = HEAD.unpack(_exactly(peer, HEAD.size))
                     received = HEAD.size
                     if kind == PUSH:
-                        facts, gradient = torch.empty(FACTS).double(), torch.empty(count, dtype=dtype)
+                        facts, gradient = (
+                            torch.empty(FACTS).double(),
+                            torch.empty(count, dtype=dtype),
+                        )
                         received += _fill(peer, facts) + _fill(peer, gradient)
                         self._count(0, received)
                         self.shard.push(worker, clock, at, gradient, facts)
@@ -110,9 +113,7 @@ class Servers:
             head = HEAD.pack(PUSH, self.worker, clock, part.at, values.numel())
             self._send(number, head, as_bytes(facts), as_bytes(values))
 
-    def pull(
-        self, clock: int, start: int, into: Tensor, *, exact: bool = False
-    ) -> list[Pulled]:
+    def pull(self, clock: int, start: int, into: Tensor, *, exact: bool = False) -> list[Pulled]:
         """Weights from element `start` on into a flat tensor; what each shard said, by the shards'
         order. As `Shard.pull`; WorldChanged when a server, or another worker, is gone."""
         parts = list(self._parts(start, start + into.numel()))

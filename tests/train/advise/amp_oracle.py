@@ -8,9 +8,7 @@ import numpy as np
 from train.advise.amp import DeviceKind, LayerTable, Links, Shape
 
 
-def best_step_s(
-    layers: LayerTable, kinds: list[DeviceKind], links: Links, shape: Shape
-) -> float:
+def best_step_s(layers: LayerTable, kinds: list[DeviceKind], links: Links, shape: Shape) -> float:
     """Over all of them; inf where none fits."""
     pool = [n for n, kind in enumerate(kinds) for _ in range(kind.count)]
     size, best = shape.stages * shape.replicas, inf
@@ -49,7 +47,9 @@ def _rate(kinds, links, ones, others) -> float:  # type: ignore[no-untyped-def]
     return kinds[pairs[0][0]].link_bytes_per_s
 
 
-def random_problem(random: np.random.Generator) -> tuple[LayerTable, list[DeviceKind], Links, Shape]:
+def random_problem(
+    random: np.random.Generator,
+) -> tuple[LayerTable, list[DeviceKind], Links, Shape]:
     """Up to five devices of up to three kinds, up to five layers; a network slower than links."""
 
     def drawn(low: float, high: float, count: int) -> tuple[float, ...]:

@@ -178,7 +178,9 @@ def test_the_command_prints_and_draws(devices: str, tmp_path: Path) -> None:
     file, picture = tmp_path / "job.toml", tmp_path / "advice.png"
     file.write_text(FILE)
     more = ["--devices", devices] if devices else []
-    asked = CliRunner(env={"COLUMNS": "160"}).invoke(train, ["--advise", str(file), "--plot", str(picture), *more])
+    asked = CliRunner(env={"COLUMNS": "160"}).invoke(
+        train, ["--advise", str(file), "--plot", str(picture), *more]
+    )
     assert asked.exit_code == 0, asked.exception
     for word in ("run.micro_batch_tokens", "MiB", "tokens/s", "Not accepted", "From "):
         assert word in asked.output

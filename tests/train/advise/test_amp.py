@@ -42,7 +42,9 @@ def test_keeping_one_way_to_each_place_is_not_enough(monkeypatch: pytest.MonkeyP
 
 
 def alike(count: int) -> LayerTable:
-    return LayerTable((1.0,) * count, (0.0,) * count, (0.0,) * count, (1.0,) * count, (0.0,) * count)
+    return LayerTable(
+        (1.0,) * count, (0.0,) * count, (0.0,) * count, (1.0,) * count, (0.0,) * count
+    )
 
 
 def test_a_fast_device_gets_more_layers_and_memory_sets_limits() -> None:

@@ -26,8 +26,7 @@ SGD = {"name": "sgd", "beta1": 0.0, "learning_rate": 0.3, "clip_norm": 0.0, "wei
 def job(
     staleness: int | None, steps: int = 8, samples: int = 12, micro: int = 2, **tables: Any
 ) -> Job:
-    """staleness: None for all together."""| None, steps: int = 8, **tables: Any) -> Job:
-    """12 samples a step; staleness: None for all together."""
+    """staleness: None for all together."""
     tables.setdefault("optimizer", {"learning_rate": 0.01, "clip_norm": 0.0})
     shares = tables.pop("shares", "equal")
     return tiny.job(
@@ -78,8 +77,8 @@ def trained(world: GlooWorld, wanted: Job, slow_s: float = 0.0, ignored: bool = 
     """All steps. slow_s: of rank 0, more in each step; ignored: servers let everybody read."""
     learner = entered(world, wanted)
     if ignored:
-        learner.shard.may_read = lambda clock, exact: exact is False or (
-            learner.shard.version >= clock
+        learner.shard.may_read = lambda clock, exact: (
+            exact is False or (learner.shard.version >= clock)
         )
     reports = []
     for _ in range(wanted.steps):
@@ -105,7 +104,8 @@ RATE = 0.2
 
 def layered(dtype: str = "float64") -> Any:
     """A model of a few layers, and the job that it is of."""
-    wanted = tiny.job(model={"layers": LAYERS - 2, "tied_head": False}, precision={"compute": dtype})
+    model = {"layers": LAYERS - 2, "tied_head": False}
+    wanted = tiny.job(model=model, precision={"compute": dtype})
     return wanted, JobLayers(wanted, read_start(wanted)).layered()
 
 
@@ -118,8 +118,8 @@ def batch(chain: int, number: int) -> tuple[Tensor, Tensor]:
 
 def flat_of(model: Any) -> Tensor:
     """First weights of all layers."""
-    parts = [p.detach().reshape(-1) for n in range(model.count) for p in model.build(n).parameters()]
-    return torch.cat(parts)
+    layers = [model.build(n) for n in range(model.count)]
+    return torch.cat([p.detach().reshape(-1) for layer in layers for p in layer.parameters()])
 
 
 def chained(

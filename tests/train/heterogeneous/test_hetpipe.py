@@ -70,8 +70,8 @@ def test_a_bound_that_nobody_keeps_is_noticed() -> None:
 
 
 def test_what_a_worker_sends_is_counted() -> None:
-    """As much as a sum in a ring: a push to two of three servers, and a third of the weights to each
-    of two others; once more at the end, when all come together."""
+    """As much as a sum in a ring: a push to two of three servers, and a third of the weights to
+    each of two others; once more at the end, when all come together."""
     wanted = ranks.job(0)
     for answer in on_ranks(3, ranks.trained, wanted):
         assert answer["sent"] == pytest.approx((wanted.steps + 0.5) * answer["dense"], rel=0.01)
