@@ -106,7 +106,7 @@ def _option(job: Job, settings: Mapping[str, Any]) -> Option:
             for name, values in tables.items()
         }
     except ValidationError as error:
-        return Option(job, told(settings), error.errors()[0]["msg"])
+        return Option(job, told(settings), error.errors()[0]["msg"].removeprefix("Value error, "))
     made = job.model_copy(update=update)
     return Option(made, told(settings), next(refused(made), ""))
 
