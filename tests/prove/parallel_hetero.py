@@ -51,7 +51,7 @@ def rows() -> Iterator[Row]:
         yield run(suite)
     yield from staleness()
     yield from speed()
-    yield loss()
+    yield from loss()
     yield amp()
     yield first_is_fastest()
 
@@ -80,20 +80,14 @@ def speed() -> Iterator[Row]:
     yield Row(check, "<= 1.20 x", f"{ratio:.2f} x", ratio <= 1.2)
 
 
-def loss() -> Row:
-    """After the same samples, with one slow worker and a bound of 4."""
-    worst = 0.0
-    said = []
-    for name in ("sgd", "adamw"):
-        chosen = test_hetpipe.OPTIMIZERS[name]
-        together, _ = test_hetpipe.together(ranks.job(None, steps=60, optimizer=chosen))
-        wanted = ranks.job(4, steps=60, optimizer=chosen)
-        apart = on_ranks(3, ranks.trained, wanted, 0.02)[0]["losses"]
-        mine, theirs = float(np.mean(apart[-8:])), float(np.mean(together[-12:-4]))
-        worst = max(worst, mine / theirs - 1)
-        said.append(f"{name} {mine:.3f} and {theirs:.3f}")
-    check = "HetPipe, bound 4: loss after the same samples as together"
-    return Row(check, "at most 5 % more", f"{worst:+.1%}: {', '.join(said)}", worst <= 0.05)
+def loss() -> Iterator[Row]:
+    """After the same samples, with one slow worker: as HetPipe has it, and with AdamW, whose own
+    updates nobody knows before a server has made them."""
+    for name, bound in (("sgd", 4), ("adamw", 1), ("adamw", 4)):
+        apart, together = test_hetpipe.learnt(name, bound)
+        check = f"HetPipe, {name}, bound {bound}: loss after the same samples as together"
+        measured = f"{apart / together - 1:+.1%}: {apart:.3f} and {together:.3f}"
+        yield Row(check, "at most 5 % more", measured, apart <= 1.05 * together)
 
 
 def amp() -> Row:

@@ -17,6 +17,7 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from models.config import ModelConfig
+from tests.prove.parallel_mesh_job import rows as dry_runs
 from tests.prove.row import Row
 from tests.prove.suites import Suite, run
 from train.parallel.mesh import build_mesh
@@ -31,6 +32,21 @@ SUITES = (
         "dp, tp, sp, ring, ulysses, fsdp, ep and pairs of them on 4 ranks: 20 steps = one process",
         (f"{MESH}::test_equals_one_process_for_twenty_steps",)
         + (f"{MESH}::test_experts_equal_one_process_for_twenty_steps",),
+        slow=True,
+    ),
+    Suite(
+        "[mesh] in a job: curve, held-out loss and weights of one worker, by the command",
+        ("tests/train/test_mesh_command.py",),
+        slow=True,
+    ),
+    Suite(
+        "[mesh]: checkpoints go on at another mesh, at one worker, and back",
+        (f"{FOLDER}/test_mesh_job.py",),
+        slow=True,
+    ),
+    Suite(
+        "[mesh]: bytes held, kept and sent within 3, 3 and 5 % of the formulas",
+        (f"{FOLDER}/test_mesh_cost.py",),
         slow=True,
     ),
     Suite(
@@ -52,7 +68,7 @@ SUITES = (
         + (f"{STAGED}::test_an_order_of_one_by_one_is_all_bubble",),
     ),
     Suite("Ulysses and the ring: outputs, gradients, bytes; zigzag <= 1.05", (SEQUENCE,)),
-    Suite("MegaBlocks and Tutel: nothing dropped, no weight moved, the tuner's choice", (EXPERTS,)),
+    Suite("MegaBlocks and Tutel: nothing dropped, no weight moved, the tuner", (EXPERTS,)),
     Suite(
         "unequal shares: best of all, the gradient the same; >= 1.25 x at speeds 1 and 0.4",
         ("tests/train/heterogeneous",),
@@ -76,10 +92,11 @@ CONFIG = ModelConfig(
 
 
 def rows() -> Iterator[Row]:
-    """Every row of this module; about five minutes."""
+    """Every row of this module; about ten minutes."""
     for suite in SUITES:
         yield run(suite)
     yield ring_memory()
+    yield from dry_runs()
 
 
 def ring_memory() -> Row:

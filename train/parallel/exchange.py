@@ -23,6 +23,14 @@ def gather_weights(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def gather_from(weight: Tensor, peers: range, group: dist.ProcessGroup) -> Tensor:
+    """(peers, ...): those of some ranks of the group, this one among them, all of whom name the same;
+    every rank of the group calls it. The gradient of each share is the sum of its peers'."""
+    counts = [int(rank in peers) for rank in range(group.size())]
+    rows = weight.reshape(1, -1).expand(len(peers), -1)
+    return send_rows(rows, counts, counts, group).view(len(peers), *weight.shape)
+
+
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """counts (ranks, n) int64: what is for each rank; out: what each rank has for this one."""
     received = torch.empty_like(counts)

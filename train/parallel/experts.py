@@ -1,26 +1,27 @@
 """A mixture of experts over several ranks that drops no token (MegaBlocks, Gale et al. 2022), with
 a parallelism that can change from step to step without moving a weight (Tutel, Hwang et al. 2022).
 
-Weights have one layout for all modes: with as many experts as ranks or more, a rank has whole ones;
-with fewer, the ranks of an expert have a slice each of its width. "tokens": rows travel to their
-experts and back, which costs by tokens. "weights": everybody gathers all experts for its own rows,
-which costs by weights. `Tuner` learns which is faster at how many tokens.
+Weights have one layout for all degrees of parallelism: with as many experts as ranks or more, a
+rank has whole ones; with fewer, the ranks of an expert have a slice each of its width. The degree
+says to how many ranks of its expert a row travels (Tutel's r). At the highest each slice gets a
+copy, and no weight moves; at 1 one rank gets it, which gathers the expert's other slices before;
+between them a row goes to r ranks, each with an r-th of the expert. At 0 no row travels: everybody gathers all
+experts for its own rows, which costs by weights instead of tokens. `Tuner` learns which is fastest
+at how many tokens.
 
 An expert's rows are one product each: no capacity, no padding, nothing to drop.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.parallel.exchange import exchange_counts, gather_weights, send_rows
+from train.parallel.exchange import exchange_counts, gather_from, gather_weights, send_rows
 from train.parallel.routing import Routing, combine, route, sort_by_expert
-
-Mode = Literal["tokens", "weights"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Placement(NamedTuple):
@@ -40,6 +41,11 @@ class Placement(NamedTuple):
                 f"multiple of {experts} would be accepted"
             )
         return cls(experts, size, max(experts // size, 1), max(size // experts, 1))
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Of parallelism that an expert's ranks allow, ascending."""
+        return (0, *(n for n in range(1, self.slices + 1) if self.slices % n == 0))
 
 
 class Experts(nn.Module):
@@ -68,16 +74,22 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(at.local, ff // at.slices, hidden))
         self.down = nn.Parameter(torch.empty(at.local, hidden, ff // at.slices))
 
-    def forward(self, x: Tensor, mode: Mode = "tokens") -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, degree: int | None = None) -> tuple[Tensor, Routing]:
         """x (tokens, hidden), this rank's; the mixture of its experts' answers, and the routing.
-        All ranks call it, with the same mode; their tokens may differ in number."""
+        All ranks call it, with the same degree (None: the highest); their tokens may differ in
+        number. ValueError for a degree that there is not."""
+        if degree is None:
+            degree = self.placement.slices
+        elif degree not in self.placement.degrees:
+            known = ", ".join(map(str, self.placement.degrees))
+            raise ValueError(f"a degree of parallelism of {degree}: {known} are accepted")
         routing = route(x, self.router, self.top_k)
         order = sort_by_expert(routing.experts, self.placement.experts)
         rows = x[order.source]
         if self.group is None:
             answers = grouped(rows, order.counts.tolist(), self.gate, self.up, self.down)
-        elif mode == "tokens":
-            answers = self._tokens_travel(rows, order.counts)
+        elif degree:
+            answers = self._tokens_travel(rows, order.counts, degree)
         else:
             answers = self._weights_travel(rows, order.counts)
         return combine(answers, routing, order), routing
@@ -95,29 +107,47 @@ class Experts(nn.Module):
             self.up.copy_(whole.up[mine, part])
             self.down.copy_(whole.down[mine, :, part])
 
-    def _tokens_travel(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows go to the ranks of their experts; each slice of an expert gets a copy, and what
-        comes back from slices is added."""
+    def _tokens_travel(self, rows: Tensor, counts: Tensor, degree: int) -> Tensor:
+        """Rows go to `degree` ranks of each of their experts, and what comes back is added. Ranks
+        gather what they lack of their part of the expert before."""
         assert self.group is not None
-        at = self.placement
+        at, together = self.placement, self.placement.slices // degree
+        parts = self._joined(together)
         per_rank = counts.view(-1, at.local).repeat_interleave(at.slices, 0)
+        # Of ranks that have the same part, each gets the rows of every so manieth rank.
+        served = torch.arange(at.size) % together == self.group.rank() % together
+        per_rank = per_rank * served.unsqueeze(1)
         sent = per_rank.sum(1).tolist()
         theirs = exchange_counts(per_rank, self.group)
         received = theirs.sum(1).tolist()
-        if at.slices > 1:
-            parts = torch.split(rows, counts.tolist())
-            rows = torch.cat([part for part in parts for _ in range(at.slices)])
+        if degree > 1:
+            of_experts = torch.split(rows, counts.tolist())
+            rows = torch.cat([part for part in of_experts for _ in range(degree)])
         arrived = send_rows(rows, sent, received, self.group)
         local = torch.arange(at.local).repeat(at.size).repeat_interleave(theirs.flatten())
         by_expert = local.argsort(stable=True)
-        done = grouped(arrived[by_expert], theirs.sum(0).tolist(), self.gate, self.up, self.down)
+        done = grouped(arrived[by_expert], theirs.sum(0).tolist(), *parts)
         back = torch.empty_like(done).index_copy(0, by_expert, done)
         home = send_rows(back, received, sent, self.group)
-        if at.slices == 1:
+        if degree == 1:
             return home
-        copies = torch.split(home, sent)
-        groups = (copies[n : n + at.slices] for n in range(0, len(copies), at.slices))
+        copies = torch.split(home, [n for n, ours in zip(sent, served, strict=True) if ours])
+        groups = (copies[n : n + degree] for n in range(0, len(copies), degree))
         return torch.cat([torch.stack(group).sum(0) for group in groups])
+
+    def _joined(self, together: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's slices and those of its neighbours, side by side, where so many have a part
+        of an expert together."""
+        if together == 1:
+            return self.gate, self.up, self.down
+        assert self.group is not None
+        first = self.group.rank() // together * together
+        peers = range(first, first + together)
+        held, group = (self.gate, self.up, self.down), self.group
+        gate, up, down = (gather_from(weight, peers, group) for weight in held)
+        width = self.gate.shape[2]
+        gate, up = (w.reshape(1, -1, width) for w in (gate, up))
+        return gate, up, down.permute(1, 2, 0, 3).reshape(1, width, -1)
 
     def _weights_travel(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Every rank gathers all experts."""
@@ -146,25 +176,28 @@ def grouped(rows: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Ten
 
 
 class Tuner:
-    """Which mode is fastest for how many tokens, learnt while training goes on.
+    """Which degree is fastest for how many tokens, learnt while training goes on.
 
-    Numbers of tokens fall into buckets of a factor of two. Each mode is tried `tries` times in a
+    Numbers of tokens fall into buckets of a factor of two. Each degree is tried `tries` times in a
     bucket, then the one with the least time is taken. All ranks are told the same times (the
     slowest rank's), so all choose alike.
     """
 
-    def __init__(self, tries: int = 2) -> None:
-        self._tries = tries
-        self._seen: dict[int, dict[Mode, list[float]]] = {}
+    def __init__(self, degrees: Sequence[int], tries: int = 2) -> None:
+        """degrees: `Placement.degrees`."""
+        self._degrees, self._tries = tuple(degrees), tries
+        self._seen: dict[int, dict[int, list[float]]] = {}
 
-    def choose(self, tokens: int) -> Mode:
+    def choose(self, tokens: int) -> int:
         """For a step of so many tokens."""
-        seen = self._seen.setdefault(tokens.bit_length(), {mode: [] for mode in MODES})
-        untried = [mode for mode in MODES if len(seen[mode]) < self._tries]
-        return untried[0] if untried else min(MODES, key=lambda mode: min(seen[mode]))
+        seen = self._bucket(tokens)
+        untried = [degree for degree in self._degrees if len(seen[degree]) < self._tries]
+        return untried[0] if untried else min(self._degrees, key=lambda degree: min(seen[degree]))
 
-    def tell(self, tokens: int, mode: Mode, seconds: float) -> None:
-        """How long a step took. Only the fastest of each mode counts: what a step waits for besides
-        makes it slower, never faster."""
-        seen = self._seen.setdefault(tokens.bit_length(), {mode: [] for mode in MODES})
-        seen[mode].append(seconds)
+    def tell(self, tokens: int, degree: int, seconds: float) -> None:
+        """How long a step took. Only the fastest of each degree counts: what a step waits for
+        besides makes it slower, never faster."""
+        self._bucket(tokens)[degree].append(seconds)
+
+    def _bucket(self, tokens: int) -> dict[int, list[float]]:
+        return self._seen.setdefault(tokens.bit_length(), {d: [] for d in self._degrees})

@@ -282,8 +282,8 @@ def _check(config: ModelConfig, axis: Axis) -> None:
     rows = -(-config.vocab // axis.size)
     if rows * (axis.size - 1) >= config.vocab:
         raise ValueError(
-            f"mesh.tensor = {axis.size} ranks cannot share a vocabulary of {config.vocab}: the last "
-            "would have none of it"
+            f"mesh.tensor = {axis.size} ranks cannot share a vocabulary of {config.vocab}: the "
+            "last one would have none of it"
         )
     if config.out_bias:
         raise ValueError("a model with a bias behind its attention cannot be split by mesh.tensor")

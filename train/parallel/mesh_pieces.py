@@ -1,5 +1,5 @@
-"""A mesh's training state as pieces of a checkpoint, and back: the names and stretches that everybody
-writes, so any mesh goes on from any other, from one worker, and the other way round.
+"""A mesh's training state as pieces of a checkpoint, and back: the names and stretches that all
+others write, so any mesh goes on from any other, from one worker, and the other way round.
 
 Of what several ranks hold alike each writes some rows. Most parts are rows of the whole matrix and
 lie in one stretch of it; where tensor ranks have columns (`ROW`), they exchange them first, so that

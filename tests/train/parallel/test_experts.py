@@ -1,6 +1,7 @@
 """Experts over several ranks against a loop over tokens: answers, gradients, nothing dropped, no
 weight moved by a change of parallelism."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.train.processes import on_ranks
-from train.parallel.experts import MODES, Experts, Mode, Placement, Tuner
+from train.parallel.experts import Experts, Placement, Tuner
 from train.parallel.routing import route
 from train.world import GlooWorld
 
@@ -57,15 +58,15 @@ def wanted(experts: int, size: int, one_sided: bool) -> tuple[list[Tensor], dict
     return answers, {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
 
 
-def shared(world: GlooWorld, experts: int, one_sided: bool, modes: list[Mode]) -> dict[str, Any]:
-    """This rank's answers and its weights' gradients in each mode, and how many weights changed."""
+def shared(world: GlooWorld, experts: int, one_sided: bool, degrees: list[int]) -> dict[str, Any]:
+    """This rank's answers and its weights' gradients at each degree; how many weights changed."""
     made = Experts(HIDDEN, FF, experts, TOP_K, world.group).double()
     made.load_whole(whole(experts, one_sided))
     before = {name: p.detach().clone() for name, p in made.named_parameters()}
     x, answers, grads = tokens(world.rank), [], []
-    for mode in modes:
+    for degree in degrees:
         made.zero_grad(set_to_none=True)
-        answer, _ = made(x, mode)
+        answer, _ = made(x, degree)
         answer.square().sum().backward()
         answers.append(answer.detach().numpy())
         grads.append({n: p.grad.numpy() for n, p in made.named_parameters() if p.grad is not None})
@@ -74,7 +75,7 @@ def shared(world: GlooWorld, experts: int, one_sided: bool, modes: list[Mode]) -
 
 
 def assembled(answers: list[dict[str, Any]], turn: int, name: str, experts: int) -> Tensor:
-    """A weight's gradient in one of the modes, of all ranks' shares."""
+    """A weight's gradient at one of the degrees, of all ranks' shares."""
     shares = [torch.from_numpy(answer["grads"][turn][name]) for answer in answers]
     if name == "router":
         return torch.stack(shares).sum(0)
@@ -84,19 +85,22 @@ def assembled(answers: list[dict[str, Any]], turn: int, name: str, experts: int)
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
-@pytest.mark.parametrize("experts", [4, 8, 2])
-def test_equals_a_loop_over_tokens_in_every_mode(experts: int, one_sided: bool) -> None:
-    """Four ranks with an expert each, with two, and with half of one; with all tokens on the same
-    two experts, nothing is dropped. The mode changes every step, and nothing else does."""
-    size, modes = 4, [*MODES, *MODES]
-    answers = on_ranks(size, shared, experts, one_sided, modes)
+@pytest.mark.parametrize(("experts", "size"), [(4, 4), (8, 4), (2, 4), (2, 8)])
+def test_equals_a_loop_over_tokens_at_every_degree(
+    experts: int, size: int, one_sided: bool
+) -> None:
+    """Ranks with an expert each, with two, with half and with a quarter of one; with all tokens on
+    the same two experts, nothing is dropped. The degree of parallelism changes every step, and
+    nothing else does."""
+    degrees = [*Placement.of(experts, size).degrees] * 2
+    answers = on_ranks(size, shared, experts, one_sided, degrees)
     expected, grads = wanted(experts, size, one_sided)
     for rank, answer in enumerate(answers):
         assert answer["moved"] == 0
         for made in answer["answers"]:
             torch.testing.assert_close(torch.from_numpy(made), expected[rank], rtol=0, atol=1e-12)
     for name, grad in grads.items():
-        for turn in range(len(modes)):
+        for turn in range(len(degrees)):
             made = assembled(answers, turn, name, experts)
             torch.testing.assert_close(made, grad, rtol=0, atol=1e-10)
 
@@ -124,10 +128,10 @@ def test_the_balance_loss_is_least_when_experts_are_chosen_alike() -> None:
     assert float(route(torch.ones(4, 4, dtype=torch.float64), router, 1).balance) > 3.9
 
 
-def sent(world: GlooWorld, mode: Mode) -> int:
+def sent(world: GlooWorld, experts: int, degree: int) -> int:
     """Bytes of rows and weights that this rank hands to torch.distributed in a forward pass."""
-    made = Experts(HIDDEN, FF, 4, TOP_K, world.group).double()
-    made.load_whole(whole(4, False))
+    made = Experts(HIDDEN, FF, experts, TOP_K, world.group).double()
+    made.load_whole(whole(experts, False))
     count = 0
     exchange, gather = dist.all_to_all_single, dist.all_gather_single
 
@@ -144,29 +148,54 @@ def sent(world: GlooWorld, mode: Mode) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", counted_exchange)
         patch.setattr(dist, "all_gather_single", counted_gather)
-        made(tokens(world.rank), mode)
+        made(tokens(world.rank), degree)
     return count
 
 
 def test_tokens_cost_by_tokens_and_weights_by_weights() -> None:
     """Rows there and back, top_k each: of all ranks, for what leaves one comes from another."""
     rows = sum(TOKENS + rank for rank in range(4)) * TOP_K
-    assert sum(on_ranks(4, sent, "tokens")) == 2 * rows * HIDDEN * 8
-    assert on_ranks(4, sent, "weights") == [3 * HIDDEN * FF * 8] * 4
+    assert sum(on_ranks(4, sent, 4, 1)) == 2 * rows * HIDDEN * 8
+    assert on_ranks(4, sent, 4, 0) == [3 * HIDDEN * FF * 8] * 4
+
+
+def test_a_degree_sends_so_many_rows_and_the_rest_of_an_expert() -> None:
+    """Two experts of 8 ranks: at r a row goes to r ranks, there and back, and each rank hands its
+    quarter of an expert to the 4 / r ranks (itself among them) that have a part together."""
+    rows = sum(TOKENS + rank for rank in range(8)) * TOP_K
+    quarter = 3 * HIDDEN * FF // 4 * 8
+    for degree in (1, 2, 4):
+        gathered = 8 * quarter * (4 // degree) if degree < 4 else 0
+        assert sum(on_ranks(8, sent, 2, degree)) == 2 * degree * rows * HIDDEN * 8 + gathered
+
+
+def test_a_degree_that_there_is_not_is_refused() -> None:
+    assert Placement.of(2, 8).degrees == (0, 1, 2, 4)
+    with pytest.raises(ValueError, match="a degree of parallelism of 3: 0, 1 are accepted"):
+        whole(4, False)(tokens(0), 3)
 
 
 def test_the_tuner_takes_the_fastest_of_each_bucket() -> None:
-    """Against the exhaustive best on a made-up cost: rows cost by tokens, weights a fixed price."""
-    tuner, right, asked = Tuner(), 0, 0
-    cost = {"tokens": lambda n: n * 1.0, "weights": lambda n: 300.0}
+    """Against the exhaustive best on a made-up cost: a row costs as often as it travels, weights by
+    how many are gathered. Each degree is somewhere the best."""
+    degrees = Placement.of(2, 8).degrees
+    tuner, right, asked = Tuner(degrees), 0, 0
+    fixed = {0: 900.0, 1: 300.0, 2: 100.0, 4: 0.0}
+
+    def cost(degree: int, count: int) -> float:
+        return degree * count + fixed[degree]
+
+    found: set[int] = set()
     for turn in range(40):
-        for count in (64, 128, 512, 2048):
-            mode = tuner.choose(count)
-            tuner.tell(count, mode, cost[mode](count))
-            if turn >= 4:
+        for count in (16, 128, 512, 2048):
+            degree = tuner.choose(count)
+            tuner.tell(count, degree, cost(degree, count))
+            if turn >= 2 * len(degrees):
                 asked += 1
-                right += mode == min(MODES, key=lambda m: cost[m](count))
-    assert right / asked >= 0.9
+                best = min(degrees, key=partial(cost, count=count))
+                right += degree == best
+                found.add(best)
+    assert right / asked >= 0.9 and found == set(degrees)
 
 
 def test_ranks_that_cannot_share_experts_are_refused() -> None:

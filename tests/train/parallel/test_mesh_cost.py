@@ -72,15 +72,18 @@ def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, 
 
 
 def kept(learner: MeshLearner, job: Job) -> int:
-    """Bytes of distinct storages that a forward pass saves, those of weights left out."""
+    """Bytes of distinct storages that a forward pass saves, those of weights left out. FSDP frees a
+    storage and keeps its object, so addresses come again."""
     model = learner.trainer.model
     found: dict[int, int] = {}
     weights: set[int] = set()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if isinstance(tensor, torch.nn.Parameter) or tensor.is_leaf and tensor.requires_grad:
-            weights.add(tensor.untyped_storage().data_ptr())
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()
+        base = tensor if tensor._base is None else tensor._base
+        if base.is_leaf and base.requires_grad:
+            weights.add(storage._cdata)
         return tensor
 
     batch = learner.stream.batch(0, job.micro_samples)
@@ -116,8 +119,8 @@ def test_workers_hold_keep_and_send_what_the_formulas_say(name: str, compute: st
 
 
 def test_a_mesh_of_one_is_the_whole_model() -> None:
-    """By the table of ZeRO: 16 bytes a parameter in bfloat16, and our gradient is summed in float32;
-    shared by four, a quarter of the 16."""
+    """By the table of ZeRO: 16 bytes a parameter in bfloat16, and 2 more as gradients are summed in
+    float32; shared by four, a quarter of the 16."""
     config = read_start(job_of({}, "bfloat16")).config
     layer = 128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 352 + 2 * 128
     count = 272 * 128 + 3 * layer + 128

@@ -1,5 +1,5 @@
-"""Jobs with `[mesh]` on four workers: the curve of one worker, checkpoints that anybody goes on from,
-what the dry run says; and each of these with the mechanism behind it turned off."""
+"""Jobs with `[mesh]` on four workers: the curve of one worker, checkpoints that anybody goes on
+from, what the dry run says; and these with the mechanism behind them turned off."""
 
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,30 @@ def test_the_same_mesh_goes_on_to_the_bit_in_bfloat16(kind: str, tmp_path: Path)
     on_ranks(RANKS, follow, str(parts.path), STEPS // 2)
     assert on_ranks(RANKS, follow, str(parts.path)) == [STEPS // 2] * RANKS
     assert curve(parts.path) == curve(whole.path)[STEPS // 2 :]
+
+
+def test_replicas_with_fewer_samples_share_weights_too(tmp_path: Path):
+    """Ten samples for four replicas, two at once: who has none left makes its passes all the same."""
+    uneven = {"run": {"tokens": 160 * 3, "batch_tokens": 160}}
+    one = make(job(tmp_path, "one", model=FOUR_HEADS, **uneven))
+    one.run(LocalWorld())
+    job_ = wanted(tmp_path, "fsdp", **uneven)
+    on_ranks(RANKS, follow, str(job_.path))
+    assert curve(job_.path) == pytest.approx(losses(one), abs=1e-9) and len(losses(one)) == 3
+
+
+@pytest.mark.slow
+def test_checkpoints_beside_training_change_nothing(tmp_path: Path):
+    """`resilience.mode = "checkfreq"`: pieces are copied while the next step is computed."""
+    long = {"run": {"tokens": 16 * 12 * 24}}
+    plain = wanted(tmp_path / "plain", "dp x tp", **long)
+    beside = wanted(
+        tmp_path / "beside", "dp x tp", resilience={"mode": "checkfreq", "slowdown": 1.0}, **long
+    )
+    on_ranks(RANKS, follow_all, [str(plain.path), str(beside.path)])
+    assert curve(beside.path) == curve(plain.path) and len(curve(plain.path)) == 24
+    told = (RunFolder(beside.path).log / "checkpoints.jsonl").read_text()
+    assert "\"persist_s\"" in told and "\"failure\": \"\"" in told
 
 
 def announced(world: GlooWorld, path: str) -> int:
