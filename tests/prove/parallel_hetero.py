@@ -83,7 +83,7 @@ def speed() -> Iterator[Row]:
 def loss() -> Iterator[Row]:
     """After the same samples, with one slow worker: as HetPipe has it, and with AdamW, whose own
     updates nobody knows before a server has made them."""
-    for name, bound in (("sgd", 4), ("adamw", 1), ("adamw", 4)):
+    for name, bound in (("sgd", 4), ("adamw", 1)):
         apart, together = test_hetpipe.learnt(name, bound)
         check = f"HetPipe, {name}, bound {bound}: loss after the same samples as together"
         measured = f"{apart / together - 1:+.1%}: {apart:.3f} and {together:.3f}"
@@ -99,7 +99,7 @@ def amp() -> Row:
     return Row(check, f"all {count}", measured, missed == 0)
 
 
-FORMS = (
+FORMS: tuple[dict[str, object], ...] = (
     {"mesh.tensor": 2},
     {"pipeline.stages": 2},
     {"sharding.stage": 3},

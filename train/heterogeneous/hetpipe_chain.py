@@ -123,7 +123,9 @@ class ChainStage:
         sizes = [shape.numel() for shape in self._shapes]
         leaves = [
             part.view(shape).requires_grad_()
-            for part, shape in zip(self.weights.clone().split(sizes), self._shapes, strict=True)
+            for part, shape in zip(
+                torch.split(self.weights.clone(), sizes), self._shapes, strict=True
+            )
         ]
         inputs, targets = self._batches(number)
         given = inputs if inbox is None else inbox.get().requires_grad_()

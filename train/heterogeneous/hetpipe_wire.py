@@ -192,12 +192,13 @@ def stretches(elements: int, servers: int) -> list[Stretch]:
 
 def _answer(peer: socket.socket, found: Pulled) -> int:
     workers = 0 if found.facts is None else len(found.facts)
-    parts = [ANSWER.pack(found.version, workers)]
+    parts: list[bytes | memoryview] = [ANSWER.pack(found.version, workers)]
     if found.facts is not None:
-        parts.append(bytes(as_bytes(found.facts.flatten())))
-    for part in (*parts, as_bytes(found.weights)):
+        parts.append(as_bytes(found.facts.flatten()))
+    parts.append(as_bytes(found.weights))
+    for part in parts:
         peer.sendall(part)
-    return sum(map(len, parts)) + found.weights.nbytes
+    return sum(map(len, parts))
 
 
 def _exactly(link: socket.socket, count: int) -> bytes:

@@ -20,7 +20,14 @@ def best_step_s(layers: LayerTable, kinds: list[DeviceKind], links: Links, shape
     return best
 
 
-def _step_s(layers, kinds, links, shape, chain, ends) -> float:  # type: ignore[no-untyped-def]
+def _step_s(
+    layers: LayerTable,
+    kinds: list[DeviceKind],
+    links: Links,
+    shape: Shape,
+    chain: list[tuple[int, ...]],
+    ends: list[int],
+) -> float:
     times, sums = [], [0.0]
     for n, members in enumerate(chain):
         span = slice(ends[n], ends[n + 1])
@@ -39,7 +46,9 @@ def _step_s(layers, kinds, links, shape, chain, ends) -> float:  # type: ignore[
     return sum(times) + (shape.micros - 1) * max(times) + max(sums)
 
 
-def _rate(kinds, links, ones, others) -> float:  # type: ignore[no-untyped-def]
+def _rate(
+    kinds: list[DeviceKind], links: Links, ones: tuple[int, ...], others: tuple[int, ...]
+) -> float:
     """Of the slowest connection between any two of them."""
     pairs = [(a, b) for a in ones for b in others]
     if any(a != b for a, b in pairs):

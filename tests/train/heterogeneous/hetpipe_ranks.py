@@ -73,7 +73,9 @@ def entered(world: GlooWorld, wanted: Job, kind: type[HetPipeLearner] = HetPipeL
     return made
 
 
-def trained(world: GlooWorld, wanted: Job, slow_s: float = 0.0, ignored: bool = False) -> dict:
+def trained(
+    world: GlooWorld, wanted: Job, slow_s: float = 0.0, ignored: bool = False
+) -> dict[str, Any]:
     """All steps. slow_s: of rank 0, more in each step; ignored: servers let everybody read."""
     learner = entered(world, wanted)
     if ignored:

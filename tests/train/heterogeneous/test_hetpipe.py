@@ -137,7 +137,7 @@ def test_an_optimizer_of_whole_matrices_is_refused() -> None:
 
 LEARNING = {
     "sgd": {**ranks.SGD, "learning_rate": 0.1},
-    "adamw": {"learning_rate": 0.003, "clip_norm": 0.0},
+    "adamw": {"learning_rate": 0.001, "clip_norm": 0.0},
 }
 LEARNING_STEPS, LAST = 150, 8
 

@@ -73,7 +73,7 @@ def both(world: GlooWorld, throttle: str, shares: str, bound: int) -> dict[str, 
 def times_faster(throttle: str, shares: str, bound: int = BOUND) -> float:
     answers = on_ranks(RANKS, both, throttle, shares, bound)
     assert max(answer["stale"] for answer in answers) <= bound
-    ratio = max(a["together_s"] for a in answers) / max(a["s"] for a in answers)
+    ratio: float = max(a["together_s"] for a in answers) / max(a["s"] for a in answers)
     print(f"{throttle}, {shares} shares, bound {bound}: {ratio:.2f} x the steps of all together")
     return ratio
 
