@@ -102,8 +102,6 @@ def amp() -> Row:
 FORMS: tuple[dict[str, object], ...] = (
     {"mesh.tensor": 2},
     {"pipeline.stages": 2},
-    {"sharding.stage": 3},
-    {"memory.activations": "recompute"},
     {},
 )
 
