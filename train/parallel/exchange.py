@@ -24,7 +24,7 @@ def gather_weights(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_from(weight: Tensor, peers: range, group: dist.ProcessGroup) -> Tensor:
-    """(peers, ...): those of some ranks of the group, this one among them, all of whom name the same;
+    """(peers, ...): those of some ranks of the group, this one among them; all name the same, and
     every rank of the group calls it. The gradient of each share is the sum of its peers'."""
     counts = [int(rank in peers) for rank in range(group.size())]
     rows = weight.reshape(1, -1).expand(len(peers), -1)

@@ -5,9 +5,9 @@ Weights have one layout for all degrees of parallelism: with as many experts as 
 rank has whole ones; with fewer, the ranks of an expert have a slice each of its width. The degree
 says to how many ranks of its expert a row travels (Tutel's r). At the highest each slice gets a
 copy, and no weight moves; at 1 one rank gets it, which gathers the expert's other slices before;
-between them a row goes to r ranks, each with an r-th of the expert. At 0 no row travels: everybody gathers all
-experts for its own rows, which costs by weights instead of tokens. `Tuner` learns which is fastest
-at how many tokens.
+between them a row goes to r ranks, each with an r-th of the expert. At 0 no row travels: everybody
+gathers all experts for its own rows, which costs by weights instead of tokens. `Tuner` learns which
+is fastest at how many tokens.
 
 An expert's rows are one product each: no capacity, no padding, nothing to drop.
 """

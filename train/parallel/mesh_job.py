@@ -108,7 +108,7 @@ class MeshLearner:
         trainer.step_number, trainer.samples = found.step, found.meta["samples"]
 
     def nats(self, rows: Sequence[Tensor], world: World) -> float:
-        """See `Learner`: shared out among replicas; as many passes each where they share weights."""
+        """See `Learner`: shared out among replicas; equally many passes if they share weights."""
         model, shared = self.trainer.model, self.trainer.state.shared
         data, tensor = model.mesh.data, model.mesh.tensor
         mine = share(0, len(rows), data.rank, data.size)

@@ -32,7 +32,7 @@ def mesh_pieces(
     """What this rank writes of a checkpoint; called by all ranks. compute: of weights, which are
     masters of that dtype, or written beside them."""
     everywhere = set(model.whole_everywhere)
-    made = []
+    made: list[Piece] = []
     for held in state.held():
         copies = [model.mesh.sequence, *([] if state.shared else [model.mesh.data])]
         if held.name in everywhere:
@@ -112,7 +112,7 @@ def _name_in(found: Checkpoint, held: Held) -> str:
 def _rows_before(name: str, whole: tuple[int, ...], axis: Axis) -> int:
     """Rows of the whole parameter that tensor ranks before this one have."""
     if name.endswith(VOCABULARY):
-        return rows_of(whole[0], axis).start
+        return int(rows_of(whole[0], axis).start)
     if name.endswith(COLUMN + COLUMN_BIAS):
         return whole[0] // axis.size * axis.rank
     return 0

@@ -156,12 +156,13 @@ class FullyShared:
 
     def reduce(self) -> None:
         """See `MeshState`. The sum over data ranks was made in the backward pass."""
-        for rows in self._shards.rows:
-            if (found := gradient(rows)) is not None:
-                total(found, self.model.mesh.sequence)
+        named = {rows.name: gradient(rows) for rows in self._shards.rows}
+        found = {name: held for name, held in named.items() if held is not None}
+        for held in found.values():
+            total(held, self.model.mesh.sequence)
         if self.model.sequence_parallel:
-            rows = (rows for rows in self._shards.rows if rows.name in self._everywhere)
-            sum_norms([g for r in rows if (g := gradient(r)) is not None], self.model.mesh.tensor)
+            norms = [held for name, held in found.items() if name in self._everywhere]
+            sum_norms(norms, self.model.mesh.tensor)
 
     def squares(self) -> Tensor:
         """See `MeshState`. Summed over data ranks, who have a share of each."""

@@ -55,7 +55,7 @@ def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, 
     """Of this worker: bytes that a step sends, of live tensors between two steps with the gradient
     there, and of what one micro-batch keeps."""
     job = job_of(mesh, compute)
-    tokens = np.random.default_rng(7).integers(0, 255, 1 << 14).astype(np.uint16)
+    tokens: Any = np.random.default_rng(7).integers(0, 255, 1 << 14).astype(np.uint16)
     stream = SampleStream(tokens, job.data.sequence_tokens, job.run.seed)
     before = live_bytes()
     learner = MeshLearner(job, read_start(job), stream)

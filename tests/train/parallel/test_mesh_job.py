@@ -178,7 +178,7 @@ def test_the_same_mesh_goes_on_to_the_bit_in_bfloat16(kind: str, tmp_path: Path)
 
 
 def test_replicas_with_fewer_samples_share_weights_too(tmp_path: Path):
-    """Ten samples for four replicas, two at once: who has none left makes its passes all the same."""
+    """Ten samples for four replicas, two at once: who has none left still makes its passes."""
     uneven = {"run": {"tokens": 160 * 3, "batch_tokens": 160}}
     one = make(job(tmp_path, "one", model=FOUR_HEADS, **uneven))
     one.run(LocalWorld())
@@ -198,7 +198,7 @@ def test_checkpoints_beside_training_change_nothing(tmp_path: Path):
     on_ranks(RANKS, follow_all, [str(plain.path), str(beside.path)])
     assert curve(beside.path) == curve(plain.path) and len(curve(plain.path)) == 24
     told = (RunFolder(beside.path).log / "checkpoints.jsonl").read_text()
-    assert "\"persist_s\"" in told and "\"failure\": \"\"" in told
+    assert '"persist_s"' in told and '"failure": ""' in told
 
 
 def announced(world: GlooWorld, path: str) -> int:
