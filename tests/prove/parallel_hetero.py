@@ -59,7 +59,7 @@ def rows() -> Iterator[Row]:
 def staleness() -> Iterator[Row]:
     """As the servers saw it, with one slow worker of three."""
     for bound in (0, 1, 4):
-        answers = on_ranks(3, ranks.trained, ranks.job(bound, steps=14), test_hetpipe.SLOW_S)
+        answers = on_ranks(3, ranks.trained, ranks.job(bound, steps=14), 0.0, bound)
         seen = [stale for answer in answers for stale in answer["stale"]]
         check = f"HetPipe: waves ahead of the servers' clock, bound {bound}"
         measured = f"{min(seen)} to {max(seen)} in {len(seen)} reads"

@@ -74,18 +74,18 @@ def entered(world: GlooWorld, wanted: Job, kind: type[HetPipeLearner] = HetPipeL
 
 
 def trained(
-    world: GlooWorld, wanted: Job, slow_s: float = 0.0, ignored: bool = False
+    world: GlooWorld, wanted: Job, slow_s: float = 0.0, ahead: int = 0, ignored: bool = False
 ) -> dict[str, Any]:
-    """All steps. slow_s: of rank 0, more in each step; ignored: servers let everybody read."""
+    """All steps. slow_s: of rank 0, more in each step; ahead: rank 0 makes none before the others
+    are so many steps ahead of it; ignored: servers let everybody read."""
     learner = entered(world, wanted)
     if ignored:
-        learner.shard.may_read = lambda clock, exact: (
-            exact is False or (learner.shard.version >= clock)
-        )
+        learner.shard.may_read = lambda clock, exact: not exact or learner.shard.version >= clock
     reports = []
-    for _ in range(wanted.steps):
-        if slow_s and world.rank == 0:
+    for step in range(wanted.steps):
+        if world.rank == 0:
             time.sleep(slow_s)
+            wait_for(learner.shard, min(step + ahead, wanted.steps), world.size)
         reports.append(learner.step(world))
     learner._settle()
     world.barrier()
@@ -98,6 +98,15 @@ def trained(
         "sent": learner._moved(),
         "dense": reports[-1].dense_bytes,
     }
+
+
+def wait_for(shard: Shard, clock: int, workers: int) -> None:
+    """Until all workers but 0 have read what this server gives at a clock."""
+    deadline_s = time.monotonic() + 200
+    others = set(range(1, workers)) if clock else set()
+    while others - {read.worker for read in list(shard.reads) if read.clock >= clock}:
+        assert time.monotonic() < deadline_s, f"nobody came to clock {clock}"
+        time.sleep(0.002)
 
 
 TOKENS, LAYERS = 16, 4

@@ -20,8 +20,6 @@ from train.step import Trainer
 from train.weights import build_model, read_start
 from train.world import LocalWorld
 
-SLOW_S = 0.05
-
 
 def together(wanted: Job) -> tuple[list[float], Any]:
     """One process, all samples of a step at once: losses and weights."""
@@ -56,7 +54,7 @@ def every_sample_once(answers: list[dict[str, Any]], wanted: Job) -> None:
 @pytest.mark.parametrize("bound", [1, 4])
 def test_nobody_is_further_ahead_than_the_bound_and_somebody_is_as_far(bound: int) -> None:
     wanted = ranks.job(bound, steps=14)
-    answers = on_ranks(3, ranks.trained, wanted, SLOW_S)
+    answers = on_ranks(3, ranks.trained, wanted, 0.0, bound)
     for answer in answers:
         assert max(answer["stale"]) == bound and min(answer["stale"]) >= 0
         np.testing.assert_array_equal(answer["weights"], answers[0]["weights"])
@@ -65,7 +63,7 @@ def test_nobody_is_further_ahead_than_the_bound_and_somebody_is_as_far(bound: in
 
 def test_a_bound_that_nobody_keeps_is_noticed() -> None:
     """The mutation: servers that let everybody read."""
-    answers = on_ranks(3, ranks.trained, ranks.job(1, steps=14), SLOW_S, True)
+    answers = on_ranks(3, ranks.trained, ranks.job(1, steps=14), 0.0, 2, True)
     assert max(stale for answer in answers for stale in answer["stale"]) > 1
 
 
