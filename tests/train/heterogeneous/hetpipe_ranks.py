@@ -85,7 +85,8 @@ def trained(
     for step in range(wanted.steps):
         if world.rank == 0:
             time.sleep(slow_s)
-            wait_for(learner.shard, min(step + ahead, wanted.steps), world.size)
+            if step:  # all begin together
+                wait_for(learner.shard, min(step + ahead, wanted.steps), world.size)
         reports.append(learner.step(world))
     learner._settle()
     world.barrier()
