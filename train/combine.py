@@ -29,6 +29,8 @@ def refused(job: "Job") -> Iterator[str]:
             'workers.shares = "measured" is about workers that hold the whole state: '
             'sharding.stage = 0, pipeline.stages = 0 and memory.offload = "none" are accepted'
         )
+    if job.workers.staleness is not None:
+        yield from _staleness(job)
     yield from _compression(job)
     yield from _memory(job)
     if job.pipeline.stages:
@@ -79,6 +81,30 @@ def _mode(job: "Job") -> Iterator[str]:
                 f"{micros} of run.micro_batch_tokens = {job.run.micro_batch_tokens}: "
                 f"resilience.failures + 1 = {job.resilience.failures + 1} or more are accepted"
             )
+
+
+def _staleness(job: "Job") -> Iterator[str]:
+    """Of workers that do not wait for each other at every step."""
+    asked = f"workers.staleness = {job.workers.staleness}"
+    wanted = {
+        "workers.where = 'local'": job.workers.where == "local",
+        "sharding.stage = 0": not job.sharding.stage,
+        "pipeline.stages = 0": not job.pipeline.stages,
+        "a plain [mesh]": job.mesh.plain,
+        "a plain [memory]": job.memory.plain,
+        'compression.kind = "none"': job.compression.kind == "none",
+        "communication.overlap = false": not job.communication.overlap,
+        'optimizer.name = "adamw" or "sgd"': job.optimizer.name != "adafactor",
+        "optimizer.clip_norm = 0, since no server sees a whole gradient,": not (
+            job.optimizer.clip_norm
+        ),
+        "run.deterministic = false, since what is read depends on who is faster,": not (
+            job.workers.staleness and job.run.deterministic
+        ),
+    }
+    for setting, fits in wanted.items():
+        if not fits:
+            yield f"{asked} (HetPipe): {setting} is accepted"
 
 
 def _sharding(job: "Job") -> Iterator[str]:

@@ -17,7 +17,8 @@ from rich.console import Console
 from cluster.registry import Registry
 from train.folder import ENDED, RunFolder, Status
 from train.job import Job, checked, read_job
-from train.view import Progress, estimate_table, line, plot, status_table
+from train.view import Progress, estimate_table, line, status_table
+from train.view import plot as draw_losses
 
 PATH = click.Path(path_type=Path)
 STOP_S = 300.0
@@ -42,6 +43,12 @@ CURVE = ("model", "data", "run", "optimizer", "schedule", "compression", "commun
 class JobGroup(click.Group):
     """A group whose first argument may also be a job's file: `train job.toml` is `train run`."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Options of `run` may come before the file, too."""
+        if args and args[0].startswith("--") and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -58,12 +65,32 @@ def train() -> None:
 @train.command()
 @click.argument("job", type=PATH)
 @click.option("--dry-run", is_flag=True, help="Say what it will take, and end.")
+@click.option("--advise", is_flag=True, help="Rank the forms it can take, and end.")
+@click.option("--devices", default="", help="Advise for these: '2xa10g@1.01,4xt4', 'here*0.4'.")
+@click.option("--network", type=click.FloatRange(min=1e-6), help="GB/s between machines (advise).")
+@click.option("--plot", type=PATH, help="Draw the advice into this PNG.")
 @click.option("--fresh", is_flag=True, help="Start over: forget the run of this name.")
 @click.option("--workers", type=click.IntRange(1, 1024), help="Instead of workers.count.")
-def run(job: Path, dry_run: bool, fresh: bool, workers: int | None) -> None:
+def run(
+    job: Path,
+    dry_run: bool,
+    advise: bool,
+    devices: str,
+    network: float | None,
+    plot: Path | None,
+    fresh: bool,
+    workers: int | None,
+) -> None:
     """Run the job in a TOML file, or go on with it."""
     wanted = _with_workers(read_job(job), workers)
     console = Console()
+    if advise:
+        from train.advise.command import show
+
+        show(wanted, console, devices, network, plot)
+        return
+    if devices or network or plot:
+        raise ValueError("--devices, --network and --plot are read with --advise")
     if dry_run:
         from train.estimate import estimate
         from train.journal import configure_torch
@@ -172,7 +199,7 @@ def carry_on(job: Job, folder: RunFolder, console: Console) -> int:
         return 2 if error.by_user else 1
     found = folder.status()
     console.print(f"{found.phase}: {line(found)}", highlight=False, soft_wrap=True)
-    if plot(folder, folder.plot):
+    if draw_losses(folder, folder.plot):
         console.print(f"The loss is drawn in {folder.plot}", highlight=False, soft_wrap=True)
     else:
         console.print("The loss is not drawn: pip install sanderling[plot]", markup=False)

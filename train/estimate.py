@@ -223,6 +223,12 @@ def state_bytes(job: Job, start: Start, parameters: int, moments: int) -> int:
     if job.pipeline.stages:
         return round((2 * size * parameters + moments) * _largest_stage(job, start))
     weights, gradient = size * parameters, (size if stage else wide) * parameters
+    if job.workers.staleness is not None:
+        # Of a server: a share of masters and moments, and of waves that are not whole yet from all.
+        waiting = wide * parameters * (job.workers.staleness + 1)
+        added = 0 if job.optimizer.name != "sgd" or job.optimizer.beta1 else waiting
+        served = (wide * parameters + moments) * share
+        return round(weights + masters + gradient + served + waiting + added)
     if job.resilience.mode == "gemini":
         # Gradients are summed whole; a share lies in memory as it is trained on, and in copies.
         own = (parameters * wide + moments) * share

@@ -121,6 +121,12 @@ class WorkersTable(Strict):
     shares: Literal["equal", "measured"] = Field(
         "equal", description="Of a step's samples: to all alike, or by measured speed."
     )
+    staleness: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="HetPipe: steps that a worker may be ahead of the others; none: all together.",
+    )
 
 
 class ShardingTable(Strict):

@@ -91,6 +91,10 @@ def build_learner(job: Job, start: Start, stream: SampleStream, folder: RunFolde
 
         return PipelineLearner(job, start, stream)
     model = build_model(job, start)
+    if job.workers.staleness is not None:
+        from train.heterogeneous.hetpipe_job import HetPipeLearner
+
+        return HetPipeLearner(job, model, stream)
     if not job.sharding.stage:
         if job.workers.shares == "measured":
             return Whole(job, model, stream, Measured(unit=job.micro_samples))

@@ -9,7 +9,7 @@ import sys
 
 from tests.prove.table import main
 
-MODULES = ("parallel_comm", "parallel_memory", "parallel_mesh")
+MODULES = ("parallel_comm", "parallel_memory", "parallel_mesh", "parallel_hetero")
 
 if __name__ == "__main__":
     sys.exit(main("prove-parallel", MODULES))
