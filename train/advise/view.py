@@ -104,6 +104,6 @@ def draw(advice: Advice, path: Path) -> None:
     axes.set_yticks(range(len(shown)), [_said(a.settings) for a in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="ms of a step", title=f"{shown[0].job.name}: the fastest forms, as estimated")
-    axes.margins(x=0.15)
-    axes.legend(fontsize=8)
+    axes.set_xlim(0, 1.1 * max(begun))  # room for the sizes
+    figure.legend(loc="outside lower center", ncols=len(PARTS), fontsize=8)
     figure.savefig(path)
