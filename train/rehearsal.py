@@ -21,7 +21,7 @@ from train.job import Job
 from train.local import launch
 from train.run import Run
 from train.weights import Start
-from train.worker import work
+from train.worker import leave, work
 from train.world import World
 
 WARM_UP = 2
@@ -111,4 +111,4 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(work(sys.argv[1:], measured))
+    leave(work(sys.argv[1:], measured))
