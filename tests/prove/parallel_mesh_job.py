@@ -50,7 +50,8 @@ def rows() -> Iterator[Row]:
 def _of_mesh(name: str, mesh: dict[str, Any], scratch: Path) -> Iterator[Row]:
     job = _job(scratch, "large", mesh, LARGE)
     said = plan(job, read_start(job).config).memory_bytes
-    idle = ran(_job(scratch, "small", mesh, SMALL)).peak_bytes
+    # Its steps are short: enough of them that somebody looks meanwhile.
+    idle = ran(_job(scratch, "small", mesh, SMALL, 20 * STEPS)).peak_bytes
     told = estimate(job)
     found = ran(job)
     took = found.peak_bytes - idle
@@ -70,7 +71,9 @@ def _of_mesh(name: str, mesh: dict[str, Any], scratch: Path) -> Iterator[Row]:
     )
 
 
-def _job(scratch: Path, name: str, mesh: dict[str, Any], model: dict[str, Any]) -> Job:
+def _job(
+    scratch: Path, name: str, mesh: dict[str, Any], model: dict[str, Any], steps: int = STEPS
+) -> Job:
     texts = tiny.write_texts(scratch / "texts", 40)
     samples = 8
     return tiny.job(
@@ -79,7 +82,7 @@ def _job(scratch: Path, name: str, mesh: dict[str, Any], model: dict[str, Any]) 
         model=model,
         data={"sources": (str(texts),), "sequence_tokens": 256},
         run={
-            "tokens": 256 * samples * STEPS,
+            "tokens": 256 * samples * steps,
             "batch_tokens": 256 * samples,
             "micro_batch_tokens": 256 * 4,
         },
@@ -109,11 +112,13 @@ def ran(job: Job) -> Ran:
     def watch() -> None:
         nonlocal peak
         status = folder.status()
-        if status.phase == "training" and status.step < STEPS - 1:
+        if status.phase == "training" and status.step < job.steps - 1:
             peak = max(peak, *(_peak_bytes(child.pid) for child in psutil.Process().children()))
 
     begun_s = time.monotonic()
-    launch(job, folder, watch)
+    with folder.locked():  # else its status says that nobody runs it
+        launch(job, folder, watch)
+    assert peak, "nobody looked while it trained"
     whole_s = time.monotonic() - begun_s
     steps = [line["step_s"] for line in folder.read_metrics() if "loss" in line]
     return Ran(peak, statistics.median(steps[WARM_UP:]), whole_s)
