@@ -71,7 +71,7 @@ SUITES = (
     Suite("MegaBlocks and Tutel: nothing dropped, no weight moved, the tuner", (EXPERTS,)),
     Suite(
         "unequal shares: best of all, the gradient the same; >= 1.25 x at speeds 1 and 0.4",
-        ("tests/train/heterogeneous",),
+        ("tests/train/heterogeneous/test_shares.py",),
         slow=True,
     ),
 )

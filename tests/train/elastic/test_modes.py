@@ -92,16 +92,20 @@ def refuse_another_curve(folder: RunFolder, expected: list[float]) -> None:
     assert {len(set(line["ids"])) for line in sampled} == {12}
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[float]]:
+def alone(path: Path) -> dict[bool, list[float]]:
     """One process's losses, by whether head and embedding are tied."""
-    path = tmp_path_factory.mktemp("alone")
     found = {}
     for tied in (True, False):
         run = make(job(path, f"tied-{tied}", model={"tied_head": tied}, **LONG))
         run.run(LocalWorld())
         found[tied] = losses(run)
     return found
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[float]]:
+    """One process's losses, by whether head and embedding are tied."""
+    return alone(tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.parametrize(

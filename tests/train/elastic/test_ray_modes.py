@@ -13,15 +13,14 @@ import ray
 
 from cluster.raylocal.session import RaySession
 from cluster.settings import resolve
-from tests.train.elastic.test_modes import EVERY, LONG, MODES, lost, refuse_another_curve
-from tests.train.test_run import job, losses, make
+from tests.train.elastic.test_modes import EVERY, LONG, MODES, alone, lost, refuse_another_curve
+from tests.train.test_run import job
 from train.commands import begin
 from train.elastic import job as elastic_job
 from train.elastic.job import launch_on_ray
 from train.folder import RunFolder, read_lines
 from train.job import Job
 from train.view import console_of_nobody
-from train.world import LocalWorld
 
 pytestmark = pytest.mark.live
 CHECKED: dict[str, dict[str, Any]] = {**MODES, "checkfreq": {}}
@@ -40,13 +39,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySession]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[float]]:
     """One process's losses, by whether head and embedding are tied."""
-    path = tmp_path_factory.mktemp("alone")
-    found = {}
-    for tied in (True, False):
-        run = make(job(path, f"tied-{tied}", model={"tied_head": tied}, **LONG))
-        run.run(LocalWorld())
-        found[tied] = losses(run)
-    return found
+    return alone(tmp_path_factory.mktemp("alone"))
 
 
 def wanted(path: Path, mode: str) -> Job:
