@@ -102,8 +102,7 @@ class AwsSite:
         """What a call returns or raises, with time passing for as long as it sleeps."""
         task = asyncio.ensure_future(call)
         while not task.done():
-            for _ in range(16):
-                await asyncio.sleep(0)
+            await others_rest()
             if self.busy:
                 await asyncio.sleep(0.001)
             elif self.clock._sleepers and not task.done():
@@ -124,6 +123,15 @@ class AwsSite:
 
     def now_s(self) -> float:
         return self.clock.now_s()
+
+
+async def others_rest() -> None:
+    """Until every other task waits for time or for a thread. A count of turns would not do: who is
+    on its way from one call to the next would find that its deadline has passed."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
+    await asyncio.sleep(0)
+    while ready:
+        await asyncio.sleep(0)
 
 
 def played(
