@@ -40,7 +40,7 @@ def resumed(report: Report) -> list[Resumed]:
 def test_a_step_torn_by_a_kill_leaves_the_version_before_it_whole(
     place: str, tmp_path: Path, undisturbed: list[float]
 ):
-    job = Tiny(tmp_path, STEPS, copies=2, kill=("w1", 9, place))
+    job = Tiny(tmp_path, STEPS, copies=2, kill=(9, place))
     report = supervise(job, REPLACED)
     assert (tmp_path / "killed").exists()
     assert curve(report.losses) == undisturbed
@@ -59,8 +59,9 @@ def test_a_step_torn_by_a_kill_leaves_the_version_before_it_whole(
 @pytest.mark.parametrize("fault", ["no commit", "no snapshot"])
 def test_what_the_torn_step_needs(fault: str, tmp_path: Path, undisturbed: list[float]):
     """Each mechanism left out is missed: state is lost, or the curve is another."""
-    job = Tiny(tmp_path, STEPS, copies=2, kill=("w1", 9, "torn"), fault=fault)
+    job = Tiny(tmp_path, STEPS, copies=2, kill=(9, "torn"), fault=fault)
     report = supervise(job, REPLACED)
+    assert (tmp_path / "killed").exists()
     assert report.lost() or curve(report.losses) != undisturbed
 
 

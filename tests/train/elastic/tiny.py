@@ -82,9 +82,9 @@ def cut(length: int, rank: int, size: int) -> slice:
 
 
 class Moment:
-    """A place in a step at which this process dies, once: the first to make the file does."""
+    """A place in a step at which a worker dies, once: the first to make the file does."""
 
-    def __init__(self, folder: Path, worker: str, kill: tuple[str, int, str] | None) -> None:
+    def __init__(self, folder: Path, worker: str, kill: tuple[int, str] | None) -> None:
         self._path, self._worker, self._kill = folder / "killed", worker, kill
 
     def attempt(self, generation: int, step: int, ids: range) -> None:
@@ -92,7 +92,7 @@ class Moment:
         _write(self._path.parent, self._worker, {"generation": generation, "try": [step, *ids]})
 
     def at(self, step: int, place: str) -> None:
-        if self._kill == (self._worker, step, place):
+        if self._kill == (step, place):
             try:
                 self._path.touch(exist_ok=False)
             except FileExistsError:
@@ -238,13 +238,13 @@ FAULTS: dict[str, type[PeerMemory]] = {"no commit": HastyMemory, "no snapshot": 
 
 @dataclass(frozen=True)
 class Tiny:
-    """What a test wants of the job. kill: worker, step, place of its own end. copies: 0 for whole
+    """What a test wants of the job. kill: step and place of a worker's end. copies: 0 for whole
     state on every worker. store_every: steps between versions in folder/store."""
 
     folder: Path
     steps: int
     pause_s: float = 0.0
-    kill: tuple[str, int, str] | None = None
+    kill: tuple[int, str] | None = None
     copies: int = 0
     store_every: int = 0
     fault: str = ""
