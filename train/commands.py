@@ -205,7 +205,11 @@ def carry_on(job: Job, folder: RunFolder, console: Console) -> int:
         console.print("The loss is not drawn: pip install sanderling[plot]", markup=False)
     if found.phase == "finished":
         console.print(
-            f"Serve it: sanderling up --model {folder.path}", highlight=False, soft_wrap=True
+            f"Mixtral's format, for whoever reads that: {folder.path}"
+            if job.model.experts
+            else f"Serve it: sanderling up --model {folder.path}",
+            highlight=False,
+            soft_wrap=True,
         )
     elif found.phase in ENDED:
         console.print(

@@ -3,6 +3,7 @@ micro-batch here, seconds by a rehearsal on the job's own workers. Behind `--dry
 of a run.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
-from train.combine import uneven
+from train.combine_mesh import uneven
 from train.communication.exchange import Exchange
 from train.communication.transport import dense_bytes
 from train.job import Job
@@ -71,6 +72,13 @@ def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) 
     return 6.0 * (parameters - looked_up) + attention
 
 
+def active(job: Job, config: ModelConfig, parameters: int) -> int:
+    """Weights of the whole model that one token sees: of experts only those that it is sent to."""
+    table = job.model
+    unseen = max(table.experts - table.experts_per_token, 0) if table.experts else 0
+    return parameters - unseen * config.layers * 3 * config.ff * config.hidden
+
+
 def peak_flops(dtype: torch.dtype, rounds: int = 5) -> float:
     """Floating-point operations per second of a large matrix product here, at its best."""
     a, b = (torch.ones(PROBE, PROBE, dtype=dtype) for _ in range(2))
@@ -87,7 +95,7 @@ def estimate(job: Job) -> Estimate:
     counted instead), and rehearses where the workers are this machine's. ValueError as the job's
     parts have it, WorkerFailed."""
     start = read_start(job)
-    size = _size_of_part(job, start) if not job.mesh.plain else _size(job, start)
+    size = _size_of_part(job, start) if job.meshed else _size(job, start)
     here = job.workers.where in ("local", "elastic")
     if here and job.workers.count <= CROWD * (psutil.cpu_count() or 1):
         step_s, other_s, how = _rehearsed(job, start)
@@ -99,7 +107,9 @@ def estimate(job: Job) -> Estimate:
         size.activation_bytes,
         step_s,
         job.steps,
-        flops_per_token(start.config, size.parameters, job.data.sequence_tokens),
+        flops_per_token(
+            start.config, active(job, start.config, size.parameters), job.data.sequence_tokens
+        ),
         other_s,
         how,
         size.sent,
@@ -137,8 +147,10 @@ def _size_of_part(job: Job, start: Start) -> _Size:
     config = start.config
     for sentence in uneven(job, config.heads, config.kv_heads, config.ff):
         raise ValueError(sentence)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Llama(config).parameters())
+    from train.parallel.mesh_job import whole_shapes
+
+    shapes = whole_shapes(job, config)
+    parameters = sum(map(math.prod, shapes.values()))
     found = plan(job, config)
     return _Size(parameters, found.state_bytes, found.activation_bytes, found.rows)
 

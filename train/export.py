@@ -14,15 +14,27 @@ from models.config import ModelConfig
 from train.data.spelling import CHAT_TEMPLATE, SPECIAL, byte_tokenizer
 from train.weights import Start
 
+MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+"""Names of an expert's matrices."""
 
-def export(folder: Path, start: Start, weights: dict[str, Tensor]) -> None:
+
+def export(
+    folder: Path, start: Start, weights: dict[str, Tensor], experts_per_token: int = 0
+) -> None:
     """Writes config.json, the tokenizer's files and model.safetensors.
 
     weights: by transformers' names, in the dtype they are to be kept in; a tied head is left out.
+    Experts become Mixtral's (Jiang et al. 2024), whose router is ours; experts_per_token: theirs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    _write(folder / "config.json", json.dumps(config_json(start.config, dtype), indent=1))
+    values = config_json(start.config, dtype)
+    if experts_per_token:
+        weights, experts = as_mixtral(weights)
+        values |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+        values |= {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
+        values |= {"sliding_window": None}
+    _write(folder / "config.json", json.dumps(values, indent=1))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if start.text is None:
         _write(folder / "tokenizer.json", json.dumps(byte_tokenizer(), ensure_ascii=False))
@@ -36,6 +48,23 @@ def export(folder: Path, start: Start, weights: dict[str, Tensor]) -> None:
     part = folder / "model.safetensors.part"
     save_file({n: t.contiguous() for n, t in weights.items()}, part, metadata={"format": "pt"})
     part.replace(folder / "model.safetensors")
+
+
+def as_mixtral(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Weights by Mixtral's names, each expert's matrices apart; how many experts."""
+    made: dict[str, Tensor] = {}
+    experts = 0
+    for name, tensor in weights.items():
+        layer, found, part = name.partition(".mlp.experts.")
+        if not found:
+            made[name] = tensor
+        elif part == "router":
+            made[f"{layer}.block_sparse_moe.gate.weight"] = tensor
+        else:
+            experts = len(tensor)
+            for index, matrix in enumerate(tensor):
+                made[f"{layer}.block_sparse_moe.experts.{index}.{MIXTRAL[part]}.weight"] = matrix
+    return made, experts
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:

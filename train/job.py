@@ -12,31 +12,11 @@ from pydantic import Field, model_validator
 
 from cluster.reading import Strict, read_toml, validated
 from train.combine import refused
+from train.shapes import MeshTable, ModelTable
 from train.tables import CommunicationTable, CompressionTable, MemoryTable
 
 KNOWN_SOURCES = ("brown", "python")
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class ModelTable(Strict):
-    """The model: one that exists, or the shape of a fresh one."""
-
-    start_from: str = Field("", description="Model setting to go on from; empty: a fresh one.")
-    layers: int = Field(3, ge=1, le=1024, description="Decoder layers.")
-    hidden: int = Field(256, ge=8, le=65_536, description="Width of the residual stream.")
-    heads: int = Field(4, ge=1, le=1024, description="Query heads; hidden is a multiple.")
-    kv_heads: int = Field(4, ge=1, le=1024, description="Key and value heads; heads is a multiple.")
-    feed_forward: int = Field(704, ge=8, le=1 << 20, description="Inner width of the SwiGLU.")
-    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary positions.")
-    tied_head: bool = Field(True, description="The embedding is the output matrix, too.")
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> Self:
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden must be a multiple of 2 x heads = {2 * self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads = {self.kv_heads}")
-        return self
 
 
 class DataTable(Strict):
@@ -148,37 +128,6 @@ class PipelineTable(Strict):
     )
 
 
-class MeshTable(Strict):
-    """A replica of the model over several workers (train/parallel/mesh*.py). `workers.count` is
-    tensor x sequence x replicas; replicas have samples of their own (data parallelism)."""
-
-    tensor: int = Field(
-        1, ge=1, le=1024, description="Workers that share each matrix (Megatron-LM); 1: whole."
-    )
-    sequence_parallel: bool = Field(
-        False, description="Tensor workers share the tokens between matrices, too (Megatron's SP)."
-    )
-    sequence: int = Field(
-        1, ge=1, le=1024, description="Workers that share the tokens of each sequence; 1: whole."
-    )
-    sequence_kind: Literal["ring", "ulysses"] = Field(
-        "ring", description="How these attend: keys go round, or heads are exchanged (sequence)."
-    )
-    full_shard: bool = Field(
-        False, description="Replicas share weights, gradients and moments (FSDP)."
-    )
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is asked for: a worker is a replica, and holds all of its state."""
-        return self.tensor == 1 and self.sequence == 1 and not self.full_shard
-
-    @property
-    def replica_workers(self) -> int:
-        """Workers of one replica."""
-        return self.tensor * self.sequence
-
-
 class ResilienceTable(Strict):
     """What a loss costs. train/README.md says what each mode needs beside it."""
 
@@ -288,6 +237,11 @@ class Job(Strict):
     def micro_samples(self) -> int:
         """Samples that a worker computes at once."""
         return self.run.micro_batch_tokens // self.data.sequence_tokens
+
+    @property
+    def meshed(self) -> bool:
+        """Whether its workers are a mesh's: a replica, a matrix or a mixture over several."""
+        return bool(self.model.experts) or not self.mesh.plain
 
     @property
     def steps(self) -> int:

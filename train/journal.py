@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models.config import ModelConfig
-from train.estimate import flops_per_token, peak_flops
+from train.estimate import active, flops_per_token, peak_flops
 from train.folder import RunFolder, Status
 from train.job import Job
 from train.precision import COMPUTE
@@ -33,7 +33,9 @@ class Journal:
     def __init__(self, job: Job, folder: RunFolder, config: ModelConfig, parameters: int) -> None:
         self.job, self.folder = job, folder
         self.status = Status("starting", steps=job.steps)
-        self.flops_per_token = flops_per_token(config, parameters, job.data.sequence_tokens)
+        self.flops_per_token = flops_per_token(
+            config, active(job, config, parameters), job.data.sequence_tokens
+        )
         self.peak = 0.0
         self._step_s, self._last_s, self._written_s = 0.0, 0.0, 0.0
         self._open_board = _board_opener() if job.report.tensorboard else None

@@ -82,7 +82,7 @@ def build_learner(job: Job, start: Start, stream: SampleStream, folder: RunFolde
         from train.memory.trainers import build_trainer
 
         return InLessMemory(build_trainer(job, folder, start, stream))
-    if not job.mesh.plain:
+    if job.meshed:
         from train.parallel.mesh_job import MeshLearner
 
         return MeshLearner(job, start, stream)

@@ -160,7 +160,8 @@ class Run:
             ending = "out of budget"
         weights = self.trainer.exported(world)
         if world.rank == 0:
-            export(self.folder.path, self.start, weights)
+            chosen = self.job.model.experts_per_token if self.job.model.experts else 0
+            export(self.folder.path, self.start, weights, chosen)
             reason = self.journal.over_budget() if ending == "out of budget" else ""
             self.journal.end(ending, reason)
         world.barrier()

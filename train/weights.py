@@ -26,7 +26,7 @@ from train.data.spelling import END_ID, VOCABULARY
 from train.job import Job
 from train.model import INITIAL_STD, Llama
 
-RESIDUAL = ("o_proj.weight", "down_proj.weight")
+RESIDUAL = ("o_proj.weight", "down_proj.weight", "experts.down")
 """Matrices that write to the residual stream."""
 
 

@@ -70,6 +70,10 @@ SUITES = (
     Suite("Ulysses and the ring: outputs, gradients, bytes; zigzag <= 1.05", (SEQUENCE,)),
     Suite("MegaBlocks and Tutel: nothing dropped, no weight moved, the tuner", (EXPERTS,)),
     Suite(
+        "Experts in a job: one curve, whatever travels; checkpoints; Mixtral in transformers",
+        ("tests/train/parallel/test_experts_job.py",),
+    ),
+    Suite(
         "unequal shares: best of all, the gradient the same; >= 1.25 x at speeds 1 and 0.4",
         ("tests/train/heterogeneous/test_shares.py",),
         slow=True,

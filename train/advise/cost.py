@@ -11,7 +11,7 @@ from typing import NamedTuple
 from models.config import ModelConfig
 from train.advise.amp import Assignment, LayerTable, Shape, assign
 from train.advise.machines import Machines
-from train.combine import uneven
+from train.combine_mesh import uneven
 from train.data.stream import share
 from train.estimate import flops_per_token, moment_bytes, state_bytes
 from train.heterogeneous.shares import shares
@@ -89,7 +89,7 @@ class Pricer:
             if config.tied_head:
                 raise ValueError("pipeline.stages needs layers that share no weights")
             return self._pipeline(job)
-        if not job.mesh.plain:
+        if job.meshed:
             for sentence in uneven(job, config.heads, config.kv_heads, config.ff):
                 raise ValueError(sentence)
         memory = self._memory(job)

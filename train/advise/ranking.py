@@ -47,6 +47,11 @@ class Advice:
 
 def advise(job: Job, start: Start, machines: Machines) -> Advice:
     """Every form of the job on these machines. ValueError where none fits."""
+    if job.model.experts:
+        raise ValueError(
+            f"model.experts = {job.model.experts}: forms of a job with experts are not weighed; 0 "
+            "is accepted, or --dry-run of each form"
+        )
     pricer, refused = Pricer(start, machines), Counter[str]()
     ranked: list[Advised] = []
     too_large: list[tuple[Settings, str]] = []

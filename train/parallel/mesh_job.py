@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.config import ModelConfig
 from train.checkpoint.piece import Piece
 from train.checkpoint.reader import Checkpoint
-from train.combine import uneven
+from train.combine_mesh import uneven
 from train.data.stream import SampleStream, share
 from train.job import Job
-from train.model import Llama
 from train.parallel.mesh import Mesh, build_mesh
-from train.parallel.mesh_model import MeshLlama
+from train.parallel.mesh_model import ExpertTable, MeshLlama
 from train.parallel.mesh_pieces import load_pieces, mesh_pieces
 from train.parallel.mesh_state import whole_parameters
 from train.parallel.mesh_trainer import MeshTrainer
@@ -34,9 +34,7 @@ class MeshLearner:
         for sentence in uneven(job, config.heads, config.kv_heads, config.ff):
             raise ValueError(sentence)
         self.job, self.start, self.stream = job, start, stream
-        with torch.device("meta"):
-            named = dict(Llama(config).named_parameters())
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self.shapes = whole_shapes(job, config)
         self.parameters = sum(map(math.prod, self.shapes.values()))
         self.before_update: Callable[[], None] = lambda: None
         self._trainer: MeshTrainer | None = None
@@ -60,7 +58,9 @@ class MeshLearner:
     def enter(self, world: World) -> None:
         """See `Learner`. ValueError where so many workers make no mesh."""
         table = self.job.mesh
-        mesh = build_mesh(world.size, sequence=table.sequence, tensor=table.tensor)
+        mesh = build_mesh(
+            world.size, sequence=table.sequence, tensor=table.tensor, expert=table.expert
+        )
         model = self._model(mesh)
         self._trainer = MeshTrainer(self.job, model, self.stream, full_shard=table.full_shard)
         self._trainer.before_update = lambda: self.before_update()
@@ -75,6 +75,7 @@ class MeshLearner:
                 self.job.data.sequence_tokens,
                 sequence_parallel=table.sequence_parallel,
                 ring=table.sequence_kind == "ring",
+                experts=experts_of(self.job),
             )
         model.to_empty(device="cpu")
         model.tie()
@@ -108,16 +109,17 @@ class MeshLearner:
         trainer.step_number, trainer.samples = found.step, found.meta["samples"]
 
     def nats(self, rows: Sequence[Tensor], world: World) -> float:
-        """See `Learner`: shared out among replicas; equally many passes if they share weights."""
-        model, shared = self.trainer.model, self.trainer.state.shared
+        """See `Learner`: shared out among replicas; equally many passes if they share weights
+        or experts."""
+        model, together = self.trainer.model, self.trainer.together
         data, tensor = model.mesh.data, model.mesh.tensor
         mine = share(0, len(rows), data.rank, data.size)
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
             for turn in range(-(-len(rows) // data.size)):
                 own = turn < mine.samples
-                if own or shared:
-                    nats = float(model.loss(rows[mine.first + turn if own else 0]))
+                if own or together:
+                    nats = float(model.nats(rows[mine.first + turn if own else 0]))
                     total += nats if own else 0.0
         total /= tensor.size  # whose ranks have the same
         world.all_reduce(total)
@@ -131,3 +133,18 @@ class MeshLearner:
             if world.rank == 0:
                 found[name] = parameter.to(compute)
         return found
+
+
+def experts_of(job: Job) -> ExpertTable | None:
+    """The mixture that a job asks for."""
+    table = job.model
+    if not table.experts:
+        return None
+    return ExpertTable(table.experts, table.experts_per_token, table.balance)
+
+
+def whole_shapes(job: Job, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of the whole model's parameters, by name."""
+    with torch.device("meta"):
+        model = MeshLlama(config, Mesh(), job.data.sequence_tokens, experts=experts_of(job))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -29,6 +29,7 @@ COLUMN = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight",
 COLUMN_BIAS = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 ROW = ("o_proj.weight", "down_proj.weight")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+EXPERTS = ("experts.gate", "experts.up", "experts.down")
 SPLIT = COLUMN + COLUMN_BIAS + ROW + VOCABULARY
 
 
@@ -100,16 +101,18 @@ class ExpertTable(NamedTuple):
 
 
 class MeshExperts(nn.Module):
-    """A mixture of experts that data ranks share. balance: the loss of the newest pass."""
+    """A mixture of experts that data ranks share. balance: the loss of the newest pass; degree: of
+    parallelism of the next one (`Experts`)."""
 
     def __init__(self, config: ModelConfig, axis: Axis, table: ExpertTable) -> None:
         super().__init__()
         self.experts = Experts(config.hidden, config.ff, table.experts, table.top_k, axis.group)
         self.balance = torch.zeros(())
+        self.degree = self.experts.placement.slices
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, tokens, hidden)."""
-        out, routing = self.experts(x.flatten(0, 1))
+        out, routing = self.experts(x.flatten(0, 1), self.degree)
         self.balance = routing.balance
         made: Tensor = out.view_as(x)
         return made
@@ -211,8 +214,14 @@ class MeshLlama(nn.Module):
         return lambda q, k, v: ring_attention(q, k, v, round_trip)
 
     def loss(self, tokens: Tensor) -> Tensor:
+        """`nats`, and what a mixture's imbalance adds: that of this rank's own tokens."""
+        nats = self.nats(tokens)
+        count = tokens.shape[0] * self._order.local_tokens
+        return nats + self._imbalance() * count
+
+    def nats(self, tokens: Tensor) -> Tensor:
         """Summed cross-entropy in nats of this rank's share of tokens (batch, tokens + 1), which
-        all ranks of a replica are given whole. The sum over sequence ranks is the loss; tensor
+        all ranks of a replica are given whole. The sum over sequence ranks is the whole; tensor
         ranks have the same."""
         axis = self.mesh.tensor
         positions = self._order.positions(self.mesh.sequence.rank)
@@ -224,14 +233,18 @@ class MeshLlama(nn.Module):
             x = layer(x, cos, sin)
         x = self.model.norm(x)
         logits = column(x, (self.lm_head.weight,), axis, self.sequence_parallel)
-        nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
-        return nats + self._imbalance() * targets.numel()
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
 
     def _imbalance(self) -> Tensor | float:
         if self.experts is None or not self.experts.balance:
             return 0.0
-        losses = [m.balance for m in self.modules() if isinstance(m, MeshExperts)]
+        losses = [mixture.balance for mixture in self.mixtures]
         return self.experts.balance * torch.stack(losses).mean()
+
+    @property
+    def mixtures(self) -> list[MeshExperts]:
+        """One for each layer; none without experts."""
+        return [module for module in self.modules() if isinstance(module, MeshExperts)]
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions (n,), each (n, head_dim / 2)."""
@@ -242,8 +255,7 @@ class MeshLlama(nn.Module):
     @property
     def expert_names(self) -> list[str]:
         """Names of parameters that only ranks of mesh.replicas have alike."""
-        held = ("experts.gate", "experts.up", "experts.down")
-        return [name for name, _ in self.named_parameters() if name.endswith(held)]
+        return [name for name, _ in self.named_parameters() if name.endswith(EXPERTS)]
 
     @property
     def whole_everywhere(self) -> list[str]:

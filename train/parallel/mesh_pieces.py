@@ -3,7 +3,7 @@ others write, so any mesh goes on from any other, from one worker, and the other
 
 Of what several ranks hold alike each writes some rows. Most parts are rows of the whole matrix and
 lie in one stretch of it; where tensor ranks have columns (`ROW`), they exchange them first, so that
-each writes some rows whole.
+each writes some rows whole. Of experts each rank has whole ones.
 """
 
 import math
@@ -17,7 +17,14 @@ from torch import Tensor
 from train.checkpoint.piece import Piece, dtype_name
 from train.checkpoint.reader import Checkpoint, read_checked
 from train.parallel.mesh import Axis
-from train.parallel.mesh_model import COLUMN, COLUMN_BIAS, ROW, VOCABULARY, MeshLlama
+from train.parallel.mesh_model import (
+    COLUMN,
+    COLUMN_BIAS,
+    EXPERTS,
+    ROW,
+    VOCABULARY,
+    MeshLlama,
+)
 from train.parallel.mesh_state import MASTER, Held, MeshState
 from train.parallel.vocabulary import rows_of
 from train.parallel.zero_flat import best_name
@@ -31,20 +38,21 @@ def mesh_pieces(
 ) -> list[Piece]:
     """What this rank writes of a checkpoint; called by all ranks. compute: of weights, which are
     masters of that dtype, or written beside them."""
-    everywhere = set(model.whole_everywhere)
+    everywhere, experts = set(model.whole_everywhere), set(model.expert_names)
     made: list[Piece] = []
     for held in state.held():
-        copies = [model.mesh.sequence, *([] if state.shared else [model.mesh.data])]
+        data = model.mesh.replicas if held.name in experts else model.mesh.data
+        copies = [model.mesh.sequence, *([] if state.shared else [data])]
         if held.name in everywhere:
             copies.append(model.mesh.tensor)
-        row, block = _written(held, copies, model.mesh.tensor, shapes[held.name])
+        row, block = _written(held, copies, model, shapes[held.name])
         if block.numel():
             made += _of_kinds(held, row, block, shapes[held.name], compute)
     return made
 
 
 def _written(
-    held: Held, copies: list[Axis], axis: Axis, whole: tuple[int, ...]
+    held: Held, copies: list[Axis], model: MeshLlama, whole: tuple[int, ...]
 ) -> tuple[int, Tensor]:
     """This rank's rows of what it holds like others: the first one's place in the whole, and them.
     copies: axes whose ranks hold the same."""
@@ -53,11 +61,11 @@ def _written(
         index, size = index * alike.size + alike.rank, size * alike.size
     rows = len(held.data)
     first, last = rows * index // size, rows * (index + 1) // size
-    block, row = held.data[first:last], held.first + first
+    block, row, axis = held.data[first:last], held.first + first, model.mesh.tensor
     if held.name.endswith(ROW) and axis.size > 1:
         block, moved = whole_rows(block, axis)
         return row + moved, block
-    return row + _rows_before(held.name, whole, axis), block
+    return row + _rows_before(held.name, whole, model), block
 
 
 def whole_rows(block: Tensor, axis: Axis) -> tuple[Tensor, int]:
@@ -98,7 +106,7 @@ def load_pieces(state: MeshState, model: MeshLlama, shapes: Shapes, found: Check
     for held in state.held():
         whole = shapes[held.name]
         width = math.prod(whole[1:])
-        row = held.first + _rows_before(held.name, whole, axis)
+        row = held.first + _rows_before(held.name, whole, model)
         span = (row * width, (row + len(held.data)) * width)
         rows = found.read(_name_in(found, held), *span).view(-1, *whole[1:])
         held.data.copy_(rows.chunk(axis.size, 1)[axis.rank] if held.name.endswith(ROW) else rows)
@@ -109,8 +117,12 @@ def _name_in(found: Checkpoint, held: Held) -> str:
     return best_name(found, held.name) if held.kind == MASTER else f"{held.kind}/{held.name}"
 
 
-def _rows_before(name: str, whole: tuple[int, ...], axis: Axis) -> int:
-    """Rows of the whole parameter that tensor ranks before this one have."""
+def _rows_before(name: str, whole: tuple[int, ...], model: MeshLlama) -> int:
+    """Rows of the whole parameter that tensor ranks before this one have, or experts that ranks
+    before it have."""
+    axis, expert = model.mesh.tensor, model.mesh.expert
+    if name.endswith(EXPERTS):
+        return whole[0] // expert.size * expert.rank
     if name.endswith(VOCABULARY):
         return int(rows_of(whole[0], axis).start)
     if name.endswith(COLUMN + COLUMN_BIAS):

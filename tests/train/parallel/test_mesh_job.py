@@ -114,7 +114,7 @@ def same_weights(found: Job, alone: Run) -> None:
     from safetensors.torch import load_file
 
     exported = load_file(found.path / "model.safetensors")
-    for name, tensor in alone.trainer.exported(LocalWorld()).items():
+    for name, tensor in load_file(alone.folder.path / "model.safetensors").items():
         torch.testing.assert_close(exported[name], tensor, atol=1e-9, rtol=0)
     checkpoint = open_checkpoints(found, found.path / "checkpoints").find()
     assert checkpoint is not None and checkpoint.step == STEPS
