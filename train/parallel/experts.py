@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.parallel.exchange import exchange_counts, gather_from, gather_weights, send_rows
-from train.parallel.routing import Routing, combine, route, sort_by_expert
+from train.parallel.routing import Routing, combine, put_back, route, sort_by_expert, take
 
 
 class Placement(NamedTuple):
@@ -126,9 +126,8 @@ class Experts(nn.Module):
         arrived = send_rows(rows, sent, received, self.group)
         local = torch.arange(at.local).repeat(at.size).repeat_interleave(theirs.flatten())
         by_expert = local.argsort(stable=True)
-        done = grouped(arrived[by_expert], theirs.sum(0).tolist(), *parts)
-        back = torch.empty_like(done).index_copy(0, by_expert, done)
-        home = send_rows(back, received, sent, self.group)
+        done = grouped(take(arrived, by_expert), theirs.sum(0).tolist(), *parts)
+        home = send_rows(put_back(done, by_expert), received, sent, self.group)
         if degree == 1:
             return home
         copies = torch.split(home, [n for n, ours in zip(sent, served, strict=True) if ours])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from models.config import ModelConfig
 from train.job import Job
+from train.parallel.expert_cost import Mixture, kept_bytes, own_elements, own_matrices
+from train.parallel.expert_cost import sent_bytes as mixture_sent
 
 WIDTHS_BYTES = {"float32": (4, 4), "bfloat16": (2, 4), "float64": (8, 8)}
 """`precision.compute`: bytes of a number as computed with (narrow), and as masters, moments, sums
@@ -29,6 +31,7 @@ class MeshShape:
     sequence_parallel: bool = False
     ring: bool = True
     full_shard: bool = False
+    mixture: Mixture | None = None
 
     @property
     def workers(self) -> int:
@@ -51,7 +54,14 @@ def shape_of(job: Job) -> MeshShape:
         sequence_parallel=table.sequence_parallel,
         ring=table.sequence_kind == "ring",
         full_shard=table.full_shard,
+        mixture=_mixture(job) if job.model.experts else None,
     )
+
+
+def _mixture(job: Job) -> Mixture:
+    model, mesh = job.model, job.mesh
+    weights = mesh.expert_travel == "weights"
+    return Mixture(model.experts, model.experts_per_token, mesh.expert, weights)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Matrices:
         return self.layers * _elements(self.layer, replicas) + _elements(self.ends, replicas)
 
 
-def matrices(config: ModelConfig, tensor: int) -> Matrices:
+def matrices(config: ModelConfig, tensor: int, mixture: Mixture | None = None) -> Matrices:
     """What the first of `tensor` workers has of each parameter."""
     hidden, inner = config.hidden, config.ff // tensor
     query = config.heads * config.head_dim // tensor
@@ -83,7 +93,11 @@ def matrices(config: ModelConfig, tensor: int) -> Matrices:
     biases = ((query, 1), (key, 1), (key, 1)) if config.qkv_bias else ()
     layer = (
         *((query, hidden), (key, hidden), (key, hidden), (hidden, query)),
-        *((inner, hidden), (inner, hidden), (hidden, inner)),
+        *(
+            ((inner, hidden), (inner, hidden), (hidden, inner))
+            if mixture is None
+            else ((mixture.experts, hidden), *own_matrices(config, mixture))
+        ),
         *biases,
         *((hidden, 1), (hidden, 1)),
     )
@@ -113,7 +127,7 @@ def state_bytes(
 ) -> StateBytes:
     """moments: numbers that the optimizer keeps of each weight (AdamW 2, SGD with momentum 1)."""
     narrow, wide = WIDTHS_BYTES[compute]
-    held = matrices(config, shape.tensor)
+    held = matrices(config, shape.tensor, shape.mixture)
     if shape.shared:
         share = wide * held.share(shape.replicas)
         return StateBytes(0, share, share, moments * share)
@@ -152,9 +166,13 @@ def activation_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, comput
     tokens = batch.micro_samples * batch.sequence_tokens // shape.sequence
     between = shape.tensor if shape.sequence_parallel else 1
     norm = 2 * config.hidden * narrow + wide
-    split = narrow * (_attention(config, shape) + 4 * (config.ff // shape.tensor))
+    split = narrow * _attention(config, shape)
+    if shape.mixture is None:
+        split += 4 * narrow * (config.ff // shape.tensor)
     split += wide * (config.heads // shape.tensor)
     layers = config.layers * (tokens * split + 2 * norm * tokens // between)
+    if shape.mixture is not None:
+        layers += config.layers * kept_bytes(config, shape.mixture, tokens, narrow, wide)
     logits = wide * -(-config.vocab // shape.tensor)
     ends = norm * tokens // between + tokens * (logits + 2 * INDEX_BYTES + narrow + 1)
     return layers + ends
@@ -209,16 +227,17 @@ def working_bytes(
 @dataclass(frozen=True)
 class SentBytes:
     """That a worker sends in a step, by who it is sent to: replicas, workers that share sequences,
-    workers that share matrices."""
+    workers that share matrices, workers that share experts."""
 
     data: float
     sequence: float
     tensor: float
+    experts: float = 0.0
 
     @property
     def total(self) -> float:
-        """Over all three."""
-        return self.data + self.sequence + self.tensor
+        """Over all of them."""
+        return self.data + self.sequence + self.tensor + self.experts
 
 
 def sent_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, compute: str) -> SentBytes:
@@ -226,7 +245,7 @@ def sent_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, compute: str
     it, a scatter or an exchange (n - 1) / n times. Few numbers a step (votes, norms) are left out.
     """
     narrow, wide = WIDTHS_BYTES[compute]
-    held, layers = matrices(config, shape.tensor), config.layers
+    held, layers = matrices(config, shape.tensor, shape.mixture), config.layers
     tokens = batch.samples * batch.sequence_tokens // shape.sequence
     crossing = _crosses(shape.tensor)
     if shape.sequence_parallel:
@@ -240,13 +259,20 @@ def sent_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, compute: str
     if shape.sequence_parallel:
         tensor += 2 * crossing * wide * held.everywhere
     summed = wide * (held.share(shape.replicas) if shape.shared else held.elements)
+    own, experts = 0, 0.0
+    if shape.mixture is not None:  # whose gradients are summed once more, over who has the same
+        own = wide * own_elements(config, shape.mixture)
+        experts = mixture_sent(config, shape.mixture, tokens, batch.passes, narrow)
+    summed += own
     sequence = layers * tokens * _attention_sent(config, shape, narrow, wide)
     sequence += 2 * _crosses(shape.sequence) * summed
     if shape.shared:  # weights for each pass forward and backward, gradients after it
         data = 3 * batch.passes * _crosses(shape.replicas) * narrow * held.elements
     else:
         data = 2 * _crosses(shape.replicas) * wide * held.elements
-    return SentBytes(data, sequence, tensor)
+        if shape.mixture is not None:
+            data += 2 * _crosses(shape.replicas // shape.mixture.sharers) * own
+    return SentBytes(data, sequence, tensor, experts)
 
 
 def _attention_sent(config: ModelConfig, shape: MeshShape, narrow: int, wide: int) -> float:

@@ -42,6 +42,7 @@ def plan(job: Job, config: ModelConfig) -> MeshPlan:
     working = working_bytes(config, shape, batch, compute).total
     sent = sent_bytes(config, shape, batch, compute)
     to = {"replicas": sent.data, "of a sequence": sent.sequence, "of a matrix": sent.tensor}
+    to["of a mixture"] = sent.experts
     told = ", ".join(f"{each / MIB:.1f} MiB {name}" for name, each in to.items() if each)
     rows = {
         "communication": f"{told} per worker and step" if told else "none: one worker",
@@ -62,6 +63,8 @@ def moments_of(job: Job) -> int:
 def _said(shape: MeshShape) -> str:
     whole = f"{shape.replicas} replicas" if shape.replicas > 1 else "1 replica"
     share = ", which share their state" if shape.shared else ""
+    if shape.mixture is not None and shape.mixture.sharers > 1:
+        share = f", {shape.mixture.sharers} to a mixture of {shape.mixture.experts} experts"
     kind = "a ring" if shape.ring else "exchanged heads"
     parts = []
     if shape.tensor > 1:

@@ -1,6 +1,6 @@
 """Which experts see which tokens, and the order in which rows travel to them. None is dropped."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,5 +46,31 @@ def sort_by_expert(chosen: Tensor, experts: int) -> Sorted:
 def combine(rows: Tensor, routing: Routing, order: Sorted) -> Tensor:
     """(tokens, hidden): each token's answers, weighted and added up in the order of its choices."""
     tokens, top_k = routing.experts.shape
-    placed = torch.empty_like(rows).index_copy(0, order.choice, rows)
+    placed = put_back(rows, order.choice)
     return (placed.view(tokens, top_k, -1) * routing.weights.unsqueeze(-1)).sum(1)
+
+
+def take(rows: Tensor, order: Tensor) -> Tensor:
+    """rows[order], of a permutation: keeps the order for its backward pass and nothing else."""
+    out: Tensor = _Permuted.apply(rows, order, True)  # type: ignore[no-untyped-call]
+    return out
+
+
+def put_back(rows: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `take`: row n goes to place order[n]."""
+    out: Tensor = _Permuted.apply(rows, order, False)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Permuted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, taken: bool) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.taken = taken
+        return rows[order] if taken else torch.empty_like(rows).index_copy_(0, order, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        (grad,) = grads
+        return _Permuted.forward(ctx, grad, order, not ctx.taken), None, None

@@ -10,6 +10,7 @@ import torch
 from tests.train.parallel.test_mesh_job import curve, follow, follow_all, laid, same_weights
 from tests.train.processes import on_ranks
 from tests.train.test_run import job, losses, make
+from train.checkpoints import open_checkpoints
 from train.folder import RunFolder
 from train.job import Job
 from train.learner import Learner
@@ -129,7 +130,8 @@ def test_who_has_fewer_samples_helps_in_the_passes_of_others(tmp_path: Path):
 def tuned(world: GlooWorld, path: str) -> list[int | None]:
     """Degrees of parallelism by step."""
     folder = RunFolder(Path(path))
-    run = Run(folder.job(), folder, None)
+    job_ = folder.job()
+    run = Run(job_, folder, open_checkpoints(job_, folder.checkpoints))
     trainer = mixture(run.trainer)
     trainer.enter(world)
     degrees: list[int | None] = []

@@ -35,14 +35,19 @@ MESHES: dict[str, dict[str, Any]] = {
     "fsdp x tp": {"tensor": 2, "full_shard": True},
     "fsdp x ring": {"sequence": 2, "full_shard": True},
     "fsdp": {"full_shard": True},
+    "ep x dp": {"expert": 2},
+    "ep of four, weights travel": {"expert": 4, "expert_travel": "weights"},
+    "ep x ring": {"expert": 2, "sequence": 2},
 }
-QUICK = ("dp x tp + sp", "ring x dp", "fsdp x tp")
+QUICK = ("dp x tp + sp", "ring x dp", "fsdp x tp", "ep x dp")
+MIXTURE = {"experts": 4, "experts_per_token": 2, "feed_forward": 176}
 
 
 def job_of(mesh: dict[str, Any], compute: str) -> Job:
     """Large enough that bytes of few numbers and of TCP's frames do not count."""
+    shape = {"layers": 3, "hidden": 128, "heads": 8, "kv_heads": 4, "feed_forward": 352}
     return tiny.job(
-        model={"layers": 3, "hidden": 128, "heads": 8, "kv_heads": 4, "feed_forward": 352},
+        model=shape | (MIXTURE if "expert" in mesh else {}),
         data={"sequence_tokens": 128},
         run={"batch_tokens": 128 * 8, "micro_batch_tokens": 128 * 2, "tokens": 128 * 8},
         precision={"compute": compute},
