@@ -260,17 +260,16 @@ def sent_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, compute: str
         tensor += 2 * crossing * wide * held.everywhere
     summed = wide * (held.share(shape.replicas) if shape.shared else held.elements)
     own, experts = 0, 0.0
-    if shape.mixture is not None:  # whose gradients are summed once more, over who has the same
+    if shape.mixture is not None:
         own = wide * own_elements(config, shape.mixture)
         experts = mixture_sent(config, shape.mixture, tokens, batch.passes, narrow)
-    summed += own
     sequence = layers * tokens * _attention_sent(config, shape, narrow, wide)
     sequence += 2 * _crosses(shape.sequence) * summed
     if shape.shared:  # weights for each pass forward and backward, gradients after it
         data = 3 * batch.passes * _crosses(shape.replicas) * narrow * held.elements
     else:
-        data = 2 * _crosses(shape.replicas) * wide * held.elements
-        if shape.mixture is not None:
+        data = 2 * _crosses(shape.replicas) * (wide * held.elements - own)
+        if shape.mixture is not None:  # summed by those who have the same experts
             data += 2 * _crosses(shape.replicas // shape.mixture.sharers) * own
     return SentBytes(data, sequence, tensor, experts)
 

@@ -4,6 +4,7 @@ shared out among data ranks by FSDP2 (ZeRO's stage 3), on top of what tensor ran
 
 import math
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
@@ -82,6 +83,7 @@ class Replicated:
         self.flat = FlatModel(model, compute)
         self.optimizer = build_optimizer(self.flat, table)
         self._everywhere = set(model.whole_everywhere)
+        self._stretches = list(stretches(self.flat, model))
 
     def clear(self) -> None:
         """See `MeshState`."""
@@ -90,11 +92,9 @@ class Replicated:
     def reduce(self) -> None:
         """See `MeshState`."""
         mesh, named = self.model.mesh, self.flat.named(self.flat.gradient)
-        own = {name: named[name].clone() for name in self.model.expert_names}
-        for axis in (mesh.data, mesh.sequence):
-            total(self.flat.gradient, axis)
-        for name, found in own.items():  # other ranks have other experts under this name
-            named[name].copy_(total(total(found, mesh.replicas), mesh.sequence))
+        for stretch, axis in self._stretches:
+            total(self.flat.gradient[stretch], axis)
+        total(self.flat.gradient, mesh.sequence)
         if self.model.sequence_parallel:
             sum_norms([named[name] for name in self.model.whole_everywhere], self.model.mesh.tensor)
 
@@ -132,6 +132,16 @@ class Replicated:
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """See `MeshState`."""
         yield from self.flat.named(self.flat.masters).items()
+
+
+def stretches(flat: FlatModel, model: MeshLlama) -> Iterator[tuple[slice, Axis]]:
+    """Of the flat gradient: parts as long as can be, and the data ranks that have the same weights
+    there. Under the name of an expert other ranks may have other ones."""
+    experts = set(model.expert_names)
+    for own, slots in groupby(flat.slots, key=lambda slot: slot.name in experts):
+        found = list(slots)
+        axis = model.mesh.replicas if own else model.mesh.data
+        yield slice(found[0].start, found[-1].stop), axis
 
 
 class FullyShared:
