@@ -4,9 +4,9 @@ Gamma writes v >= 1 as floor(log2 v) zeros and then v's binary digits, whose fir
 all zeros with their closing ones come first, then all other digits, then the signs of what is not
 zero: the same bits in another order, in which the lengths are read off at once.
 
-Three codes. GAMMA writes every number n, as v = |n| + 1. SPARSE writes only those that are not zero:
-how far each is from the one before, then v = |n| (what QSGD does with few levels; Alistarh et al.
-2017, theorem 3.2). UNARY writes |n| zeros and a one, which is least where most are 0, 1 or 2.
+Three codes. GAMMA writes every number n, as v = |n| + 1. SPARSE writes only those that are not
+zero: how far each is from the one before, then v = |n| (what QSGD does with few levels; Alistarh et
+al. 2017, theorem 3.2). UNARY writes |n| zeros and a one, which is least where most are 0, 1 or 2.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ Lengths = NDArray[np.int64]
 
 class Code(NamedTuple):
     """bits_of: what numbers take, without header and filling; encode: header, then three runs of
-    bits, each filled up to whole bytes; decode: so many numbers, from their code and what follows."""
+    bits, each filled up to whole bytes; decode: so many numbers of a code; bytes after it are
+    ignored."""
 
     bits_of: Callable[[Whole], int]
     encode: Callable[[Whole], Bytes]

@@ -5,9 +5,9 @@ variance is at least 0.96 of what it was 1 / (1 - beta2) steps before, looked at
 learning rate has risen. Norms are without Adam's bias towards zero, with which every young variance
 would seem to grow.
 
-The paper's windows are of a thousand steps; with beta2 = 0.95 they are of twenty, and a single ratio
-says little: a norm that clipping holds at its limit passes in the first window, and one that still
-falls passes by chance. So here the ratio has to hold for a whole window without a break.
+The paper's windows are of a thousand steps; with beta2 = 0.95 they are of twenty, and a single
+ratio says little: a norm that clipping holds at its limit passes in the first window, and one that
+still falls passes by chance. So here the ratio has to hold for a whole window without a break.
 """
 
 import torch
@@ -43,8 +43,8 @@ class Freeze:
         return self.given if self.given is not None else int(self._decided) or UNDECIDED
 
     def agree(self, variance: Tensor, finished: int, link: Transport) -> None:
-        """In step finished + 1: the norm after `finished` steps, as a mean over ranks, so that ranks
-        that sum in another order cannot decide otherwise. It counts with `look`."""
+        """In step finished + 1: the norm after `finished` steps, as a mean over ranks, so that
+        ranks that sum in another order cannot decide otherwise. It counts with `look`."""
         if self.steps == UNDECIDED and finished:
             norm = torch.tensor([float(variance.sum(dtype=torch.float64))], dtype=torch.float64)
             link.all_reduce(norm)
