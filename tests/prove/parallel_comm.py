@@ -29,7 +29,8 @@ from train.data.spelling import END_ID
 from train.data.texts import documents
 
 FOLDER = "tests/train/communication"
-STEPS, SEEDS, RATE = 240, range(5), 1.4e-3
+STEPS, RATE = 240, 1.4e-3
+SEEDS, FEWER = range(5), range(3)
 PUBLISHED = {1: 243, 2: 136, 4: 72}
 
 
@@ -117,23 +118,28 @@ def onebit() -> Iterator[Row]:
         mine = [found(seed, warmup_steps="auto") for seed in SEEDS]
         other = found(0, size=1)["held_out"] / adam[0] - 1
         cases = {
-            "without error feedback": found(0, test_onebit.forgetful),
-            "frozen after step 1": found(0, warmup_steps=1),
+            "without error feedback": [found(seed, test_onebit.forgetful) for seed in FEWER],
+            "frozen after step 1": [found(seed, warmup_steps=1) for seed in FEWER],
         }
     ratio = mine[0]["dense"] / mine[0]["sent"]
     yield Row("1-bit Adam after the freeze: dense / sent", ">= 30", f"{ratio:.2f}", ratio >= 30)
-    more = [one["held_out"] / dense - 1 for one, dense in zip(mine, adam, strict=True)]
-    mean, error = statistics.fmean(more), statistics.stdev(more) / math.sqrt(len(more))
     frozen = [one["freeze"].steps for one in mine]
-    check = f"1-bit Adam, {STEPS} steps, {len(more)} seeds, frozen by the rule: held-out loss"
-    measured = f"{mean:+.2%}, standard error {error:.2%} (freeze at {min(frozen)}-{max(frozen)})"
-    yield Row(check, "within 2 % of Adam", measured, mean + 2 * error <= 0.02)
+    check = f"1-bit Adam, {STEPS} steps, frozen by the rule at {min(frozen)} to {max(frozen)}"
+    measured, most = _more(mine, adam)
+    yield Row(check, "mean + 2 errors <= 2 % over Adam", measured, most <= 0.02)
     check = "Adam against itself, summed in another order"
     yield Row(check, "within 0.5 %", f"{other:+.2%}", abs(other) < 0.005)
-    for name, one in cases.items():
-        more_loss = one["held_out"] / adam[0] - 1
-        yield Row(f"1-bit Adam {name}", "> 2 % more", f"{more_loss:+.1%}", more_loss > 0.02)
+    for name, runs in cases.items():
+        measured, most = _more(runs, adam)
+        yield Row(f"1-bit Adam {name}", "fails that check", measured, most > 0.02)
     yield run(Suite("1-bit Adam: until the freeze, alone, memory", (f"{FOLDER}/test_onebit.py",)))
+
+
+def _more(runs: list[dict[str, Any]], adam: list[float]) -> tuple[str, float]:
+    """Held-out loss over Adam's of the same seeds, in words; its mean and two standard errors."""
+    more = [one["held_out"] / dense - 1 for one, dense in zip(runs, adam, strict=False)]
+    mean, error = statistics.fmean(more), statistics.stdev(more) / math.sqrt(len(more))
+    return f"{mean:+.2%}, error {error:.2%}, {len(more)} seeds", mean + 2 * error
 
 
 def overlap() -> Iterator[Row]:
