@@ -28,7 +28,7 @@ class CompressionTable(Strict):
     @property
     def given_steps(self) -> int | None:
         """Of warm-up; None where 1-bit Adam decides as it goes (train/communication/freeze.py)."""
-        if self.warmup_steps != "auto":
+        if isinstance(self.warmup_steps, int):
             return self.warmup_steps
         return None if self.kind == "onebit" else WARMUP_STEPS
 

@@ -24,6 +24,7 @@ from tests.train.communication.learning import job, losses
 from tests.train.communication.threads import on_threads
 from tests.train.processes import on_ranks
 from train.communication.compressor import Part
+from train.communication.qsgd import STRETCH
 from train.data.corpus import encode_bytes, prepare
 from train.data.spelling import END_ID
 from train.data.texts import documents
@@ -92,9 +93,9 @@ def qsgd() -> Iterator[Row]:
     measured = f"{bits['ours']:.2f}; the paper's own code {bits['theirs']:.2f}"
     yield Row(check, "<= 2.8 (corollary 3.3)", measured, bits["ours"] <= 2.8)
     for levels in (1, 7):
-        limit = test_qsgd.bound(levels, test_qsgd.STRETCH)
+        limit = test_qsgd.bound(levels, STRETCH)
         least = test_qsgd.written_bits(levels)["least"]
-        check = f"QSGD, s = {levels}, n = {test_qsgd.STRETCH}: bits of normal values"
+        check = f"QSGD, s = {levels}, n = {STRETCH}: bits of normal values"
         yield Row(check, f"<= {limit:.0f} (theorem 3.2)", f"{least:.0f}", least <= limit)
     yield run(Suite("QSGD: decoded exactly, variance bound", (f"{FOLDER}/test_qsgd.py",)))
 

@@ -60,7 +60,7 @@ def loss_of(training: Any, tokens: Any) -> float:
     with torch.no_grad():
         starts = range(0, count, AT_ONCE)
         total = sum(float(training.model.loss(stream.batch(n, AT_ONCE))) for n in starts)
-    return total / (count * training.job.data.sequence_tokens)
+    return total / (count * stream.sequence_tokens)
 
 
 def losses(

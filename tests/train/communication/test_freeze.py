@@ -14,6 +14,7 @@ from tests.train.communication.threads import ThreadTransport, ThreadWorld, on_t
 from train.checkpoint.local import LocalStorage
 from train.checkpoint.states import StoredCheckpoints
 from train.communication.freeze import UNDECIDED, Freeze
+from train.communication.onebit import OneBitAdam
 from train.data.corpus import open_corpus
 
 BETA2 = 0.8
@@ -123,6 +124,7 @@ def go(world: ThreadWorld, tokens: Any, folder: Path, steps: int, forget: bool =
         training.load(state)
     told = [training.step(world).loss for _ in range(steps)]
     store.save(training.state(), world)
+    assert isinstance(training.optimizer, OneBitAdam)
     return told, training.optimizer.freeze.steps
 
 
