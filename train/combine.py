@@ -194,6 +194,7 @@ def _pipeline(job: "Job") -> Iterator[str]:
             f"{asked}: a model of model.layers = {job.model.layers} has {ENDS} more with its ends, "
             f"so at most {job.model.layers + ENDS} are accepted"
         )
+    yield from _cuts(job)
     if job.workers.where in IN_PLACE and job.resilience.mode not in OF_PIPELINES:
         yield (
             f"{asked} with workers.where = {job.workers.where!r} needs a way to lose a stage: "
@@ -212,6 +213,22 @@ def _pipeline(job: "Job") -> Iterator[str]:
         yield f'{asked} updates layer by layer: optimizer.name = "adamw" is accepted'
     if job.model.tied_head and not job.model.start_from:
         yield (f"{asked} needs layers that share no weights: model.tied_head = false is accepted")
+
+
+def _cuts(job: "Job") -> Iterator[str]:
+    """Of stages that the job cuts itself."""
+    cuts, layers = job.pipeline.cuts, job.model.layers + ENDS
+    asked = f"pipeline.cuts = {list(cuts)}"
+    if cuts and not job.model.start_from and cuts[-1] >= layers:
+        yield (
+            f"{asked}: a model of model.layers = {job.model.layers} has layers 0 to {layers - 1} "
+            f"with its ends, so at most {layers - 1} is accepted"
+        )
+    if cuts and job.workers.where in IN_PLACE:
+        yield (
+            f"{asked} with workers.where = {job.workers.where!r}, where stages change with the "
+            "workers that are left: pipeline.cuts = [] is accepted, or workers.where = 'local'"
+        )
 
 
 def _either(names: tuple[str, ...]) -> str:

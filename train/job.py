@@ -126,6 +126,25 @@ class PipelineTable(Strict):
         le=1024,
         description="Workers of a chain (oobleck, varuna: fewest of one); 0: no pipeline.",
     )
+    cuts: tuple[int, ...] = Field(
+        (),
+        description="Layers at which stages begin, the embedding being layer 0, as --advise finds "
+        "them; empty: by the layers' costs.",
+    )
+
+    @model_validator(mode="after")
+    def _follow(self) -> Self:
+        if not self.cuts:
+            return self
+        said = f"cuts = {list(self.cuts)}"
+        if len(self.cuts) != self.stages:
+            raise ValueError(
+                f"{said} begin {len(self.cuts)} stages, but stages = {self.stages}: one layer for "
+                "each stage is accepted, and an empty list"
+            )
+        if self.cuts[0] or any(a >= b for a, b in zip(self.cuts, self.cuts[1:], strict=False)):
+            raise ValueError(f"{said} must begin with 0 and rise, so that no stage is empty")
+        return self
 
 
 class ResilienceTable(Strict):

@@ -1,10 +1,13 @@
 """Tables of a job (`train.job`) about what is sent between workers and what is kept in memory."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cluster.reading import Strict
+
+WARMUP_STEPS = 100
+"""Of every kind of compression but 1-bit Adam, if a job does not say."""
 
 
 class CompressionTable(Strict):
@@ -16,9 +19,18 @@ class CompressionTable(Strict):
     rank: int = Field(2, ge=1, le=4096, description="Of a matrix's gradient (powersgd).")
     ratio: float = Field(0.001, gt=0, le=1, description="Share of values that is sent (dgc).")
     bits: int = Field(8, ge=2, le=8, description="A value takes at most (qsgd).")
-    warmup_steps: int = Field(
-        100, ge=0, description="Steps that send all; dgc: in which it sends less and less."
+    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Steps that send all (dgc: less and less); auto: 100, or until the variance "
+        "of the gradient is stable (onebit).",
     )
+
+    @property
+    def given_steps(self) -> int | None:
+        """Of warm-up; None where 1-bit Adam decides as it goes (train/communication/freeze.py)."""
+        if isinstance(self.warmup_steps, int):
+            return self.warmup_steps
+        return None if self.kind == "onebit" else WARMUP_STEPS
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:

@@ -138,9 +138,10 @@ def estimate_table(job: Job, found: "Estimate") -> Table:
 def _sent(job: Job, found: "Estimate") -> str:
     if not found.sent_bytes:
         return "none: one worker" if job.workers.count == 1 else "by how the state is divided"
-    late = job.compression.kind != "none" and job.compression.warmup_steps
-    told = sent(found.sent_bytes, found.dense_bytes)
-    return told + (f" after {late} steps of warm-up" if late else "")
+    told, late = sent(found.sent_bytes, found.dense_bytes), job.compression.given_steps
+    if job.compression.kind == "none" or late == 0:
+        return told
+    return told + (f" after {late} steps of warm-up" if late else " once the variance is stable")
 
 
 def plot(folder: RunFolder, path: Path) -> bool:

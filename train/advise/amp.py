@@ -102,10 +102,15 @@ class Shape:
 
 
 def assign(
-    layers: LayerTable, kinds: Sequence[DeviceKind], links: Links, shape: Shape
+    layers: LayerTable,
+    kinds: Sequence[DeviceKind],
+    links: Links,
+    shape: Shape,
+    cuts: Sequence[int] = (),
 ) -> Assignment | None:
-    """The fastest assignment; None where the layers fit in none. ValueError for a shape that wants
-    more devices or layers than there are."""
+    """The fastest assignment, of those whose stages begin at `cuts` where these are given; None
+    where the layers fit in none. ValueError for a shape that wants more devices or layers than
+    there are."""
     devices, count = sum(kind.count for kind in kinds), len(layers.seconds)
     if shape.stages * shape.replicas > devices or shape.stages > count:
         raise ValueError(
@@ -124,6 +129,8 @@ def assign(
             for group in groups(left, shape.replicas):
                 now = tuple(a + b for a, b in zip(used, group, strict=True))
                 for stage in _stages(layers, kinds, group, (start, last), kept):
+                    if cuts and stage.stop != (*cuts[1:], count)[position]:
+                        continue
                     into = following.setdefault((now, stage.stop, group), [])
                     for partial in partials:
                         _keep(into, _with(partial, stage, layers, kinds, links, before))

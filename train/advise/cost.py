@@ -226,7 +226,7 @@ class Pricer:
         table = self.layers(job)
         shape = Shape(stages, replicas, micros)
         kinds, links = self._machines.kinds, self._machines.links
-        found = assign(table, kinds, links, shape)
+        found = assign(table, kinds, links, shape, job.pipeline.cuts)
         room = min(kind.memory_bytes for kind in kinds)
         if found is None:
             whole = sum(table.state_bytes) + sum(table.kept_bytes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from train.advise.cost import Cost, Pricer
 from train.advise.machines import Machines
 from train.advise.options import Settings, options, told
+from train.combine import refused
 from train.job import Job
 from train.weights import Start
 
@@ -52,7 +53,7 @@ def advise(job: Job, start: Start, machines: Machines) -> Advice:
             f"model.experts = {job.model.experts}: forms of a job with experts are not weighed; 0 "
             "is accepted, or --dry-run of each form"
         )
-    pricer, refused = Pricer(start, machines), Counter[str]()
+    pricer, sentences = Pricer(start, machines), Counter[str]()
     ranked: list[Advised] = []
     too_large: list[tuple[Settings, str]] = []
     for option in options(job, start.config.layers, not machines.alike):
@@ -66,20 +67,34 @@ def advise(job: Job, start: Start, machines: Machines) -> Advice:
                 if cost.why:
                     too_large.append((option.settings, cost.why))
                 else:
-                    ranked.append(Advised(option.job, option.settings, cost))
+                    ranked.append(_with_cuts(Advised(option.job, option.settings, cost)))
         if why:
-            refused[why] += 1
+            sentences[why] += 1
     if not ranked:
         least = min((why for _, why in too_large), key=_needed, default="nothing is accepted")
         raise ValueError(f"no form of the job fits its workers; the smallest {least}")
     ranked.sort(key=lambda found: (found.step_s, found.cost.memory.total))
-    return Advice(tuple(ranked), _asked(job, pricer), refused, tuple(too_large), machines)
+    return Advice(tuple(ranked), _asked(job, pricer), sentences, tuple(too_large), machines)
+
+
+def _with_cuts(advised: Advised) -> Advised:
+    """A pipeline with the cuts that its cost is of, where a job may have them."""
+    job, pipeline = advised.job, advised.cost.pipeline
+    if pipeline is None:
+        return advised
+    cuts = tuple(stage.start for stage in pipeline.stages)
+    table = job.pipeline.model_copy(update={"cuts": cuts})
+    made = job.model_copy(update={"pipeline": table})
+    if any(refused(made)):
+        return advised
+    return Advised(made, {**advised.settings, "pipeline.cuts": cuts}, advised.cost)
 
 
 def _asked(job: Job, pricer: Pricer) -> Advised | None:
     cost = pricer.cost(job)
     names = (
-        *("sharding.stage", "pipeline.stages", "workers.shares", "mesh.tensor", "mesh.sequence"),
+        *("sharding.stage", "pipeline.stages", "pipeline.cuts", "workers.shares"),
+        *("mesh.tensor", "mesh.sequence"),
         *("mesh.full_shard", "memory.activations", "memory.offload", "run.micro_batch_tokens"),
     )
     values = {}

@@ -36,7 +36,9 @@ def print_advice(advice: Advice, console: Console) -> None:
     if len(advice.refused) > FAILURES:
         console.print(f"... and for {len(advice.refused) - FAILURES} more reasons")
     for settings, why in advice.too_large[:FAILURES]:
-        console.print(f"Does not fit: {_said(settings)}: {why}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Does not fit: {told_as_toml(settings)}: {why}", highlight=False, soft_wrap=True
+        )
     if len(advice.too_large) > FAILURES:
         console.print(f"... and {len(advice.too_large) - FAILURES} more that do not fit")
     for source in advice.machines.sources:
@@ -52,7 +54,7 @@ def _ranking(advice: Advice) -> Table:
         tokens_per_s = advised.job.run.batch_tokens / advised.step_s
         cells = [
             str(place),
-            _said(advised.settings),
+            told_as_toml(advised.settings),
             f"{advised.cost.memory.total / MIB:,.0f} MiB",
             _step(advised),
             f"{tokens_per_s:,.0f}",
@@ -62,12 +64,16 @@ def _ranking(advice: Advice) -> Table:
     return table
 
 
-def _said(settings: Settings) -> str:
+def told_as_toml(settings: Settings) -> str:
     """As a file has them."""
-    return ", ".join(
-        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {str(value).lower()}"
-        for name, value in settings.items()
-    )
+    return ", ".join(f"{name} = {_written(value)}" for name, value in settings.items())
+
+
+def _written(value: object) -> str:
+    """As TOML has it."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(list(value) if isinstance(value, tuple) else value).lower()
 
 
 def _step(advised: Advised) -> str:
@@ -101,7 +107,7 @@ def draw(advice: Advice, path: Path) -> None:
     for place, advised in enumerate(shown):
         size = f" {advised.cost.memory.total / MIB:,.0f} MiB"
         axes.text(begun[place], place, size, va="center", fontsize=8)
-    axes.set_yticks(range(len(shown)), [_said(a.settings) for a in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [told_as_toml(a.settings) for a in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="ms of a step", title=f"{shown[0].job.name}: the fastest forms, as estimated")
     axes.set_xlim(0, 1.1 * max(begun))  # room for the sizes

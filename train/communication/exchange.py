@@ -9,6 +9,7 @@ import torch
 
 from train.communication.compressor import Compressor, Memory, Owned, Part, regrouped
 from train.communication.dgc import DeepGradient
+from train.communication.freeze import UNDECIDED, Freeze
 from train.communication.onebit import OneBitAdam, SignCompressor
 from train.communication.overlap import Overlap, Span, spans_of
 from train.communication.powersgd import PowerSgd
@@ -52,6 +53,8 @@ class Exchange:
             self._overlap.begin()
         self._link, self._step, self._rank = self.transport(world), step, world.rank
         if self.compressor:
+            if isinstance(self.optimizer, OneBitAdam):
+                self.compressor.warmup_steps = self.optimizer.freeze.steps
             self._memory.abandon()
             self._agree(world)
 
@@ -78,6 +81,8 @@ class Exchange:
             link.all_reduce(flat.summed[-EXTRA:])
         else:
             link.all_reduce(flat.summed)
+        if isinstance(self.optimizer, OneBitAdam):
+            self.optimizer.freeze.agree(self.optimizer.exp_avg_sq, self._step - 1, link)
         if self.compressor:
             self._memory.commit()
         self.sent_bytes = link.sent_bytes
@@ -146,7 +151,7 @@ class Exchange:
     def _clips_locally(self) -> bool:
         if self.compressor is None or not self.compressor.clips_locally:
             return False
-        frozen = self._step > self.job.compression.warmup_steps
+        frozen = self._step > self.compressor.warmup_steps
         return frozen or not isinstance(self.optimizer, OneBitAdam)
 
     def _send(self, number: int) -> None:
@@ -158,7 +163,7 @@ class Exchange:
             link.all_reduce(place)
             return
         local, rule = place, self.optimizer
-        if isinstance(rule, OneBitAdam) and self._step > rule.freeze_steps:
+        if isinstance(rule, OneBitAdam) and self._step > rule.freeze.steps:
             local = rule.outgoing(start, stop, link.size)
         place.copy_(self.compressor.reduce(self.parts[number], local, link, self._step))
 
@@ -166,9 +171,10 @@ class Exchange:
 def build_compressor(job: Job) -> Compressor | None:
     """What the job's table names, or None for sums as they are."""
     table: CompressionTable = job.compression
-    warmup, seed = table.warmup_steps, job.run.seed
+    warmup, seed = table.given_steps, job.run.seed
     if table.kind == "onebit":
-        return SignCompressor(warmup)
+        return SignCompressor(UNDECIDED if warmup is None else warmup)
+    assert warmup is not None, "only 1-bit Adam decides for itself"
     if table.kind == "powersgd":
         return PowerSgd(table.rank, warmup, seed)
     if table.kind == "dgc":
@@ -179,7 +185,9 @@ def build_compressor(job: Job) -> Compressor | None:
 def _optimizer(job: Job, flat: FlatModel) -> Optimizer:
     """The job's; where the compressor has a part of the rule, the rest of it."""
     if job.compression.kind == "onebit":
-        return OneBitAdam(flat, job.optimizer, job.compression.warmup_steps)
+        rises = round(job.schedule.warmup * job.steps)
+        freeze = Freeze(job.compression.given_steps, job.optimizer.beta2, rises)
+        return OneBitAdam(flat, job.optimizer, freeze)
     if job.compression.kind == "dgc":
         return Sgd(flat, job.optimizer, momentum=0)
     return build_optimizer(flat, job.optimizer)

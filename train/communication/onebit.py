@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from train.communication.compressor import Memory, Part, uncompressed, with_error
+from train.communication.freeze import Freeze
 from train.communication.signs import decode, encode, sign_layout
 from train.communication.transport import Transport, dense_bytes
 from train.job import OptimizerTable
@@ -71,15 +72,15 @@ class SignCompressor:
 
 
 class OneBitAdam(AdamW):
-    """AdamW for `freeze_steps` steps, then with the variance it has by then.
+    """AdamW for `freeze.steps` steps, then with the variance it has by then.
 
     After the freeze the model's gradient buffer holds no gradient but the new momentum over the
     frozen root, as `outgoing` of all ranks summed up.
     """
 
-    def __init__(self, flat: FlatModel, table: OptimizerTable, freeze_steps: int) -> None:
+    def __init__(self, flat: FlatModel, table: OptimizerTable, freeze: Freeze) -> None:
         super().__init__(flat, table)
-        self.freeze_steps = freeze_steps
+        self.freeze = freeze
 
     def outgoing(self, start: int, stop: int, size: int) -> Tensor:
         """This rank's part of the new momentum of elements [start, stop), over the frozen root."""
@@ -90,17 +91,22 @@ class OneBitAdam(AdamW):
 
     def update(self, step: int, learning_rate: float) -> None:
         """See `Optimizer`."""
-        if step <= self.freeze_steps:
+        if step <= self.freeze.steps:
             super().update(step, learning_rate)
+            self.freeze.look(step)
             return
         flat, table = self.flat, self.table
         torch.mul(flat.gradient, self._root(0, self.exp_avg.numel()), out=self.exp_avg)
         flat.masters[: flat.decayed].mul_(1 - learning_rate * table.weight_decay)
         flat.masters.add_(flat.gradient, alpha=-learning_rate / (1 - table.beta1**step))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Optimizer`."""
+        return super().tensors() | self.freeze.tensors()
+
     def _root(self, start: int, stop: int) -> Tensor:
         """Of the frozen variance of whole tensors, without its bias towards zero."""
-        grown = 1 - self.table.beta2**self.freeze_steps
+        grown = 1 - self.table.beta2**self.freeze.steps
         root = (self.exp_avg_sq[start:stop] / grown).sqrt_()
         for slot in self.flat.slots:
             if start <= slot.start < stop:

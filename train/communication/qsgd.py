@@ -17,8 +17,10 @@ from train.communication.transport import Transport
 
 STRETCH = 512
 """Values with a norm of their own, as in the paper's experiments."""
-ELIAS, PACKED = 0, 1
-"""First byte of a payload: how its numbers are written, whichever takes less."""
+CODES = (elias.GAMMA, elias.SPARSE, elias.UNARY)
+PACKED = len(CODES)
+"""First byte of a payload: how its numbers are written, by a code or all in as many bits; whichever
+takes least."""
 SAMPLE = 1 << 16
 
 
@@ -95,10 +97,9 @@ def dequantise(numbers: Numbers, norms: Norms, levels: int, dtype: torch.dtype) 
 def encode(numbers: Numbers, norms: Norms, bits: int) -> elias.Bytes:
     """How the numbers are written, norms, numbers; bytes."""
     head = norms.astype("<f4").view(np.uint8)
-    if elias.bits_of(numbers) < bits * len(numbers):
-        how, body = ELIAS, elias.encode(numbers)
-    else:
-        how, body = PACKED, _packed(numbers, bits)
+    lengths = [code.bits_of(numbers) for code in CODES] + [bits * len(numbers)]
+    how = lengths.index(min(lengths))
+    body = _packed(numbers, bits) if how == PACKED else CODES[how].encode(numbers)
     return np.concatenate([np.array([how], dtype=np.uint8), head, body])
 
 
@@ -107,7 +108,8 @@ def decode(payload: elias.Bytes, count: int, bits: int) -> tuple[Numbers, Norms]
     border = 1 + 4 * math.ceil(count / STRETCH)
     norms = payload[1:border].copy().view("<f4").astype(np.float32)
     body = payload[border:].copy()
-    numbers = elias.decode(body, count) if payload[0] == ELIAS else _unpacked(body, count, bits)
+    how = int(payload[0])
+    numbers = _unpacked(body, count, bits) if how == PACKED else CODES[how].decode(body, count)
     return numbers, norms
 
 

@@ -16,7 +16,7 @@ from train.checkpoint.reader import Checkpoint, read_checked
 from train.data.stream import SampleStream
 from train.job import Job
 from train.parallel.pipeline_layers import STATE, AdamW
-from train.parallel.pipeline_layout import Layout, grid
+from train.parallel.pipeline_layout import Layout, cut_spans, grid
 from train.parallel.pipeline_model import JobLayers
 from train.parallel.pipeline_trainer import PipelineTrainer, Training
 from train.resilience.bamboo import BambooTrainer
@@ -113,6 +113,14 @@ class PipelineLearner:
         stages = min(job.pipeline.stages, size)
         chains = min(size // stages, job.batch_samples)
         micros = -(-job.batch_samples // (chains * job.micro_samples))
+        if job.pipeline.cuts:
+            spans = cut_spans(self.layers.count, job.pipeline.cuts)
+            if size < len(spans):
+                raise ValueError(
+                    f"pipeline.cuts = {list(job.pipeline.cuts)} are of {len(spans)} workers and "
+                    f"there are {size}: {len(spans)} or more are accepted, or pipeline.cuts = []"
+                )
+            return grid(spans, chains, job.batch_samples, job.micro_samples)
         template = Cutter(self.layers.costs()).template(stages, micros)
         assert template is not None, "no limit of memory, and stages are at most as many as layers"
         return grid(template.spans, chains, job.batch_samples, job.micro_samples)

@@ -131,6 +131,16 @@ def grid(stages: Sequence[Span], chains: int, samples: int, micro_samples: int) 
     return Layout(tuple(made), stages[-1].stop, micro_samples)
 
 
+def cut_spans(layers: int, cuts: Sequence[int]) -> tuple[Span, ...]:
+    """Spans over `layers` layers that begin at `cuts`. ValueError where the last one is empty."""
+    if cuts[-1] >= layers:
+        raise ValueError(
+            f"pipeline.cuts = {list(cuts)}: the model has layers 0 to {layers - 1} with its ends, "
+            f"so at most {layers - 1} is accepted"
+        )
+    return tuple(Span(a, b) for a, b in zip(cuts, [*cuts[1:], layers], strict=True))
+
+
 def even_spans(layers: int, stages: int) -> tuple[Span, ...]:
     """Layers in `stages` spans whose lengths differ by one at most, longer ones first."""
     if not 1 <= stages <= layers:

@@ -1,6 +1,7 @@
 """QSGD against its two theorems, and its codes against plain ones written bit by bit."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from train.communication import elias
 from train.communication.compressor import seeded
 from train.communication.qsgd import (
+    CODES,
+    PACKED,
     STRETCH,
     decode,
     dequantise,
@@ -21,18 +24,52 @@ from train.communication.qsgd import (
 DRAWS = 1000
 
 
+def digits(value: int) -> str:
+    """Elias's gamma of a number from 1 on."""
+    binary = bin(value)[2:]
+    return "0" * (len(binary) - 1) + binary
+
+
+def sign(number: int) -> str:
+    return "" if number == 0 else str(int(number < 0))
+
+
 def gamma(numbers: list[int]) -> str:
     """Elias's gamma of |n| + 1, one number after another, with a sign where there is one."""
-    code = ""
-    for number in numbers:
-        digits = bin(abs(number) + 1)[2:]
-        code += "0" * (len(digits) - 1) + digits
-        code += "" if number == 0 else str(int(number < 0))
+    return "".join(digits(abs(number) + 1) + sign(number) for number in numbers)
+
+
+def sparse(numbers: list[int]) -> str:
+    """Of what is not zero: gamma of the distance from the one before, and of |n|, and a sign."""
+    code, last = "", -1
+    for place, number in enumerate(numbers):
+        if number:
+            code += digits(place - last) + digits(abs(number)) + sign(number)
+            last = place
     return code
 
 
+def unary(numbers: list[int]) -> str:
+    """|n| zeros, a one, and a sign where there is one."""
+    return "".join("0" * abs(number) + "1" + sign(number) for number in numbers)
+
+
+def omega(value: int) -> str:
+    """Elias's recursive code of a number from 1 on, which the paper takes."""
+    code = "0"
+    while value > 1:
+        code = bin(value)[2:] + code
+        value = value.bit_length() - 1
+    return code
+
+
+def papers(numbers: list[int]) -> str:
+    """QSGD's code for about sqrt(n) levels: a sign for each number, and omega of |n| + 1."""
+    return "".join(str(int(number < 0)) + omega(abs(number) + 1) for number in numbers)
+
+
 def plainly(code: str, count: int) -> list[int]:
-    """The numbers of such a code."""
+    """The numbers of a code of gammas."""
     numbers, at = [], 0
     for _ in range(count):
         zeros = code.index("1", at) - at
@@ -45,17 +82,44 @@ def plainly(code: str, count: int) -> list[int]:
     return numbers
 
 
+PLAIN = {"gamma": gamma, "sparse": sparse, "unary": unary}
+OURS = {"gamma": elias.GAMMA, "sparse": elias.SPARSE, "unary": elias.UNARY}
+
+
+@pytest.mark.parametrize("name", PLAIN)
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-(2**20), 2**20), max_size=70))
-def test_codes_are_gammas_and_are_read_back(numbers: list[int]):
-    whole = np.array(numbers, dtype=np.int32)
-    code = elias.encode(whole)
-    plain = gamma(numbers)
-    assert plainly(plain, len(numbers)) == numbers
-    assert elias.bits_of(whole) == len(plain)
+@given(st.lists(st.one_of(st.just(0), st.integers(-300, 300)), max_size=70))
+def test_codes_are_the_plain_ones_and_are_read_back(name: str, numbers: list[int]):
+    whole, ours = np.array(numbers, dtype=np.int32), OURS[name]
+    code, plain = ours.encode(whole), PLAIN[name](numbers)
+    assert name != "gamma" or plainly(plain, len(numbers)) == numbers
+    assert ours.bits_of(whole) == len(plain)
     filling = 8 * (len(code) - elias.HEADER.itemsize) - len(plain)
     assert 0 <= filling < 3 * 8
-    assert elias.decode(code, len(numbers)).tolist() == numbers
+    assert ours.decode(code, len(numbers)).tolist() == numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-(2**20), 2**20), max_size=70))
+def test_large_numbers_are_read_back(numbers: list[int]):
+    whole = np.array(numbers, dtype=np.int32)
+    for ours in (elias.GAMMA, elias.SPARSE):
+        assert ours.decode(ours.encode(whole), len(numbers)).tolist() == numbers
+
+
+def test_no_number_takes_more_than_in_the_papers_code():
+    """Up to 126; 127 takes one bit more. So no gradient does, whatever it looks like."""
+    numbers = [n for n in range(-126, 127)]
+    assert all(len(gamma([n])) <= len(papers([n])) for n in numbers)
+    assert len(gamma([127])) == len(papers([127])) + 1
+    assert [omega(n) for n in (1, 2, 3, 4, 8, 16)] == [
+        "0",
+        "100",
+        "110",
+        "101000",
+        "1110000",
+        "10100100000",
+    ]
 
 
 def normal(count: int, seed: int = 0) -> torch.Tensor:
@@ -80,12 +144,21 @@ def test_payloads_are_decoded_exactly(bits: int, count: int):
         assert len(payload) <= 1 + 4 * math.ceil(count / STRETCH) + bits * count / 8 + 20
 
 
-def test_both_ways_of_writing_are_used():
-    flat = np.full(STRETCH, 7, dtype=np.int32)
+def test_every_way_of_writing_is_used():
+    """Each where it takes least: flat, wide, few, and many small numbers."""
     norms = np.ones(1, dtype=np.float32)
-    packed, coded = encode(flat, norms, 4), encode(flat * 0, norms, 4)
-    assert packed[0] != coded[0]
-    assert len(packed) == 5 + STRETCH // 2 and len(coded) < 5 + STRETCH // 4
+    place = np.arange(STRETCH)
+    cases = {
+        PACKED: np.full(STRETCH, 7),
+        CODES.index(elias.GAMMA): np.where(place % 2, 0, 6),
+        CODES.index(elias.SPARSE): np.where(place % 60, 0, 7),
+        CODES.index(elias.UNARY): place % 3,
+    }
+    for how, numbers in cases.items():
+        payload = encode(numbers.astype(np.int32), norms, 4)
+        assert payload[0] == how
+        assert len(payload) <= 5 + STRETCH // 2
+        assert (decode(payload, STRETCH, 4)[0] == numbers).all()
 
 
 def draws(levels: int, nearest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,27 +210,50 @@ def test_the_variance_is_below_its_bound(levels: int):
     assert 0 < variance <= bound * float(values.square().sum())
 
 
-def expected_bits(spread: float) -> float:
+def expected_bits(spread: float, code: Callable[[list[int]], str] = gamma) -> float:
     """Of a normal value that is so many levels wide, rounded at random: by integration."""
     x = np.linspace(0, 8, 80_001)
     density = 2 * np.exp(-x * x / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
     lower = np.floor(x * spread).astype(int)
     up = x * spread - lower
-
-    def length(level: int) -> int:
-        return len(gamma([level]))
-
-    table = np.array([length(level) for level in range(lower.max() + 2)])
+    table = np.array([len(code([level])) for level in range(lower.max() + 2)])
     return float((density * ((1 - up) * table[lower] + up * table[lower + 1])).sum())
 
 
+@pytest.mark.parametrize("name", ["gamma", "unary"])
 @pytest.mark.parametrize("levels", [3, 22, 127])
-def test_codes_are_as_long_as_expected(levels: int):
+def test_codes_are_as_long_as_expected(levels: int, name: str):
     lengths = []
     for draw in range(100):
         numbers, _ = quantise(normal(STRETCH, draw), levels, seeded(draw))
-        lengths.append(elias.bits_of(numbers) / STRETCH)
-    assert np.mean(lengths) == pytest.approx(expected_bits(levels / math.sqrt(STRETCH)), rel=0.02)
+        lengths.append(OURS[name].bits_of(numbers) / STRETCH)
+    expected = expected_bits(levels / math.sqrt(STRETCH), PLAIN[name])
+    assert np.mean(lengths) == pytest.approx(expected, rel=0.02)
+
+
+def bound(levels: int, count: int) -> float:
+    """Theorem 3.2: the expected bits of a vector, whatever it is, its o(1) left out."""
+    most = levels * (levels + math.sqrt(count))
+    return (3 + 1.5 * math.log2(2 * (levels**2 + count) / most)) * most + 32
+
+
+def written_bits(levels: int, draws: int = 100) -> dict[str, float]:
+    """Of STRETCH normal values, by code, norm included; and of the shortest of each draw."""
+    bits: dict[str, list[int]] = {name: [] for name in (*OURS, "least")}
+    for draw in range(draws):
+        numbers, _ = quantise(normal(STRETCH, draw), levels, seeded(draw))
+        each = {name: 32 + code.bits_of(numbers) for name, code in OURS.items()}
+        for name, value in (each | {"least": min(each.values())}).items():
+            bits[name].append(value)
+    return {name: float(np.mean(values)) for name, values in bits.items()}
+
+
+@pytest.mark.parametrize("levels", [1, 3, 7])
+def test_few_levels_take_no_more_than_the_theorem_says(levels: int):
+    found = written_bits(levels)
+    assert found["least"] <= bound(levels, STRETCH)
+    if levels == 1:  # the mutation: every number written
+        assert min(found["gamma"], found["unary"]) > bound(levels, STRETCH)
 
 
 def test_a_gradient_that_is_no_number_stays_none():
