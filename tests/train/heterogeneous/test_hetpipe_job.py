@@ -62,7 +62,7 @@ def parted(world: GlooWorld, steps: int) -> dict[str, Any]:
     for _ in range(steps):
         time.sleep(0.05 * (world.rank == 0))
         learner.step(world)
-    ahead = learner.step_number - learner.shard.reads[-1].version
+    ahead = learner.step_number - learner.member.shard.reads[-1].version
     pieces = [(p.name, p.start, p.stop, p.data.clone().numpy()) for p in learner.pieces(world)]
     exported = {name: t.clone().numpy() for name, t in learner.exported(world).items()}
     learner.step(world)

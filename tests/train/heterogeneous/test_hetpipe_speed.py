@@ -1,5 +1,6 @@
-"""Steps a second where one of four workers has half of the others' processor time, by a quota of the
-kernel's, against workers that sum their gradients together: both under the same quotas, in turns.
+"""Steps a second where one of four workers has half of the others' processor time, by a quota of
+the kernel's, against workers that sum their gradients together: both under the same quotas, in
+turns.
 
 Quotas are small, so that four workers together leave the machine time to spare and nobody is slow
 but by quota. Both really train: forward, backward and update, 28 samples of 96 tokens a step.
@@ -79,10 +80,10 @@ def both(
                 learner.step(world)
                 counts[world.rank] += 1
             if form == "apart":
-                apart._settle()
+                apart.settle()
             world.barrier()
             took[form].append((time.monotonic() - begun_s, time.process_time() - before_s))
-    return {**took, "stale": max(read.staleness for read in apart.shard.reads)}
+    return {**took, "stale": max(read.staleness for read in apart.member.shard.reads)}
 
 
 @contextmanager
