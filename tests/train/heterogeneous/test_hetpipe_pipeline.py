@@ -1,6 +1,7 @@
 """Jobs whose virtual workers are pipelines: two chains of two stages, bulk-synchronous at a bound
 of 0, as far apart as a bound lets them, and their checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,12 @@ from train.world import GlooWorld, LocalWorld
 
 RANKS, STAGES = 4, 2
 CHAINED: dict[str, Any] = {"model": {"tied_head": False}, "pipeline": {"stages": STAGES}}
+AHEAD = 10
+"""Steps where workers are ahead of each other."""
 
 
 def wanted(bound: int | None, steps: int = 6, **tables: Any) -> Job:
     return ranks.job(bound, steps, **CHAINED, **tables)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd with momentum"])
-def test_bound_0_is_bulk_synchronous(name: str) -> None:
-    """As one process with all samples of a step at once."""
-    losses_, _ = together(ranks.job(None, 6, optimizer=OPTIMIZERS[name], model=CHAINED["model"]))
-    answers = on_ranks(RANKS, ranks.trained, wanted(0, optimizer=OPTIMIZERS[name]))
-    for answer in answers:
-        assert answer["losses"] == pytest.approx(losses_, abs=1e-12)
-        assert set(answer["stale"]) == {0}
-    every_sample_once([answers[0], answers[2]], wanted(0))  # samples enter at the first stages
 
 
 def piped(world: GlooWorld, job_: Job) -> dict[str, Any]:
@@ -48,39 +40,7 @@ def piped(world: GlooWorld, job_: Job) -> dict[str, Any]:
     held = learner.trainer.held
     tensors = {name: t for layer in held.modules for name, t in held.tensors(layer).items()}
     weights = {n.removeprefix("param/"): t.numpy() for n, t in tensors.items() if "param/" in n}
-    return {"losses": found, "weights": weights}
-
-
-def test_bound_0_is_the_pipeline_whose_chains_wait_for_each_other() -> None:
-    pipes = on_ranks(RANKS, piped, wanted(None))
-    answers = on_ranks(RANKS, ranks.trained, wanted(0))
-    for mine, theirs in zip(answers, pipes, strict=True):
-        assert mine["losses"] == pytest.approx(theirs["losses"], abs=1e-9)
-        assert mine["named"].keys() == theirs["weights"].keys()
-        for name, weights in theirs["weights"].items():
-            np.testing.assert_allclose(mine["named"][name], weights, rtol=0, atol=1e-9)
-
-
-def test_the_bound_is_reached_and_never_exceeded_in_any_stage() -> None:
-    answers = on_ranks(RANKS, ranks.trained, wanted(1, 10), 0.0, 1)
-    for answer, same in zip(answers, [answers[0], answers[1]] * 2, strict=True):
-        assert max(answer["stale"]) == 1 and min(answer["stale"]) >= 0
-        np.testing.assert_array_equal(answer["weights"], same["weights"])
-    every_sample_once([answers[0], answers[2]], wanted(1, 10))
-
-
-def test_a_bound_that_no_stage_keeps_is_noticed() -> None:
-    """The mutation: servers that let everybody read."""
-    answers = on_ranks(RANKS, ranks.trained, wanted(1, 10), 0.0, 2, True)
-    assert max(stale for answer in answers for stale in answer["stale"]) > 1
-
-
-def test_a_stage_sends_its_own_layers_to_who_has_them_too() -> None:
-    """Half of its gradient and of its weights to the one other, each step; the weights once more at
-    the end, when all come together."""
-    for answer in on_ranks(RANKS, ranks.trained, wanted(0)):
-        assert answer["sent"] == pytest.approx((6 + 0.5) * answer["dense"], rel=0.02)
-        assert answer["dense"] == pytest.approx(8 * len(answer["weights"]), rel=1e-3)
+    return {"losses": found, "named": weights}
 
 
 def stops(world: GlooWorld, bound: int, at: int) -> list[bool]:
@@ -89,8 +49,70 @@ def stops(world: GlooWorld, bound: int, at: int) -> list[bool]:
     return [learner.step(world, world.rank == 3 and n == at).stop for n in range(8)]
 
 
-def test_a_stop_is_heard_by_all_stages_after_the_same_step() -> None:
-    assert on_ranks(RANKS, stops, 2, 3) == [[step == 5 for step in range(8)]] * RANKS
+Calls = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+MOMENTUM = "sgd with momentum"
+CALLS: Calls = {
+    "bound 0": (ranks.trained, (wanted(0),)),
+    "bound 0, momentum": (ranks.trained, (wanted(0, optimizer=OPTIMIZERS[MOMENTUM]),)),
+    "together": (piped, (wanted(None),)),
+    "bound 1": (ranks.trained, (wanted(1, AHEAD), 0.0, 1)),
+    "no bound": (ranks.trained, (wanted(1, AHEAD), 0.0, 2, True)),
+    "a stop": (stops, (2, 3)),
+}
+
+
+def all_calls(world: GlooWorld, calls: Calls) -> dict[str, Any]:
+    """One after another, so that the processes start once."""
+    return {name: function(world, *given) for name, (function, given) in calls.items()}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[Any]]:
+    """What each rank answers to each call."""
+    found = on_ranks(RANKS, all_calls, CALLS)
+    return {name: [of_rank[name] for of_rank in found] for name in CALLS}
+
+
+@pytest.mark.parametrize(("call", "name"), [("", "adamw"), (", momentum", MOMENTUM)])
+def test_bound_0_is_bulk_synchronous(call: str, name: str, answers: dict[str, Any]) -> None:
+    """As one process with all samples of a step at once."""
+    losses_, _ = together(ranks.job(None, 6, optimizer=OPTIMIZERS[name], model=CHAINED["model"]))
+    for answer in answers[f"bound 0{call}"]:
+        assert answer["losses"] == pytest.approx(losses_, abs=1e-12)
+        assert set(answer["stale"]) == {0}
+
+
+def test_bound_0_is_the_pipeline_whose_chains_wait_for_each_other(answers: dict[str, Any]) -> None:
+    for mine, theirs in zip(answers["bound 0"], answers["together"], strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], abs=1e-9)
+        assert mine["named"].keys() == theirs["named"].keys()
+        for name, weights in theirs["named"].items():
+            np.testing.assert_allclose(mine["named"][name], weights, rtol=0, atol=1e-9)
+
+
+def test_the_bound_is_reached_and_never_exceeded_in_any_stage(answers: dict[str, Any]) -> None:
+    found = answers["bound 1"]
+    for answer, same in zip(found, found[:STAGES] * 2, strict=True):
+        assert max(answer["stale"]) == 1 and min(answer["stale"]) >= 0
+        np.testing.assert_array_equal(answer["weights"], same["weights"])
+    every_sample_once(found[::STAGES], wanted(1, AHEAD))  # samples enter at first stages
+
+
+def test_a_bound_that_no_stage_keeps_is_noticed(answers: dict[str, Any]) -> None:
+    """The mutation: servers that let everybody read."""
+    assert max(stale for answer in answers["no bound"] for stale in answer["stale"]) > 1
+
+
+def test_a_stage_sends_its_own_layers_to_who_has_them_too(answers: dict[str, Any]) -> None:
+    """Half of its gradient and of its weights to the one other, each step; the weights once more at
+    the end, when all come together."""
+    for answer in answers["bound 0"]:
+        assert answer["sent"] == pytest.approx((6 + 0.5) * answer["dense"], rel=0.02)
+        assert answer["dense"] == pytest.approx(8 * len(answer["weights"]), rel=1e-3)
+
+
+def test_a_stop_is_heard_by_all_stages_after_the_same_step(answers: dict[str, Any]) -> None:
+    assert answers["a stop"] == [[step == 5 for step in range(8)]] * RANKS
 
 
 KINDS: dict[str, dict[str, Any]] = {
