@@ -41,6 +41,11 @@ SUITES = (
     Suite(
         "HetPipe in a job: checkpoints, stops, real workers",
         ("tests/train/heterogeneous/test_hetpipe_job.py",),
+        slow=True,
+    ),
+    Suite(
+        "HetPipe in a job, 2 chains of 2 stages: bound 0 is dp x pp in fp64; bound 1; checkpoints",
+        ("tests/train/heterogeneous/test_hetpipe_pipeline.py",),
     ),
     Suite("--advise: forms are jobs, costs by hand, refusals", ("tests/train/advise",)),
 )

@@ -5,8 +5,9 @@ A step is a wave: each chain computes its share of the step's samples, micro-bat
 and all of them with the weights of the wave's start. Each stage then pushes its layers' gradient to
 the servers of its layers and pulls what is newest there, which lacks at most D waves that it has
 pushed itself. The servers of a stage's layers are the workers that have this stage, one of each
-chain, so that what is pushed and pulled goes between workers alike. The chain is empty between two
-waves: the paper's minibatches that overlap in a chain are in `hetpipe_chain`.
+chain, so that what is pushed and pulled goes between workers alike; above a bound of 0 stages of a
+chain may have different versions, each within the bound. The chain is empty between two waves: the
+paper's minibatches that overlap in a chain are in `hetpipe_chain`.
 """
 
 import math

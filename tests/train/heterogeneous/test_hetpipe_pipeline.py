@@ -162,3 +162,28 @@ def test_it_goes_on_from_anothers_checkpoint_and_others_from_its_own(tmp_path: P
         assert RunFolder(after.path).status().bits_per_byte == pytest.approx(bits, abs=1e-9)
     late = curve(halves[2].path) + curve(rest[2].path)
     assert len(late) == 6 and late[-1] < late[0] and torch.tensor(late).isfinite().all()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bfloat16": ({"precision": {"compute": "bfloat16"}}, "keeps no masters"),
+    "adafactor": (
+        {"optimizer": {"name": "adafactor", "clip_norm": 0.0}},
+        '"adamw" or "sgd" is accepted',
+    ),
+    "shares by speed": ({"shares": "measured"}, "pipeline.stages = 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_chains_do_not_go_with_is_named(name: str) -> None:
+    tables, said = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        wanted(1, **tables)
+    assert said in str(error.value)
+
+
+def test_only_servers_update_a_pipeline_by_sgd() -> None:
+    """Without a bound stages update their layers themselves, by AdamW."""
+    assert wanted(1, optimizer=ranks.SGD).pipeline.stages == STAGES
+    with pytest.raises(ValueError, match='updates layer by layer: optimizer.name = "adamw" is'):
+        wanted(None, optimizer=ranks.SGD)
