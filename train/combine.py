@@ -91,7 +91,6 @@ def _staleness(job: "Job") -> Iterator[str]:
     wanted = {
         "workers.where = 'local'": job.workers.where == "local",
         "sharding.stage = 0": not job.sharding.stage,
-        "pipeline.stages = 0": not job.pipeline.stages,
         "a plain [mesh] and model.experts = 0": not job.meshed,
         "a plain [memory]": job.memory.plain,
         'compression.kind = "none"': job.compression.kind == "none",
@@ -209,7 +208,7 @@ def _pipeline(job: "Job") -> Iterator[str]:
         )
     if job.precision.compute == "bfloat16":
         yield f'{asked} keeps no masters: precision.compute = "float32" or "float64" is accepted'
-    if job.optimizer.name != "adamw":
+    if job.optimizer.name != "adamw" and job.workers.staleness is None:  # else servers update
         yield f'{asked} updates layer by layer: optimizer.name = "adamw" is accepted'
     if job.model.tied_head and not job.model.start_from:
         yield (f"{asked} needs layers that share no weights: model.tied_head = false is accepted")

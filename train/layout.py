@@ -35,9 +35,15 @@ class FlatModel:
     start on that weight decay applies to.
     """
 
-    def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
-        """Takes over the model's parameters; their values are kept, masters in full precision."""
-        parameters = dict(model.named_parameters())
+    def __init__(
+        self,
+        model: nn.Module,
+        compute: torch.dtype,
+        named: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        """Takes over the model's parameters; their values are kept, masters in full precision.
+        named: the same by other names, for a part of a model those that they have in the whole."""
+        parameters = dict(model.named_parameters()) if named is None else named
         self.model, self.slots = model, tuple(slots_of(parameters))
         elements = self.slots[-1].stop
         self.decayed = sum(slot.stop - slot.start for slot in self.slots if len(slot.shape) > 1)

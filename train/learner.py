@@ -86,6 +86,10 @@ def build_learner(job: Job, start: Start, stream: SampleStream, folder: RunFolde
         from train.parallel.mesh_job import MeshLearner
 
         return MeshLearner(job, start, stream)
+    if job.pipeline.stages and job.workers.staleness is not None:
+        from train.heterogeneous.hetpipe_pipeline import ChainLearner
+
+        return ChainLearner(job, start, stream)
     if job.pipeline.stages:
         from train.parallel.pipeline_job import PipelineLearner
 

@@ -2,7 +2,8 @@
 members that outlive each other, with a fresh store and group for each generation (`Crew`).
 
 Processes are forked from a server that has imported torch (and torch._dynamo, which its optimizers
-want), so that one costs milliseconds. What a function raises fails the test with its traceback.
+want) and most of `train`, so that one costs milliseconds. What a function raises fails the test
+with its traceback.
 """
 
 import multiprocessing
@@ -20,7 +21,8 @@ from train.world import GlooWorld, WorldChanged, join
 
 TIMEOUT_S = 120.0  # nobody waits that long: connections of the lost break at once
 DEADLINE_S = 280.0
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pydantic", "train.step", __name__]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pydantic", "pytest", __name__]
+PRELOAD += ["train.run", "train.parallel.pipeline_job"]
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

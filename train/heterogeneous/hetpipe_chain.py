@@ -4,7 +4,8 @@
 computed, forward and backward and on every stage, with the weights of its start: the newest version
 that was pulled, and the chain's own updates up to minibatch p - in_flight. So inside a chain a
 minibatch misses at most in_flight - 1 updates (the local staleness); what it misses of other chains
-the server's bound says. Weights of each minibatch under way are kept (PipeDream's stashing).
+the server's bound says. Weights of each minibatch under way are kept (PipeDream's stashing). A
+job's chains (`hetpipe_pipeline`) wait for their own waves instead, and so need no second copy.
 """
 
 import itertools

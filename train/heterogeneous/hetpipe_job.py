@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.checkpoint.piece import Piece, dtype_name
-from train.checkpoint.reader import Checkpoint, read_checked
+from train.checkpoint.piece import Piece
+from train.checkpoint.reader import Checkpoint
 from train.communication.transport import dense_bytes
 from train.data.stream import SampleStream, Share
 from train.data.stream import share as share_out
-from train.heterogeneous.hetpipe_server import Pulled, Rule, Shard, Stretch
-from train.heterogeneous.hetpipe_wire import Door, Servers, open_doors, stretches
+from train.heterogeneous.hetpipe_member import Member
 from train.heterogeneous.shares import shares
 from train.job import Job
 from train.layout import FlatModel
 from train.learner import shared_nats
 from train.model import Llama
-from train.parallel.zero_flat import best_name
 from train.precision import COMPUTE
 from train.schedule import factor
 from train.step import StepReport, refuse_infinite
@@ -49,45 +47,18 @@ class HetPipeLearner:
         stream: SampleStream,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        assert job.workers.staleness is not None
         self.job, self.model, self.stream, self._clock = job, model, stream, clock
         self.flat = FlatModel(model, COMPUTE[job.precision.compute])
         self.parameters = self.flat.masters.numel()
-        self.bound = job.workers.staleness
+        self.member = Member(job, self.flat, self.rate)
         self.step_number = self.samples = 0
         self.before_update: Callable[[], None] = lambda: None
-        self._anticipates = job.optimizer.name == "sgd" and not job.optimizer.beta1
-        self._own_waves: dict[int, Tensor] = {}
         self._per_s = 0.0
-        self._facts: Tensor | None = None
-        self._shard: Shard | None = None
-        self._servers: Servers | None = None
         self._begun = False
-
-    @property
-    def shard(self) -> Shard:
-        """This process' part of the parameter server."""
-        assert self._shard is not None, "enter comes first"
-        return self._shard
-
-    @property
-    def servers(self) -> Servers:
-        """The way to all parts."""
-        assert self._servers is not None, "enter comes first"
-        return self._servers
 
     def enter(self, world: World) -> None:
         """See `Learner`: opens this process' server, and finds the others'."""
-        all_ = stretches(self.parameters, world.size)
-        self.own = all_[world.rank]
-        masters = self.flat.masters[slice(*self.own)].clone()
-        last = max(0, min(self.flat.decayed, self.own.stop) - self.own.start)
-        decayed = [Stretch(0, last)] if last else []
-        rule = Rule(masters, decayed, self.job.optimizer, self.rate)
-        self._shard = Shard(rule, world.size, self.bound)
-        self.door = Door(self._shard)
-        ports = open_doors(world, self.door)
-        self._servers = Servers(world.rank, all_, ports, {world.rank: self._shard})
+        self.member.enter(world, range(world.size))
 
     def rate(self, finished: int) -> float:
         """The learning rate after so many steps."""
@@ -100,7 +71,8 @@ class HetPipeLearner:
         if not self._begun:  # nobody pushes to a server that still reads its checkpoint
             world.barrier()
             self._begun = True
-        mine, sent_before = self._mine(world), self._moved()
+        mine, member = self._mine(world), self.member
+        sent_before = member.moved_bytes
         begun_s = self._clock()
         loss = self._gradient(mine)
         norm = float(torch.linalg.vector_norm(self.flat.gradient))
@@ -108,14 +80,12 @@ class HetPipeLearner:
         self._measured(mine.samples, self._clock() - begun_s)
         self.before_update()
         facts = torch.tensor([loss, self._per_s, float(stop)], dtype=torch.float64)
-        self.servers.push(self.step_number, 0, self.flat.gradient, facts)
-        if self._anticipates:
-            self._own_waves[self.step_number] = self.flat.gradient.clone()
+        member.push(self.step_number, facts)
         rate = self.rate(self.step_number)
         self.step_number += 1
         self.samples += self.job.batch_samples
-        self._take_up(self.servers.pull(self.step_number, 0, self.flat.masters))
-        told = self._facts
+        member.pull(self.step_number)
+        told = member.facts
         all_loss = loss * self.job.batch_samples / max(mine.samples, 1)
         asked = False
         if told is not None:
@@ -123,7 +93,7 @@ class HetPipeLearner:
         ids = self.stream.ids(mine.first, mine.samples)
         found = (self.step_number, self.samples, all_loss, norm, rate, asked, ids)
         dense = dense_bytes(self.flat.gradient.nbytes, world.size)
-        return StepReport(*found, self._moved() - sent_before, dense)
+        return StepReport(*found, member.moved_bytes - sent_before, dense)
 
     def _gradient(self, mine: Share) -> float:
         """Of the worker's share, as a part of the whole batch's mean; its part of the loss."""
@@ -139,7 +109,7 @@ class HetPipeLearner:
     def _mine(self, world: World) -> Share:
         """Equal shares, or by the speeds that all told with one and the same wave."""
         first, count, rank = self.samples, self.job.batch_samples, world.rank
-        told = self._facts if self.job.workers.shares == "measured" else None
+        told = self.member.facts if self.job.workers.shares == "measured" else None
         if told is None or not bool((told[:, 1] > 0).all()):
             return share_out(first, count, rank, world.size)
         counts = shares(count, told[:, 1].tolist(), self.job.micro_samples)
@@ -150,54 +120,14 @@ class HetPipeLearner:
             now = samples / seconds
             self._per_s = KEEP * self._per_s + (1 - KEEP) * now if self._per_s else now
 
-    def _take_up(self, found: Sequence[Pulled]) -> None:
-        """What was pulled, and with plain SGD own waves that are not in it yet."""
-        at = 0
-        for pulled in found:
-            size = pulled.weights.numel()
-            for own, gradient in self._own_waves.items():
-                if own >= pulled.version:
-                    part = gradient[at : at + size]
-                    self.flat.masters[at : at + size].add_(part, alpha=-self.rate(own))
-            at += size
-        oldest = min(pulled.version for pulled in found)
-        self._own_waves = {n: g for n, g in self._own_waves.items() if n >= oldest}
-        self._facts = found[0].facts
-        self.flat.publish()
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """All workers have come to the same step: the weights of exactly that one."""
-        told = self._facts
-        found = self.servers.pull(self.step_number, 0, self.flat.masters, exact=True)
-        self._take_up(found)
-        self._facts = told
-
-    def _moved(self) -> int:
-        """Bytes that left this process: what it asked and pushed, and answered as a server."""
-        return self.servers.sent_bytes + self.door.sent_bytes
+        self.member.settle(self.step_number)
 
     def pieces(self, world: World) -> list[Piece]:
-        """See `Learner`: what this process is the server of; weights where they are narrower."""
-        self._settle()
-        flats = {"param": self.flat.weights[slice(*self.own)]}
-        if self.flat.weights is not self.flat.masters:
-            flats["master"] = self.shard.rule.masters
-        else:
-            flats["param"] = self.shard.rule.masters
-        flats |= self.shard.rule.moments
-        return [piece for kind, held in flats.items() for piece in self._of_kind(kind, held)]
-
-    def _of_kind(self, kind: str, held: Tensor) -> list[Piece]:
-        found = []
-        for slot in self.flat.slots:
-            low, high = max(slot.start, self.own.start), min(slot.stop, self.own.stop)
-            if low < high:
-                data = held[low - self.own.start : high - self.own.start]
-                place = (low - slot.start, high - slot.start)
-                found.append(
-                    Piece(f"{kind}/{slot.name}", slot.shape, dtype_name(held.dtype), *place, data)
-                )
-        return found
+        """See `Learner`: what this process is the server of."""
+        self.settle()
+        return self.member.pieces()
 
     def notes(self) -> dict[str, Any]:
         """See `Learner`."""
@@ -205,27 +135,15 @@ class HetPipeLearner:
 
     def restore(self, found: Checkpoint) -> None:
         """See `Learner`."""
-        rule = self.shard.rule
-        for slot in self.flat.slots:
-            values = read_checked(found, best_name(found, slot.name), slot.shape)
-            self.flat.view(self.flat.masters, slot).copy_(values)
-        rule.masters.copy_(self.flat.masters[slice(*self.own)])
-        for kind, held in rule.moments.items():
-            whole = torch.empty_like(self.flat.masters)
-            for slot in self.flat.slots:
-                values = read_checked(found, f"{kind}/{slot.name}", slot.shape)
-                self.flat.view(whole, slot).copy_(values)
-            held.copy_(whole[slice(*self.own)])
-        self.flat.publish()
+        self.member.restore(found)
         self.step_number, self.samples = found.step, found.meta["samples"]
-        self.shard.load(found.step)
 
     def nats(self, rows: Sequence[Tensor], world: World) -> float:
         """See `Learner`."""
-        self._settle()
+        self.settle()
         return shared_nats(self.model.loss, rows, world)
 
     def exported(self, world: World) -> dict[str, Tensor]:
         """See `Learner`."""
-        self._settle()
+        self.settle()
         return self.flat.named(self.flat.weights)

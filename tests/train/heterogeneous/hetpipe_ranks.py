@@ -1,5 +1,5 @@
-"""Virtual workers on ranks, for tests: jobs whose workers are ahead of each other, chains of
-stages, and workers that are paced by sleeping, so that a busy machine does not count."""
+"""Virtual workers on ranks, for tests: jobs whose workers are ahead of each other, and chains of
+stages."""
 
 import time
 from typing import Any
@@ -12,6 +12,8 @@ from tests.train import tiny
 from train.data.stream import SampleStream
 from train.heterogeneous.hetpipe_chain import ChainPlan, ChainStage, Neighbours
 from train.heterogeneous.hetpipe_job import HetPipeLearner
+from train.heterogeneous.hetpipe_member import Member
+from train.heterogeneous.hetpipe_pipeline import ChainLearner
 from train.heterogeneous.hetpipe_server import Rule, Shard
 from train.heterogeneous.hetpipe_wire import Door, Servers, open_doors, stretches
 from train.job import Job, OptimizerTable
@@ -50,25 +52,14 @@ def stream(wanted: Job) -> SampleStream:
     return SampleStream(text(), wanted.data.sequence_tokens, wanted.run.seed)
 
 
-class Paced(HetPipeLearner):
-    """Computing a sample takes `sample_s`, by sleeping, and `slower` times that while the worker is
-    throttled; what is really computed lies within."""
-
-    sample_s = 0.0
-
-    def slower(self) -> float:
-        return 1.0
-
-    def _gradient(self, mine: Any) -> float:
-        begun_s = time.perf_counter()
-        loss = super()._gradient(mine)
-        wanted_s = mine.samples * self.sample_s * self.slower()
-        time.sleep(max(0.0, wanted_s - (time.perf_counter() - begun_s)))
-        return loss
-
-
-def entered(world: GlooWorld, wanted: Job, kind: type[HetPipeLearner] = HetPipeLearner) -> Any:
-    made = kind(wanted, build_model(wanted, read_start(wanted)), stream(wanted))
+def entered(world: GlooWorld, wanted: Job) -> Any:
+    """A worker of a job, or a stage of one where the job has a pipeline, in its place."""
+    start = read_start(wanted)
+    made: HetPipeLearner | ChainLearner
+    if wanted.pipeline.stages:
+        made = ChainLearner(wanted, start, stream(wanted))
+    else:
+        made = HetPipeLearner(wanted, build_model(wanted, start), stream(wanted))
     made.enter(world)
     return made
 
@@ -79,32 +70,35 @@ def trained(
     """All steps. slow_s: of rank 0, more in each step; ahead: rank 0 makes none before the others
     are so many steps ahead of it; ignored: servers let everybody read."""
     learner = entered(world, wanted)
+    member: Member = learner.member
+    shard: Any = member.shard
     if ignored:
-        learner.shard.may_read = lambda clock, exact: not exact or learner.shard.version >= clock
+        shard.may_read = lambda clock, exact: not exact or shard.version >= clock
     reports = []
     for step in range(wanted.steps):
         if world.rank == 0:
             time.sleep(slow_s)
             if step:  # all begin together
-                wait_for(learner.shard, min(step + ahead, wanted.steps), world.size)
+                wait_for(shard, min(step + ahead, wanted.steps))
         reports.append(learner.step(world))
-    learner._settle()
+    learner.settle()
     world.barrier()
-    weights = learner.flat.masters.clone()
+    weights = member.flat.masters.clone()
     return {
         "losses": [report.loss for report in reports],
         "ids": [report.ids for report in reports],
         "weights": weights.numpy(),
-        "stale": [read.staleness for read in learner.shard.reads],
-        "sent": learner._moved(),
+        "named": {name: part.numpy() for name, part in member.flat.named(weights).items()},
+        "stale": [read.staleness for read in shard.reads],
+        "sent": member.moved_bytes,
         "dense": reports[-1].dense_bytes,
     }
 
 
-def wait_for(shard: Shard, clock: int, workers: int) -> None:
-    """Until all workers but 0 have read what this server gives at a clock."""
+def wait_for(shard: Shard, clock: int) -> None:
+    """Until all members but 0 have read what this server gives at a clock."""
     deadline_s = time.monotonic() + 200
-    others = set(range(1, workers)) if clock else set()
+    others = set(range(1, shard.workers)) if clock else set()
     while others - {read.worker for read in list(shard.reads) if read.clock >= clock}:
         assert time.monotonic() < deadline_s, f"nobody came to clock {clock}"
         time.sleep(0.002)

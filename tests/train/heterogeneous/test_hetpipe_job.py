@@ -17,7 +17,8 @@ from tests.train.test_run import job, losses, make
 from tests.train.test_train_command import sanderling
 from train.commands import begin
 from train.folder import RunFolder, read_lines
-from train.job import Job
+from train.job import Job, read_job
+from train.local import launch
 from train.view import console_of_nobody
 from train.world import GlooWorld, LocalWorld
 
@@ -62,7 +63,7 @@ def parted(world: GlooWorld, steps: int) -> dict[str, Any]:
     for _ in range(steps):
         time.sleep(0.05 * (world.rank == 0))
         learner.step(world)
-    ahead = learner.step_number - learner.shard.reads[-1].version
+    ahead = learner.step_number - learner.member.shard.reads[-1].version
     pieces = [(p.name, p.start, p.stop, p.data.clone().numpy()) for p in learner.pieces(world)]
     exported = {name: t.clone().numpy() for name, t in learner.exported(world).items()}
     learner.step(world)
@@ -99,6 +100,7 @@ name = "t"
 folder = "."
 [model]
 layers = 1
+tied_head = false
 hidden = 32
 heads = 2
 kv_heads = 2
@@ -108,34 +110,61 @@ sources = ["texts"]
 sequence_tokens = 16
 held_out_every = 4
 [run]
-tokens = 5120
+tokens = {tokens}
 batch_tokens = 128
 micro_batch_tokens = 64
 deterministic = false
 [optimizer]
 clip_norm = 0
 [workers]
-count = 2
 threads = 1
-shares = "measured"
 staleness = 2
+{workers}
 [report]
 evaluate_tokens = 160
 sample_ids = true
 """
 
 
-@pytest.mark.live
-def test_real_workers_finish_a_job(tmp_path: Path) -> None:
-    tiny.write_texts(tmp_path / "texts")
-    (tmp_path / "job.toml").write_text(FILE)
-    done = sanderling(tmp_path / "job.toml")
-    assert done.returncode == 0 and "finished: step 40/40" in done.stdout, done.stderr
-    folder = RunFolder(tmp_path / "t")
-    assert [line["step"] for line in read_lines(folder.samples)] == list(range(1, 41))
-    assert folder.status().sent_bytes > 0
+MEASURED = 'count = 2\nshares = "measured"'
+CHAINS = 'count = 4\n[pipeline]\nstages = 2\n[precision]\ncompute = "float32"'
+
+
+def written(path: Path, workers: str, steps: int) -> Path:
+    """A job's file, and text beside it."""
+    tiny.write_texts(path / "texts")
+    file = path / "job.toml"
+    file.write_text(FILE.format(workers=workers, tokens=128 * steps))
+    return file
+
+
+def finished(folder: RunFolder, steps: int) -> list[float]:
+    """Losses of a run that is at its end, where every step was made once."""
+    assert [line["step"] for line in read_lines(folder.samples)] == list(range(1, steps + 1))
+    assert folder.status().phase == "finished" and folder.status().sent_bytes > 0
     found = curve(folder.path)
-    assert len(found) == 40 and found[-1] < 0.8 * found[0]
+    assert len(found) == steps
+    return found
+
+
+@pytest.mark.live
+def test_workers_of_their_own_finish_a_job(tmp_path: Path) -> None:
+    found = read_job(written(tmp_path, MEASURED, 12))
+    folder = RunFolder(found.path)
+    begin(found, folder, console_of_nobody())
+    launch(found, folder, lambda: None)
+    losses_ = finished(folder, 12)
+    assert losses_[-1] < 0.95 * losses_[0]
+
+
+@pytest.mark.slow
+@pytest.mark.live
+@pytest.mark.parametrize("workers", [MEASURED, CHAINS], ids=["measured shares", "chains"])
+def test_the_command_finishes_a_job(workers: str, tmp_path: Path) -> None:
+    done = sanderling(written(tmp_path, workers, 40))
+    assert done.returncode == 0 and "finished: step 40/40" in done.stdout, done.stderr
+    losses_ = finished(RunFolder(tmp_path / "t"), 40)
+    assert losses_[-1] < 0.8 * losses_[0]
 
 
 def test_a_workers_bytes() -> None:

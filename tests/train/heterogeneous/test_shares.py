@@ -5,7 +5,6 @@ import itertools
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from tests.train import tiny
 from tests.train.processes import on_ranks
+from tests.train.quota import NoQuota, Quotas, join
 from train.data.stream import SampleStream
 from train.heterogeneous.shares import Equal, Measured, shares
 from train.step import Trainer
@@ -87,14 +87,10 @@ def test_the_curve_does_not_see_the_shares() -> None:
     assert fast["shares"][-1] > slow["shares"][-1]
 
 
-CPU = Path("/sys/fs/cgroup/cpu")
-
-
 def throttled(world: GlooWorld, group: str) -> dict[str, float]:
     """Seconds of a step by kind of shares, medians; rank 1 has 0.4 of rank 0's processor time."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[world.rank]})
-    place = CPU / f"{group}{world.rank}"
-    (place / "cgroup.procs").write_text(str(os.getpid()))
+    join(group, world.rank)
     made = {kind: trainer(kind) for kind in ("equal", "measured")}
     took: dict[str, list[float]] = {kind: [] for kind in made}
     for turn in range(12):
@@ -109,24 +105,11 @@ def throttled(world: GlooWorld, group: str) -> dict[str, float]:
 @pytest.mark.slow
 def test_a_slower_processor_costs_less() -> None:
     """One worker with 80 % of a processor, one with 32 %: measured shares make 1.25 x the steps."""
-    group = f"sanderling{os.getpid()}-"
-    places = [CPU / f"{group}{rank}" for rank in range(2)]
     try:
-        for place, quota in zip(places, (16000, 6400), strict=True):
-            place.mkdir()
-            (place / "cpu.cfs_period_us").write_text("20000")
-            (place / "cpu.cfs_quota_us").write_text(str(quota))
-    except OSError as error:
-        for place in places:
-            if place.exists():
-                place.rmdir()
-        pytest.skip(f"no quota of processor time can be set here: {error}")
-    try:
-        answers = on_ranks(2, throttled, group)
-    finally:
-        time.sleep(0.5)
-        for place in places:
-            place.rmdir()
+        with Quotas((0.8, 0.32), period_us=20_000) as quotas:
+            answers = on_ranks(2, throttled, quotas.group)
+    except NoQuota as error:
+        pytest.skip(str(error))
     ratio = max(a["equal"] for a in answers) / max(a["measured"] for a in answers)
     print(f"steps with measured shares over equal ones: {ratio:.2f} x")
     assert ratio >= 1.25
