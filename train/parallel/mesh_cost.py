@@ -5,7 +5,7 @@ Pure arithmetic on a model's shape; imports no torch. Of the ranks of a mesh the
 is counted: the first, which has the most rows of the vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from models.config import ModelConfig
@@ -95,7 +95,7 @@ def matrices(config: ModelConfig, tensor: int) -> Matrices:
 @dataclass(frozen=True)
 class StateBytes:
     """Of one worker between two steps. weights: as computed with, where masters are others; with
-    `full_shard` none, for they are put together when they are used (`WorkingBytes.gathered`)."""
+    `full_shard` none, for they are put together when they are used (`working_bytes`)."""
 
     weights: int
     masters: int
@@ -179,31 +179,73 @@ def _exchanged_key(config: ModelConfig, shape: MeshShape) -> int:
 
 @dataclass(frozen=True)
 class WorkingBytes:
-    """What is there for moments beside state and activations. logits: as the loss is computed, two
-    more of their size, and as they were made; gathered: with `full_shard`, weights of the ends and
-    of two layers (the next one is under way), and gradients of the ends and of a layer."""
+    """What is there for a moment beside state and activations, by moments of which any may be the
+    largest: what was kept and is gone by then is taken off (the ends' first, for a backward pass
+    begins there)."""
 
-    logits: int
-    gathered: int
+    moments: Mapping[str, int]
+
+    @property
+    def when(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda moment: self.moments[moment])
 
     @property
     def total(self) -> int:
-        """Both: the loss is computed while the ends are put together."""
-        return self.logits + self.gathered
+        """Its bytes."""
+        return self.moments[self.when]
 
 
 def working_bytes(
     config: ModelConfig, shape: MeshShape, batch: Batch, compute: str
 ) -> WorkingBytes:
-    """At its most."""
+    """By the tensors that each moment's code has at once, in the order of a step."""
     narrow, wide = WIDTHS_BYTES[compute]
+    cast = narrow if narrow != wide else 0
     tokens = batch.micro_samples * batch.sequence_tokens // shape.sequence
-    numbers = tokens * -(-config.vocab // shape.tensor)
-    logits = numbers * (2 * wide + (narrow if narrow != wide else 0))
+    stream = tokens * config.hidden
+    own = stream // (shape.tensor if shape.sequence_parallel else 1)
+    logits, inner = tokens * -(-config.vocab // shape.tensor), tokens * (config.ff // shape.tensor)
     held = matrices(config, shape.tensor)
-    layer, ends = _elements(held.layer), _elements(held.ends)
-    gathered = narrow * (2 * ends + 3 * layer) if shape.shared else 0
-    return WorkingBytes(logits, gathered)
+    layer, ends = narrow * _elements(held.layer), narrow * _elements(held.ends)
+    head = narrow * held.ends[0][0] * config.hidden  # its gradient: a tied one waits for lookups
+    shared = int(shape.shared)
+    # Logits' exponentials and the last norm's result are gone then; its input makes room for a
+    # gradient.
+    after = (head if config.tied_head or shape.shared else 0) - wide * logits - narrow * own
+    moments = {
+        # The greatest logit is taken off them, and that raised, beside the logits as made.
+        "at the loss": (2 * wide + cast) * logits,
+        # Their gradient, and that of what came in; gathered, cut by rank, received and added up.
+        "behind the output matrix": (narrow - wide) * logits
+        + (
+            4 * narrow * stream + (wide + cast) * own
+            if shape.sequence_parallel
+            else narrow * stream + head
+        ),
+        # Its gradient, the normed input, the product of both, and the input's gradient.
+        "behind the last norm": after + (4 * wide + 2 * cast) * own,
+        # Of the product, of the opened gate, of what it is multiplied by; the product is gone.
+        "behind the last feed-forward": after
+        + 2 * narrow * inner
+        + (narrow * stream if shape.sequence_parallel else 0)
+        + shared * (2 * layer + narrow * config.hidden * (config.ff // shape.tensor)),
+        # A layer as gathered and as its matrices, and the one before it on its way.
+        "as a layer is put together": after + shared * 3 * layer,
+    }
+    return WorkingBytes({name: size + shared * ends for name, size in moments.items()})
+
+
+def peak_bytes(
+    config: ModelConfig, shape: MeshShape, batch: Batch, compute: str, moments: int = 2
+) -> int:
+    """Of a worker's tensors at their most. With `full_shard` the gradient of the only pass is made
+    as activations go; else its place is there, or that of the passes before."""
+    state = state_bytes(config, shape, compute, moments)
+    kept = activation_bytes(config, shape, batch, compute)
+    working = working_bytes(config, shape, batch, compute).total
+    late = state.gradient if shape.shared and batch.passes == 1 else 0
+    return max(state.total - late + kept + working, state.total)
 
 
 @dataclass(frozen=True)

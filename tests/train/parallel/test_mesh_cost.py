@@ -1,11 +1,14 @@
 """Bytes of a mesh by formula against what workers hold, keep for a backward pass, and send."""
 
 import gc
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.train import tiny
 from tests.train.parallel.zero_ranks import live_bytes, wire_bytes
@@ -18,6 +21,7 @@ from train.parallel.mesh_cost import (
     activation_bytes,
     batch_of,
     matrices,
+    peak_bytes,
     sent_bytes,
     shape_of,
     state_bytes,
@@ -53,7 +57,7 @@ def job_of(mesh: dict[str, Any], compute: str) -> Job:
 
 def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, float]:
     """Of this worker: bytes that a step sends, of live tensors between two steps with the gradient
-    there, and of what one micro-batch keeps."""
+    there, of what one micro-batch keeps, and of tensors at their most in a step."""
     job = job_of(mesh, compute)
     tokens: Any = np.random.default_rng(7).integers(0, 255, 1 << 14).astype(np.uint16)
     stream = SampleStream(tokens, job.data.sequence_tokens, job.run.seed)
@@ -68,7 +72,22 @@ def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, 
     learner.step(world)
     world.barrier()
     sent = wire_bytes() - begun
-    return {"held": held, "sent": sent, "kept": kept(learner, job)}
+    learner.trainer.state.clear()  # with full_shard gradients are made anew
+    begun_with = live_bytes() - before
+    most = begun_with + grown(lambda: learner.step(world))
+    return {"held": held, "sent": sent, "kept": kept(learner, job), "peak": most}
+
+
+def grown(act: Callable[[], object]) -> int:
+    """By how many bytes memory that torch's allocator has given out grows at most, by its own
+    record of each piece."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        act()
+    record = told.profiler.kineto_results.events()
+    pieces = [(each.start_ns(), each.nbytes()) for each in record if each.name() == "[memory]"]
+    assert pieces, "nothing was recorded"
+    pieces.sort(key=lambda piece: piece[0])
+    return max(accumulate(size for _, size in pieces))
 
 
 def kept(learner: MeshLearner, job: Job) -> int:
@@ -102,6 +121,7 @@ def expected(mesh: dict[str, Any], compute: str) -> dict[str, float]:
         "held": state_bytes(config, shape, compute).total,
         "sent": sent_bytes(config, shape, batch, compute).total,
         "kept": activation_bytes(config, shape, batch, compute),
+        "peak": peak_bytes(config, shape, batch, compute),
     }
 
 
@@ -113,7 +133,7 @@ def expected(mesh: dict[str, Any], compute: str) -> dict[str, float]:
 def test_workers_hold_keep_and_send_what_the_formulas_say(name: str, compute: str) -> None:
     answers = on_ranks(RANKS, measured, MESHES[name], compute)
     wanted = expected(MESHES[name], compute)
-    for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05)):
+    for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05), ("peak", 0.03)):
         mean = sum(answer[kind] for answer in answers) / RANKS
         assert mean == pytest.approx(wanted[kind], rel=near), kind
 
