@@ -1,6 +1,6 @@
 """What a job will take: floating-point operations and bytes by count, activations by trying one
-micro-batch here, seconds and resident sets by a rehearsal on the job's own workers. Behind `--dry-run`, and the MFU
-of a run.
+micro-batch here, seconds and memory in all by a rehearsal on the job's own workers. Behind
+`--dry-run`, and the MFU of a run.
 """
 
 import time
@@ -42,8 +42,8 @@ class Estimate:
     checkpoints at a fixed interval, evaluations; how: where the seconds are from; sent_bytes: of a
     worker in a step after the warm-up, by the compressor's formula; dense_bytes: uncompressed; both
     0 where the state is divided; memory: what `[memory]` changes of that, or what a mesh needs and
-    sends, in words; peak_bytes: the largest resident set of a worker in `rehearsed_steps` steps that
-    were made to see it, Python and torch included; both 0 where none was made.
+    sends, in words; peak_bytes: the largest resident set of a worker in `rehearsed_steps` real
+    steps, Python and torch included; both 0 where none was made.
     """
 
     parameters: int

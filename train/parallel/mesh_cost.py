@@ -5,7 +5,7 @@ Pure arithmetic on a model's shape; imports no torch. Of the ranks of a mesh the
 is counted: the first, which has the most rows of the vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from models.config import ModelConfig
@@ -68,11 +68,11 @@ class Matrices:
     @property
     def elements(self) -> int:
         """Of all parameters."""
-        return self.layers * _elements(self.layer) + _elements(self.ends)
+        return self.layers * elements(self.layer) + elements(self.ends)
 
     def share(self, replicas: int) -> int:
         """Elements of the first of so many replicas that share rows of each parameter."""
-        return self.layers * _elements(self.layer, replicas) + _elements(self.ends, replicas)
+        return self.layers * elements(self.layer, replicas) + elements(self.ends, replicas)
 
 
 def matrices(config: ModelConfig, tensor: int) -> Matrices:
@@ -95,7 +95,7 @@ def matrices(config: ModelConfig, tensor: int) -> Matrices:
 @dataclass(frozen=True)
 class StateBytes:
     """Of one worker between two steps. weights: as computed with, where masters are others; with
-    `full_shard` none, for they are put together when they are used (`working_bytes`)."""
+    `full_shard` none, for they are put together when they are used (`mesh_moments`)."""
 
     weights: int
     masters: int
@@ -152,12 +152,20 @@ def activation_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, comput
     tokens = batch.micro_samples * batch.sequence_tokens // shape.sequence
     between = shape.tensor if shape.sequence_parallel else 1
     norm = 2 * config.hidden * narrow + wide
-    split = narrow * (_attention(config, shape) + 4 * (config.ff // shape.tensor))
-    split += wide * (config.heads // shape.tensor)
-    layers = config.layers * (tokens * split + 2 * norm * tokens // between)
+    layers = config.layers * layer_bytes(config, shape, compute, tokens)
     logits = wide * -(-config.vocab // shape.tensor)
     ends = norm * tokens // between + tokens * (logits + 2 * INDEX_BYTES + narrow + 1)
     return layers + ends
+
+
+def layer_bytes(config: ModelConfig, shape: MeshShape, compute: str, tokens: int) -> int:
+    """That one layer keeps."""
+    narrow, wide = WIDTHS_BYTES[compute]
+    between = shape.tensor if shape.sequence_parallel else 1
+    norm = 2 * config.hidden * narrow + wide
+    split = narrow * (_attention(config, shape) + 4 * (config.ff // shape.tensor))
+    split += wide * (config.heads // shape.tensor)
+    return tokens * split + 2 * norm * tokens // between
 
 
 def _attention(config: ModelConfig, shape: MeshShape) -> int:
@@ -175,77 +183,6 @@ def _exchanged_key(config: ModelConfig, shape: MeshShape) -> int:
     """Width of a token's keys when heads are exchanged: each so often that all workers get one."""
     heads = config.kv_heads // shape.tensor
     return config.head_dim * (heads if heads % shape.sequence == 0 else shape.sequence)
-
-
-@dataclass(frozen=True)
-class WorkingBytes:
-    """What is there for a moment beside state and activations, by moments of which any may be the
-    largest: what was kept and is gone by then is taken off (the ends' first, for a backward pass
-    begins there)."""
-
-    moments: Mapping[str, int]
-
-    @property
-    def when(self) -> str:
-        """The moment that takes most."""
-        return max(self.moments, key=lambda moment: self.moments[moment])
-
-    @property
-    def total(self) -> int:
-        """Its bytes."""
-        return self.moments[self.when]
-
-
-def working_bytes(
-    config: ModelConfig, shape: MeshShape, batch: Batch, compute: str
-) -> WorkingBytes:
-    """By the tensors that each moment's code has at once, in the order of a step."""
-    narrow, wide = WIDTHS_BYTES[compute]
-    cast = narrow if narrow != wide else 0
-    tokens = batch.micro_samples * batch.sequence_tokens // shape.sequence
-    stream = tokens * config.hidden
-    own = stream // (shape.tensor if shape.sequence_parallel else 1)
-    logits, inner = tokens * -(-config.vocab // shape.tensor), tokens * (config.ff // shape.tensor)
-    held = matrices(config, shape.tensor)
-    layer, ends = narrow * _elements(held.layer), narrow * _elements(held.ends)
-    head = narrow * held.ends[0][0] * config.hidden  # its gradient: a tied one waits for lookups
-    shared = int(shape.shared)
-    # Logits' exponentials and the last norm's result are gone then; its input makes room for a
-    # gradient.
-    after = (head if config.tied_head or shape.shared else 0) - wide * logits - narrow * own
-    moments = {
-        # The greatest logit is taken off them, and that raised, beside the logits as made.
-        "at the loss": (2 * wide + cast) * logits,
-        # Their gradient, and that of what came in; gathered, cut by rank, received and added up.
-        "behind the output matrix": (narrow - wide) * logits
-        + (
-            4 * narrow * stream + (wide + cast) * own
-            if shape.sequence_parallel
-            else narrow * stream + head
-        ),
-        # Its gradient, the normed input, the product of both, and the input's gradient.
-        "behind the last norm": after + (4 * wide + 2 * cast) * own,
-        # Of the product, of the opened gate, of what it is multiplied by; the product is gone.
-        "behind the last feed-forward": after
-        + 2 * narrow * inner
-        + (narrow * stream if shape.sequence_parallel else 0)
-        + shared * (2 * layer + narrow * config.hidden * (config.ff // shape.tensor)),
-        # A layer as gathered and as its matrices, and the one before it on its way.
-        "as a layer is put together": after + shared * 3 * layer,
-    }
-    return WorkingBytes({name: size + shared * ends for name, size in moments.items()})
-
-
-def peak_bytes(
-    config: ModelConfig, shape: MeshShape, batch: Batch, compute: str, moments: int = 2
-) -> int:
-    """Of a worker's tensors at their most. With `full_shard` the gradient of the only pass is made
-    as activations go; else its place is there, or that of the passes before."""
-    state = state_bytes(config, shape, compute, moments)
-    kept = activation_bytes(config, shape, batch, compute)
-    working = working_bytes(config, shape, batch, compute).total
-    late = state.gradient if shape.shared and batch.passes == 1 else 0
-    return max(state.total - late + kept + working, state.total)
 
 
 @dataclass(frozen=True)
@@ -310,7 +247,7 @@ def _crosses(size: int) -> float:
     return (size - 1) / size
 
 
-def _elements(parameters: tuple[tuple[int, int], ...], replicas: int = 1) -> int:
+def elements(parameters: tuple[tuple[int, int], ...], replicas: int = 1) -> int:
     """Of parameters, or of the rows of them that the first of so many replicas has."""
     return sum(_share(parameters, replicas))
 

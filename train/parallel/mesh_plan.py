@@ -1,4 +1,4 @@
-"""What `--dry-run` says of a mesh, by the formulas of `mesh_cost`."""
+"""What `--dry-run` says of a mesh, by the formulas of `mesh_cost` and `mesh_moments`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ from train.parallel.mesh_cost import (
     MeshShape,
     activation_bytes,
     batch_of,
-    peak_bytes,
     sent_bytes,
     shape_of,
     state_bytes,
-    working_bytes,
 )
+from train.parallel.mesh_moments import peak_bytes, working_bytes
 
 MIB = 1 << 20
 

@@ -21,12 +21,12 @@ from train.parallel.mesh_cost import (
     activation_bytes,
     batch_of,
     matrices,
-    peak_bytes,
     sent_bytes,
     shape_of,
     state_bytes,
 )
 from train.parallel.mesh_job import MeshLearner
+from train.parallel.mesh_moments import peak_bytes
 from train.weights import read_start
 from train.world import GlooWorld
 
