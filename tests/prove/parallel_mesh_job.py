@@ -55,7 +55,7 @@ M_MMAP_THRESHOLD, SMALLEST_BYTES = -3, 128 << 10
 
 
 def rows() -> Iterator[Row]:
-    """Two for each form and two of the formula; about five minutes."""
+    """Two for each form and two of the formula; about six minutes."""
     torch.set_num_threads(1)
     for name, tables in FORMS.items():
         with tempfile.TemporaryDirectory() as scratch:

@@ -87,7 +87,8 @@ def grown(act: Callable[[], object]) -> int:
     pieces = [(each.start_ns(), each.nbytes()) for each in record if each.name() == "[memory]"]
     assert pieces, "nothing was recorded"
     pieces.sort(key=lambda piece: piece[0])
-    return max(accumulate(size for _, size in pieces))
+    most: int = max(accumulate(size for _, size in pieces))
+    return most
 
 
 def kept(learner: MeshLearner, job: Job) -> int:
