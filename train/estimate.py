@@ -1,6 +1,6 @@
 """What a job will take: floating-point operations and bytes by count, activations by trying one
-micro-batch here, seconds by a rehearsal on the job's own workers. Behind `--dry-run`, and the MFU
-of a run.
+micro-batch here, seconds and memory in all by a rehearsal on the job's own workers. Behind
+`--dry-run`, and the MFU of a run.
 """
 
 import math
@@ -43,7 +43,8 @@ class Estimate:
     checkpoints at a fixed interval, evaluations; how: where the seconds are from; sent_bytes: of a
     worker in a step after the warm-up, by the compressor's formula; dense_bytes: uncompressed; both
     0 where the state is divided; memory: what `[memory]` changes of that, or what a mesh needs and
-    sends, in words.
+    sends, in words; peak_bytes: the largest resident set of a worker in `rehearsed_steps` real
+    steps, Python and torch included; both 0 where none was made.
     """
 
     parameters: int
@@ -57,6 +58,8 @@ class Estimate:
     sent_bytes: float
     dense_bytes: int
     memory: Mapping[str, str] = field(default_factory=dict)
+    peak_bytes: int = 0
+    rehearsed_steps: int = 0
 
     @property
     def hours(self) -> float:
@@ -98,23 +101,25 @@ def estimate(job: Job) -> Estimate:
     size = _size_of_part(job, start) if job.meshed else _size(job, start)
     here = job.workers.where in ("local", "elastic")
     if here and job.workers.count <= CROWD * (psutil.cpu_count() or 1):
-        step_s, other_s, how = _rehearsed(job, start)
+        found = _rehearsed(job, start)
     else:
-        step_s, other_s, how = _tried(job, start)
+        found = _tried(job, start)
     return Estimate(
         size.parameters,
         size.state_bytes,
         size.activation_bytes,
-        step_s,
+        found.step_s,
         job.steps,
         flops_per_token(
             start.config, active(job, start.config, size.parameters), job.data.sequence_tokens
         ),
-        other_s,
-        how,
+        found.other_s,
+        found.how,
         size.sent,
         size.dense,
         size.rows,
+        found.peak_bytes,
+        found.steps,
     )
 
 
@@ -166,8 +171,18 @@ def _made_up(job: Job, start: Start, samples: int) -> Tensor:
     return torch.arange(shape[0] * shape[1]).view(shape) % start.config.vocab
 
 
-def _tried(job: Job, start: Start) -> tuple[float, float, str]:
-    """Seconds of a step by one micro-batch of the whole model, of all else, and how."""
+class _Trial(NamedTuple):
+    """Seconds of a step and of all else, and how they are known; the rest as `Estimate` has it."""
+
+    step_s: float
+    other_s: float
+    how: str
+    peak_bytes: int = 0
+    steps: int = 0
+
+
+def _tried(job: Job, start: Start) -> _Trial:
+    """By one micro-batch of the whole model."""
     model = build_model(job, start).to(COMPUTE[job.precision.compute])
     samples = _samples(job)
     tokens = _made_up(job, start, samples)
@@ -175,7 +190,7 @@ def _tried(job: Job, start: Start) -> tuple[float, float, str]:
     step_s = min(_micro_s(model, tokens) for _ in range(2)) * portions
     how = "From one micro-batch here, as if each worker had such a machine: updates, sums over "
     how += "workers, checkpoints and evaluations are not in it."
-    return step_s / job.mesh.replica_workers, 0.0, how
+    return _Trial(step_s / job.mesh.replica_workers, 0.0, how)
 
 
 class _Sums(NamedTuple):
@@ -199,8 +214,8 @@ def _sums(job: Job, model: Llama, moments: int) -> _Sums:
     return _Sums(moments, exchange.memory_bytes(workers), exchange.formula_bytes(workers), dense)
 
 
-def _rehearsed(job: Job, start: Start) -> tuple[float, float, str]:
-    """Seconds of a step and of all else, and how they are known."""
+def _rehearsed(job: Job, start: Start) -> _Trial:
+    """By the job's workers."""
     from train.rehearsal import rehearse
 
     found = rehearse(job, start)
@@ -212,7 +227,7 @@ def _rehearsed(job: Job, start: Start) -> tuple[float, float, str]:
     how = f"From steps of the job's {job.workers.count} workers on this machine"
     if job.resilience.mode in ("checkfreq", "gemini"):
         how += f"; what {job.resilience.mode} does beside them is not in it"
-    return found.step_s, other_s, f"{how}."
+    return _Trial(found.step_s, other_s, f"{how}.", found.peak_bytes, found.steps)
 
 
 def moment_bytes(job: Job, start: Start, wide: int) -> int:

@@ -2,7 +2,8 @@
 `python -m train.rehearsal FOLDER RANK SIZE RENDEZVOUS THREADS PARENT` is one; `rehearse` has all.
 
 What is timed is the run's own step, with its dtype, workers, threads, sums over workers and update;
-one checkpoint; and a part of an evaluation. The text is made up, and nothing of it stays.
+one checkpoint; and a part of an evaluation. Memory is what the kernel has seen of each worker while
+it made these steps. The text is made up, and nothing of it stays.
 """
 
 import json
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from train.data.corpus import prepare
 from train.folder import RunFolder, write
@@ -36,12 +38,15 @@ FILE = "rehearsal.json"
 @dataclass(frozen=True)
 class Rehearsal:
     """Seconds: of a step (the mean), of a checkpoint while all wait, of evaluating a held-out
-    sequence on all workers together, and of starting and ending the workers."""
+    sequence on all workers together, and of starting and ending the workers. peak_bytes: the
+    largest resident set of a worker, Python and torch included, up to the end of `steps` steps."""
 
     step_s: float
     checkpoint_s: float
     row_s: float
     start_s: float
+    peak_bytes: int
+    steps: int
 
 
 def rehearse(job: Job, start: Start, watch: Callable[[], None] = lambda: None) -> Rehearsal:
@@ -95,13 +100,23 @@ def measured(run: Run, world: World) -> str:
         wish = world.rank == 0 and (steps >= MOST or (steps >= LEAST and over))
         stop = run.trainer.step(world, wish).stop
     step_s = (time.monotonic() - timed_s) / steps
+    peak = torch.tensor([high_water_bytes()])
+    peak_bytes = max(int(found) for found in world.all_gather(peak))
     checkpoint_s = _seconds(lambda: run.save_now(world))
     row_s = _seconds(lambda: run.evaluate(world)) / (ROWS * world.size)
     if world.rank == 0:
         took_s = time.monotonic() - began_s
         told = {"step_s": step_s, "checkpoint_s": checkpoint_s, "row_s": row_s, "took_s": took_s}
+        told |= {"peak_bytes": peak_bytes, "steps": WARM_UP + steps}
         write(run.folder.path / FILE, json.dumps(told))
     return f"rehearsed {steps} steps"
+
+
+def high_water_bytes() -> int:
+    """The largest resident set that this process has had (Linux's VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (mark,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(mark) << 10
 
 
 def _seconds(act: Callable[[], object]) -> float:

@@ -130,6 +130,11 @@ def estimate_table(job: Job, found: "Estimate") -> Table:
         "in all": duration(found.hours * 3600) + (f", {usd:.4f} $" if usd else ""),
         **found.memory,
     }
+    if found.peak_bytes:
+        rows["memory, measured"] = (
+            f"{found.peak_bytes / MIB:.0f} MiB per worker at most, Python and torch included, "
+            f"in a rehearsal of {found.rehearsed_steps} steps"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -1,20 +1,24 @@
-"""What a job is said to take: bytes by the table of ZeRO, seconds by a rehearsal."""
+"""What a job is said to take: bytes by the table of ZeRO, seconds and memory by a rehearsal."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from tests.train import tiny
+from tests.train.processes import on_ranks
 from tests.train.test_run import job, make
 from train import estimate as estimating
 from train import rehearsal
 from train.estimate import moment_bytes, state_bytes
+from train.folder import RunFolder
 from train.rehearsal import LEAST, ROWS, WARM_UP, Rehearsal, measured
 from train.step import StepReport
 from train.weights import build_model, read_start
-from train.world import LocalWorld, World
+from train.world import GlooWorld, LocalWorld, World
 
 WORKERS = 4
 A_PARAMETER = {
@@ -101,6 +105,46 @@ def test_a_rehearsal_times_whole_steps(tmp_path: Path, monkeypatch: pytest.Monke
     assert told["took_s"] == 9.0 * WARM_UP + 2.0 * timed + 5.0 + 8.0
 
 
+ONE_WORKER_MORE_BYTES = 64 << 20
+
+
+class Large:
+    """A run whose steps take memory for a moment, on rank 1 much; rss_bytes: as another reader of
+    the kernel's numbers sees it meanwhile."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.trainer, self.rss_bytes = folder, self, 0
+
+    def step(self, world: World, stop: bool = False) -> StepReport:
+        held = torch.ones(world.rank * ONE_WORKER_MORE_BYTES // 4)
+        self.rss_bytes = max(self.rss_bytes, psutil.Process().memory_info().rss)
+        del held
+        wish = torch.tensor([float(stop)])
+        world.all_reduce(wish)
+        return StepReport(0, 0, 1.0, 1.0, 1.0, bool(wish[0]), [])
+
+    def save_now(self, world: World) -> None:
+        torch.ones(2 * ONE_WORKER_MORE_BYTES // 4)  # not of training
+
+    def evaluate(self, world: World) -> float:
+        return 0.0
+
+
+def rehearsed(world: GlooWorld, path: str) -> int:
+    """What this rank took by another reader."""
+    run: Any = Large(RunFolder(Path(path)))
+    measured(run, world)
+    return int(run.rss_bytes)
+
+
+def test_a_rehearsal_tells_of_the_worker_that_takes_most(tmp_path: Path):
+    """Neither rank 0's nor that of a checkpoint."""
+    first, second = on_ranks(2, rehearsed, str(tmp_path))
+    found = json.loads((tmp_path / rehearsal.FILE).read_text())["peak_bytes"]
+    assert second - first > 0.8 * ONE_WORKER_MORE_BYTES
+    assert second * 0.98 <= found < second + 0.3 * ONE_WORKER_MORE_BYTES
+
+
 def test_all_of_a_run_is_counted(monkeypatch: pytest.MonkeyPatch):
     """10 steps of 2 s; checkpoints after 4 and 8 steps and at the end; evaluations of 3 sequences
     after 5, 10 and at the end; 20 s to start."""
@@ -109,18 +153,20 @@ def test_all_of_a_run_is_counted(monkeypatch: pytest.MonkeyPatch):
         resilience={"checkpoint_every_steps": 4},
         report={"evaluate_every_steps": 5, "evaluate_tokens": 48},
     )
-    found = Rehearsal(step_s=2.0, checkpoint_s=5.0, row_s=1.5, start_s=20.0)
+    found = Rehearsal(2.0, 5.0, 1.5, 20.0, peak_bytes=1 << 20, steps=5)
     monkeypatch.setattr(rehearsal, "rehearse", lambda job, start: found)
     told = estimating.estimate(wanted)
     assert told.step_s == 2.0
     assert told.hours * 3600 == pytest.approx(10 * 2.0 + 20.0 + 3 * 5.0 + 3 * 3 * 1.5)
     assert "2 workers on this machine" in told.how
+    assert (told.peak_bytes, told.rehearsed_steps) == (1 << 20, 5)
 
 
 def test_workers_elsewhere_are_not_rehearsed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rehearsal, "rehearse", None)
     told = estimating.estimate(tiny.job(workers={"where": "ray"}))
     assert told.step_s > 0 and "sums over workers" in told.how
+    assert not told.peak_bytes  # no worker was looked at
 
 
 @pytest.mark.live
@@ -129,4 +175,5 @@ def test_a_rehearsal_on_real_workers_leaves_nothing(tmp_path: Path):
     wanted = job(tmp_path, "real", sharding={"stage": 3}, workers={"count": 2, "threads": 1})
     found = rehearsal.rehearse(wanted, read_start(wanted))
     assert min(found.step_s, found.checkpoint_s, found.row_s, found.start_s) > 0
+    assert found.steps > WARM_UP and found.peak_bytes > 100 << 20  # torch alone
     assert not wanted.path.exists()

@@ -22,6 +22,7 @@ from train.memory.plan import working_bytes as segments_bytes
 from train.memory.segments import lay_out
 from train.parallel import mesh_cost
 from train.parallel.mesh_cost import WIDTHS_BYTES, MeshShape
+from train.parallel.mesh_moments import working_bytes as mesh_working_bytes
 from train.parallel.mesh_plan import moments_of
 from train.precision import COMPUTE
 from train.weights import Start
@@ -113,7 +114,7 @@ class Pricer:
             tokens = batch.micro_samples * batch.sequence_tokens
             plain, changed = changed_bytes(job, config, tokens)
             kept -= plain - changed
-        working = float(mesh_cost.working_bytes(config, shape, batch, compute).total)
+        working = float(mesh_working_bytes(config, shape, batch, compute).total)
         return Memory(self._state_bytes(job, shape), kept, working)
 
     def _state_bytes(self, job: Job, shape: MeshShape) -> float:

@@ -168,9 +168,11 @@ class Experts(nn.Module):
 def grouped(rows: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """rows (sum of counts, hidden), the first expert's first; each through its own SwiGLU."""
     parts = []
-    for index, part in enumerate(torch.split(rows, counts)):
-        inner = functional.silu(part @ gate[index].T) * (part @ up[index].T)
-        parts.append(inner @ down[index].T)
+    # Unbound at once: the gradient of each one taken by its index would be of all experts' size.
+    weights = zip(gate.unbind(), up.unbind(), down.unbind(), strict=True)
+    for part, (opening, raising, lowering) in zip(torch.split(rows, counts), weights, strict=True):
+        inner = functional.silu(part @ opening.T) * (part @ raising.T)
+        parts.append(inner @ lowering.T)
     return torch.cat(parts)
 
 

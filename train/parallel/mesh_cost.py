@@ -78,11 +78,11 @@ class Matrices:
     @property
     def elements(self) -> int:
         """Of all parameters."""
-        return self.layers * _elements(self.layer) + _elements(self.ends)
+        return self.layers * elements(self.layer) + elements(self.ends)
 
     def share(self, replicas: int) -> int:
         """Elements of the first of so many replicas that share rows of each parameter."""
-        return self.layers * _elements(self.layer, replicas) + _elements(self.ends, replicas)
+        return self.layers * elements(self.layer, replicas) + elements(self.ends, replicas)
 
 
 def matrices(config: ModelConfig, tensor: int, mixture: Mixture | None = None) -> Matrices:
@@ -109,7 +109,7 @@ def matrices(config: ModelConfig, tensor: int, mixture: Mixture | None = None) -
 @dataclass(frozen=True)
 class StateBytes:
     """Of one worker between two steps. weights: as computed with, where masters are others; with
-    `full_shard` none, for they are put together when they are used (`WorkingBytes.gathered`)."""
+    `full_shard` none, for they are put together when they are used (`mesh_moments`)."""
 
     weights: int
     masters: int
@@ -166,16 +166,23 @@ def activation_bytes(config: ModelConfig, shape: MeshShape, batch: Batch, comput
     tokens = batch.micro_samples * batch.sequence_tokens // shape.sequence
     between = shape.tensor if shape.sequence_parallel else 1
     norm = 2 * config.hidden * narrow + wide
-    split = narrow * _attention(config, shape)
-    if shape.mixture is None:
-        split += 4 * narrow * (config.ff // shape.tensor)
-    split += wide * (config.heads // shape.tensor)
-    layers = config.layers * (tokens * split + 2 * norm * tokens // between)
-    if shape.mixture is not None:
-        layers += config.layers * kept_bytes(config, shape.mixture, tokens, narrow, wide)
+    layers = config.layers * layer_bytes(config, shape, compute, tokens)
     logits = wide * -(-config.vocab // shape.tensor)
     ends = norm * tokens // between + tokens * (logits + 2 * INDEX_BYTES + narrow + 1)
     return layers + ends
+
+
+def layer_bytes(config: ModelConfig, shape: MeshShape, compute: str, tokens: int) -> int:
+    """That one layer keeps."""
+    narrow, wide = WIDTHS_BYTES[compute]
+    between = shape.tensor if shape.sequence_parallel else 1
+    norm = 2 * config.hidden * narrow + wide
+    split = narrow * _attention(config, shape) + wide * (config.heads // shape.tensor)
+    if shape.mixture is not None:
+        mixed = kept_bytes(config, shape.mixture, tokens, narrow, wide)
+        return tokens * split + 2 * norm * tokens // between + mixed
+    split += 4 * narrow * (config.ff // shape.tensor)
+    return tokens * split + 2 * norm * tokens // between
 
 
 def _attention(config: ModelConfig, shape: MeshShape) -> int:
@@ -193,35 +200,6 @@ def _exchanged_key(config: ModelConfig, shape: MeshShape) -> int:
     """Width of a token's keys when heads are exchanged: each so often that all workers get one."""
     heads = config.kv_heads // shape.tensor
     return config.head_dim * (heads if heads % shape.sequence == 0 else shape.sequence)
-
-
-@dataclass(frozen=True)
-class WorkingBytes:
-    """What is there for moments beside state and activations. logits: as the loss is computed, two
-    more of their size, and as they were made; gathered: with `full_shard`, weights of the ends and
-    of two layers (the next one is under way), and gradients of the ends and of a layer."""
-
-    logits: int
-    gathered: int
-
-    @property
-    def total(self) -> int:
-        """Both: the loss is computed while the ends are put together."""
-        return self.logits + self.gathered
-
-
-def working_bytes(
-    config: ModelConfig, shape: MeshShape, batch: Batch, compute: str
-) -> WorkingBytes:
-    """At its most."""
-    narrow, wide = WIDTHS_BYTES[compute]
-    tokens = batch.micro_samples * batch.sequence_tokens // shape.sequence
-    numbers = tokens * -(-config.vocab // shape.tensor)
-    logits = numbers * (2 * wide + (narrow if narrow != wide else 0))
-    held = matrices(config, shape.tensor)
-    layer, ends = _elements(held.layer), _elements(held.ends)
-    gathered = narrow * (2 * ends + 3 * layer) if shape.shared else 0
-    return WorkingBytes(logits, gathered)
 
 
 @dataclass(frozen=True)
@@ -293,7 +271,7 @@ def _crosses(size: int) -> float:
     return (size - 1) / size
 
 
-def _elements(parameters: tuple[tuple[int, int], ...], replicas: int = 1) -> int:
+def elements(parameters: tuple[tuple[int, int], ...], replicas: int = 1) -> int:
     """Of parameters, or of the rows of them that the first of so many replicas has."""
     return sum(_share(parameters, replicas))
 

@@ -1,4 +1,4 @@
-"""What `--dry-run` says of a mesh, by the formulas of `mesh_cost`."""
+"""What `--dry-run` says of a mesh, by the formulas of `mesh_cost` and `mesh_moments`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,25 +12,21 @@ from train.parallel.mesh_cost import (
     sent_bytes,
     shape_of,
     state_bytes,
-    working_bytes,
 )
+from train.parallel.mesh_moments import peak_bytes, working_bytes
 
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """Bytes of a worker; rows: lines of `--dry-run`."""
+    """Bytes of a worker's tensors. memory_bytes: at their most, which leaves out Python, torch, and
+    what the allocator keeps between tensors; rows: lines of `--dry-run`."""
 
     state_bytes: int
     activation_bytes: int
-    working_bytes: int
+    memory_bytes: int
     rows: Mapping[str, str]
-
-    @property
-    def memory_bytes(self) -> int:
-        """At its most, above what a worker takes that has no model."""
-        return self.state_bytes + self.activation_bytes + self.working_bytes
 
 
 def plan(job: Job, config: ModelConfig) -> MeshPlan:
@@ -39,7 +35,8 @@ def plan(job: Job, config: ModelConfig) -> MeshPlan:
     batch = batch_of(job, shape)
     state = state_bytes(config, shape, compute, moments_of(job)).total
     kept = activation_bytes(config, shape, batch, compute)
-    working = working_bytes(config, shape, batch, compute).total
+    working = working_bytes(config, shape, batch, compute)
+    peak = peak_bytes(config, shape, batch, compute, moments_of(job))
     sent = sent_bytes(config, shape, batch, compute)
     to = {"replicas": sent.data, "of a sequence": sent.sequence, "of a matrix": sent.tensor}
     to["of a mixture"] = sent.experts
@@ -47,10 +44,10 @@ def plan(job: Job, config: ModelConfig) -> MeshPlan:
     rows = {
         "communication": f"{told} per worker and step" if told else "none: one worker",
         "mesh": _said(shape),
-        "at the loss": f"{working / MIB:.1f} MiB more per worker",
-        "memory": f"{(state + kept + working) / MIB:.1f} MiB per worker above an idle one",
+        "for a moment": f"{working.total / MIB:.1f} MiB more per worker, {working.when}",
+        "memory, counted": f"{peak / MIB:.1f} MiB of tensors per worker at their most",
     }
-    return MeshPlan(state, kept, working, rows)
+    return MeshPlan(state, kept, peak, rows)
 
 
 def moments_of(job: Job) -> int:

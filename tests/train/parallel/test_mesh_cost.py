@@ -1,11 +1,14 @@
 """Bytes of a mesh by formula against what workers hold, keep for a backward pass, and send."""
 
 import gc
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.train import tiny
 from tests.train.parallel.zero_ranks import live_bytes, wire_bytes
@@ -23,6 +26,7 @@ from train.parallel.mesh_cost import (
     state_bytes,
 )
 from train.parallel.mesh_job import MeshLearner
+from train.parallel.mesh_moments import peak_bytes
 from train.weights import read_start
 from train.world import GlooWorld
 
@@ -58,7 +62,7 @@ def job_of(mesh: dict[str, Any], compute: str) -> Job:
 
 def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, float]:
     """Of this worker: bytes that a step sends, of live tensors between two steps with the gradient
-    there, and of what one micro-batch keeps."""
+    there, of what one micro-batch keeps, and of tensors at their most in a step."""
     job = job_of(mesh, compute)
     tokens: Any = np.random.default_rng(7).integers(0, 255, 1 << 14).astype(np.uint16)
     stream = SampleStream(tokens, job.data.sequence_tokens, job.run.seed)
@@ -73,7 +77,28 @@ def measured(world: GlooWorld, mesh: dict[str, Any], compute: str) -> dict[str, 
     learner.step(world)
     world.barrier()
     sent = wire_bytes() - begun
-    return {"held": held, "sent": sent, "kept": kept(learner, job)}
+    learner.trainer.state.clear()  # with full_shard gradients are made anew
+    begun_with = live_bytes() - before
+    # The least of some: what another thread frees late counts as growth.
+    grew = []
+    for _ in range(3):
+        grew.append(grown(lambda: learner.step(world)))
+        learner.trainer.state.clear()
+    most = begun_with + min(grew)
+    return {"held": held, "sent": sent, "kept": kept(learner, job), "peak": most}
+
+
+def grown(act: Callable[[], object]) -> int:
+    """By how many bytes memory that torch's allocator has given out grows at most, by its own
+    record of each piece."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        act()
+    record = told.profiler.kineto_results.events()
+    pieces = [(each.start_ns(), each.nbytes()) for each in record if each.name() == "[memory]"]
+    assert pieces, "nothing was recorded"
+    pieces.sort(key=lambda piece: piece[0])
+    most: int = max(accumulate(size for _, size in pieces))
+    return most
 
 
 def kept(learner: MeshLearner, job: Job) -> int:
@@ -107,6 +132,7 @@ def expected(mesh: dict[str, Any], compute: str) -> dict[str, float]:
         "held": state_bytes(config, shape, compute).total,
         "sent": sent_bytes(config, shape, batch, compute).total,
         "kept": activation_bytes(config, shape, batch, compute),
+        "peak": peak_bytes(config, shape, batch, compute),
     }
 
 
@@ -118,7 +144,7 @@ def expected(mesh: dict[str, Any], compute: str) -> dict[str, float]:
 def test_workers_hold_keep_and_send_what_the_formulas_say(name: str, compute: str) -> None:
     answers = on_ranks(RANKS, measured, MESHES[name], compute)
     wanted = expected(MESHES[name], compute)
-    for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05)):
+    for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05), ("peak", 0.04)):
         mean = sum(answer[kind] for answer in answers) / RANKS
         assert mean == pytest.approx(wanted[kind], rel=near), kind
 

@@ -257,7 +257,7 @@ def test_one_worker_is_a_mesh_of_one(tmp_path: Path, alone: Run):
 def test_the_dry_run_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Bytes of the state by hand: two workers to a matrix, in float64 weights, gradients and two
     moments; half of every matrix and all of the norms."""
-    found = Rehearsal(step_s=2.0, checkpoint_s=5.0, row_s=1.5, start_s=20.0)
+    found = Rehearsal(2.0, 5.0, 1.5, 20.0, peak_bytes=700 << 20, steps=5)
     monkeypatch.setattr(rehearsal, "rehearse", lambda job, start: found)
     wanted_ = job(tmp_path, "dry", model=FOUR_HEADS, workers={"count": 4}, mesh={"tensor": 2})
     told = estimate(wanted_)
@@ -269,4 +269,5 @@ def test_the_dry_run_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said = console.export_text()
     for words in ("2 replicas, each of 2 workers to a matrix", "MiB replicas", "MiB of a matrix"):
         assert words in said
-    assert "above an idle one" in said and "of a sequence" not in said
+    assert "of tensors per worker at their most" in said and "of a sequence" not in said
+    assert "700 MiB per worker at most" in said and "a rehearsal of 5 steps" in said
