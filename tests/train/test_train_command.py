@@ -251,6 +251,7 @@ def test_a_dry_run_says_what_it_takes(tmp_path: Path):
     assert said.returncode == 0, said.stderr
     assert f"{weights:,}" in said.stdout
     assert f"{weights * 8 * 4 / 2**20:.1f} MiB per worker" in said.stdout
+    assert "memory, measured" in said.stdout  # of a rehearsal
     assert not (tmp_path / "t").exists()
 
 

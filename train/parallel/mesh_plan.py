@@ -20,12 +20,10 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """Bytes of a worker's tensors. memory_bytes: at their most, which leaves out Python, torch, and
-    what the allocator keeps between tensors; rows: lines of `--dry-run`."""
+    """Bytes of a worker's tensors; rows: lines of `--dry-run`."""
 
     state_bytes: int
     activation_bytes: int
-    memory_bytes: int
     rows: Mapping[str, str]
 
 
@@ -47,7 +45,7 @@ def plan(job: Job, config: ModelConfig) -> MeshPlan:
         "for a moment": f"{working.total / MIB:.1f} MiB more per worker, {working.when}",
         "memory, counted": f"{peak / MIB:.1f} MiB of tensors per worker at their most",
     }
-    return MeshPlan(state, kept, peak, rows)
+    return MeshPlan(state, kept, rows)
 
 
 def moments_of(job: Job) -> int:
