@@ -34,7 +34,8 @@ TURN_STEPS = 6
 STEPS = RANKS * TURN_STEPS
 SAMPLES, TOKENS = 28, 96
 """Of a step and a sample. At speeds 2, 2, 2 and 1 shares by speed are 8, 8, 8 and 4, equal ones
-7, and a step takes the slow worker 14 units of time, or 8: at best 1.75 x."""
+7, and a step takes the slow worker 14 units of time, or 8: 1.75 x, and more by what waiting for
+each sum costs those that are together."""
 
 
 class Found(NamedTuple):
