@@ -119,7 +119,7 @@ class MeshLearner:
             for turn in range(-(-len(rows) // data.size)):
                 own = turn < mine.samples
                 if own or together:
-                    nats = float(model.nats(rows[mine.first + turn if own else 0]))
+                    nats = float(model.loss(rows[mine.first + turn if own else 0], balanced=False))
                     total += nats if own else 0.0
         total /= tensor.size  # whose ranks have the same
         world.all_reduce(total)

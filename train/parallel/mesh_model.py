@@ -213,16 +213,11 @@ class MeshLlama(nn.Module):
         round_trip = Ring(group, self._order)
         return lambda q, k, v: ring_attention(q, k, v, round_trip)
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """`nats`, and what a mixture's imbalance adds: that of this rank's own tokens."""
-        nats = self.nats(tokens)
-        count = tokens.shape[0] * self._order.local_tokens
-        return nats + self._imbalance() * count
-
-    def nats(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, balanced: bool = True) -> Tensor:
         """Summed cross-entropy in nats of this rank's share of tokens (batch, tokens + 1), which
-        all ranks of a replica are given whole. The sum over sequence ranks is the whole; tensor
-        ranks have the same."""
+        all ranks of a replica are given whole. The sum over sequence ranks is the loss; tensor
+        ranks have the same. balanced: with what a mixture's imbalance adds, that of this rank's own
+        tokens."""
         axis = self.mesh.tensor
         positions = self._order.positions(self.mesh.sequence.rank)
         mine, targets = tokens[:, :-1][:, positions], tokens[:, 1:][:, positions]
@@ -233,7 +228,8 @@ class MeshLlama(nn.Module):
             x = layer(x, cos, sin)
         x = self.model.norm(x)
         logits = column(x, (self.lm_head.weight,), axis, self.sequence_parallel)
-        return cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
+        nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), self._first, axis)
+        return nats + self._imbalance() * targets.numel() if balanced else nats
 
     def _imbalance(self) -> Tensor | float:
         if self.experts is None or not self.experts.balance:

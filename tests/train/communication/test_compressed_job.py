@@ -130,6 +130,7 @@ def printed(table: Any) -> str:
     return console.export_text()
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_the_dry_run_says_the_formula():
     """And the formula is the exchange's, which other tests compare with counted bytes."""
     for kind, tables in TABLES.items():

@@ -84,6 +84,7 @@ SAID = {
 }
 
 
+@pytest.mark.usefixtures("unrehearsed")
 @pytest.mark.parametrize("name", SAID)
 def test_a_dry_run_says_it(name: str, tmp_path: Path):
     wanted = job(tmp_path, "dry", **WAYS[name])
@@ -91,9 +92,15 @@ def test_a_dry_run_says_it(name: str, tmp_path: Path):
     console.print(estimate_table(wanted, estimate(wanted)))
     said = console.export_text()
     assert all(words in said for words in SAID[name]), said
+
+
+def test_a_rehearsal_leaves_no_files(tmp_path: Path):
+    wanted = job(tmp_path, "dry", **WAYS["disk"])
+    assert estimate(wanted).step_s > 0
     assert not (wanted.path / "offload").exists()
 
 
+@pytest.mark.usefixtures("unrehearsed")
 def test_a_plain_dry_run_says_nothing_of_it(tmp_path: Path):
     assert estimate(job(tmp_path, "dry")).memory == {}
 
