@@ -248,14 +248,14 @@ def state_bytes(job: Job, start: Start, parameters: int, moments: int) -> int:
     masters = 0 if size == wide else parameters * wide
     stage, share = job.sharding.stage, 1 / job.workers.count
     if job.pipeline.stages:
-        return round((2 * size * parameters + moments) * _largest_stage(job, start))
+        share = job.pipeline.stages * share  # of those that have the same stage
+        held = 2 * size * parameters + moments
+        if job.workers.staleness is not None:
+            held = _of_member(job, 2 * size * parameters, parameters * wide, moments, share)
+        return round(held * _largest_stage(job, start))
     weights, gradient = size * parameters, (size if stage else wide) * parameters
     if job.workers.staleness is not None:
-        # Of a server: a share of masters and moments, and of waves that are not whole yet from all.
-        waiting = wide * parameters * (job.workers.staleness + 1)
-        added = 0 if job.optimizer.name != "sgd" or job.optimizer.beta1 else waiting
-        served = (wide * parameters + moments) * share
-        return round(weights + masters + gradient + served + waiting + added)
+        return _of_member(job, weights + masters + gradient, wide * parameters, moments, share)
     if job.resilience.mode == "gemini":
         # Gradients are summed whole; a share lies in memory as it is trained on, and in copies.
         own = (parameters * wide + moments) * share
@@ -264,15 +264,29 @@ def state_bytes(job: Job, start: Start, parameters: int, moments: int) -> int:
     return round(kept + (masters + moments) * (share if stage else 1))
 
 
+def _of_member(job: Job, own: int, masters: int, moments: int, share: float) -> int:
+    """HetPipe's: what a worker computes with; as a server, its share of masters and moments, and of
+    waves that are not whole yet from all; with plain SGD its own waves, too."""
+    assert job.workers.staleness is not None
+    waiting = masters * (job.workers.staleness + 1)
+    added = 0 if job.optimizer.name != "sgd" or job.optimizer.beta1 else waiting
+    return round(own + (masters + moments) * share + waiting + added)
+
+
 def _largest_stage(job: Job, start: Start) -> float:
     """Its share of the model's weights."""
+    from train.parallel.pipeline_layout import cut_spans
     from train.parallel.pipeline_model import JobLayers
     from train.resilience.templates import Cutter
 
     costs = JobLayers(job, start).costs()
-    template = Cutter(costs).template(job.pipeline.stages, job.batch_samples)
-    assert template is not None, "stages are at most as many as layers"
-    weights = [sum(costs.state_bytes[slice(*span)]) for span in template.spans]
+    if job.pipeline.cuts:
+        spans = cut_spans(len(costs.state_bytes), job.pipeline.cuts)
+    else:
+        template = Cutter(costs).template(job.pipeline.stages, job.batch_samples)
+        assert template is not None, "stages are at most as many as layers"
+        spans = template.spans
+    weights = [sum(costs.state_bytes[slice(*span)]) for span in spans]
     if job.resilience.mode == "bamboo":
         following = weights[1:] + weights[:1]
         weights = [own + next_ for own, next_ in zip(weights, following, strict=True)]

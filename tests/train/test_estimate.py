@@ -65,6 +65,18 @@ def test_a_pipelines_worker_has_its_stage():
     assert bytes_of(**names) == pytest.approx(32 * (ends + 2 * layer) / whole)
     bamboo = wanted.resilience.model_copy(update={"mode": "bamboo"})
     assert bytes_of(**names, resilience=bamboo) == pytest.approx(32)  # two stages are all of it
+    late = wanted.pipeline.model_copy(update={"stages": 2, "cuts": (0, 3)})
+    assert bytes_of(**(names | {"pipeline": late})) == pytest.approx(
+        32 * (ends + 2 * layer) / whole
+    )
+    early = wanted.pipeline.model_copy(update={"stages": 2, "cuts": (0, 1)})
+    rest = ends + 2 * layer + 32
+    assert bytes_of(**(names | {"pipeline": early})) == pytest.approx(32 * rest / whole)
+    # A virtual worker's, with a bound of 1: weights and gradient; half of its stage's masters and
+    # moments, which two workers serve; two waves that others still push to.
+    ahead = wanted.workers.model_copy(update={"staleness": 1, "count": 4})
+    found = bytes_of(**names, workers=ahead)
+    assert found == pytest.approx((8 * 2 + 24 / 2 + 8 * 2) * (ends + 2 * layer) / whole)
 
 
 class Clock:
