@@ -6,7 +6,6 @@ step on a sequence and tells by how much its memory grew.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from tests.prove.row import Row
 from tests.prove.suites import Suite, run
 from train.parallel.mesh import build_mesh
 from train.parallel.mesh_model import MeshLlama
+from train.rehearsal import high_water_bytes
 from train.world import join
 
 FOLDER = "tests/train/parallel"
@@ -134,9 +134,9 @@ def _rank(folder: Path, rank: int, size: int, tokens: int) -> None:
     model = MeshLlama(CONFIG, build_mesh(size, sequence=size), tokens)
     ids = torch.randint(0, CONFIG.vocab, (1, tokens + 1))
     world.barrier()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    before = high_water_bytes()
     model.loss(ids).backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    after = high_water_bytes()
     world.barrier()
     print(json.dumps({"grown": after - before}))
 
