@@ -45,7 +45,7 @@ SUITES = (
         slow=True,
     ),
     Suite(
-        "[mesh]: bytes held, kept and sent within 3, 3 and 5 % of the formulas",
+        "[mesh]: bytes held, kept, sent, at most: within 3, 3, 5, 5 % of the formulas",
         (f"{FOLDER}/test_mesh_cost.py",),
         slow=True,
     ),

@@ -143,7 +143,7 @@ def expected(mesh: dict[str, Any], compute: str) -> dict[str, float]:
 def test_workers_hold_keep_and_send_what_the_formulas_say(name: str, compute: str) -> None:
     answers = on_ranks(RANKS, measured, MESHES[name], compute)
     wanted = expected(MESHES[name], compute)
-    for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05), ("peak", 0.04)):
+    for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05), ("peak", 0.05)):
         # What another thread frees late counts as growth: of the peaks the least.
         told = [answer[kind] for answer in answers]
         mean = min(told) if kind == "peak" else sum(told) / RANKS
