@@ -9,7 +9,13 @@ import sys
 
 from tests.prove.table import main
 
-MODULES = ("parallel_comm", "parallel_memory", "parallel_mesh", "parallel_hetero")
+MODULES = (
+    "parallel_zero",
+    "parallel_comm",
+    "parallel_memory",
+    "parallel_mesh",
+    "parallel_hetero",
+)
 
 if __name__ == "__main__":
     sys.exit(main("prove-parallel", MODULES))
