@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.parallel.test_mesh_job import curve, follow, follow_all, laid, same_weights
+from tests.train.parallel.test_mesh_job import curve, follow, going_on, laid
 from tests.train.processes import on_ranks
 from tests.train.test_run import job, losses, make
 from train.checkpoints import open_checkpoints
@@ -51,32 +51,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_one_curve_and_each_goes_on_from_another(tmp_path: Path, alone: Run):
-    kinds = tuple(MESHES)
-    whole = [wanted(tmp_path / "whole", kind) for kind in kinds]
-    half = [wanted(tmp_path / "half", kind) for kind in kinds]
-    on_ranks(RANKS, in_turn, [str(each.path) for each in whole], [str(each.path) for each in half])
-    one = laid(job(tmp_path / "half", "one", model=MIXTURE))
-    follow(LocalWorld(), str(one.path), STEPS // 2)
-    rest = [wanted(tmp_path / "rest", kind) for kind in kinds]
-    for before, after in zip([one, *half[:-1]], rest, strict=True):
-        (before.path / "checkpoints").rename(after.path / "checkpoints")
-    steps = on_ranks(RANKS, follow_all, [str(each.path) for each in rest])
-    assert steps == [[STEPS // 2] * len(kinds)] * RANKS
-    last = laid(job(tmp_path / "rest", "last", model=MIXTURE))
-    (half[-1].path / "checkpoints").rename(last.path / "checkpoints")
-    assert follow(LocalWorld(), str(last.path)) == STEPS // 2
-    expected, bits = losses(alone), alone.folder.status().bits_per_byte
-    for each in (*whole, *rest, last):
-        found = curve(each.path)
-        assert found == pytest.approx(expected[-len(found) :], abs=1e-9), each.name
-        assert RunFolder(each.path).status().bits_per_byte == pytest.approx(bits, abs=1e-9)
-        assert len(found) == (STEPS if each in whole else STEPS // 2)
-        same_weights(each, alone)
-
-
-def in_turn(world: GlooWorld, whole: list[str], half: list[str]) -> None:
-    follow_all(world, whole)
-    follow_all(world, half, STEPS // 2)
+    going_on(tmp_path, tuple(MESHES), alone, wanted, MIXTURE)
 
 
 def unshared(world: GlooWorld, path: str) -> None:

@@ -1,6 +1,7 @@
 """Jobs with `[mesh]` on four workers: the curve of one worker, checkpoints that anybody goes on
 from, what the dry run says; and these with the mechanism behind them turned off."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +82,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def going_on(path: Path, kinds: tuple[str, ...], alone: Run) -> None:
+def going_on(
+    path: Path, kinds: tuple[str, ...], alone: Run, wanted: Callable[[Path, str], Job], model: Any
+) -> None:
     """Each mesh from the beginning to the end; then each from the half-way checkpoint of another,
-    the first one from one worker's; and one worker from the last one's. All with one curve."""
+    the first one from one worker's; and one worker from the last one's. All with one curve.
+    wanted: the job of a kind, below a folder; model: its table."""
     whole = [wanted(path / "whole", kind) for kind in kinds]
     on_ranks(RANKS, follow_all, [str(each.path) for each in whole])
     half = [wanted(path / "half", kind) for kind in kinds]
     on_ranks(RANKS, follow_all, [str(each.path) for each in half], STEPS // 2)
-    one = laid(job(path / "half", "one", model=FOUR_HEADS))
+    one = laid(job(path / "half", "one", model=model))
     follow(LocalWorld(), str(one.path), STEPS // 2)
     rest = [wanted(path / "rest", kind) for kind in kinds]
     for before, after in zip([one, *half[:-1]], rest, strict=True):
         (before.path / "checkpoints").rename(after.path / "checkpoints")
     steps = on_ranks(RANKS, follow_all, [str(each.path) for each in rest])
     assert steps == [[STEPS // 2] * len(kinds)] * RANKS
-    last = laid(job(path / "rest", "last", model=FOUR_HEADS))
+    last = laid(job(path / "rest", "last", model=model))
     (half[-1].path / "checkpoints").rename(last.path / "checkpoints")
     assert follow(LocalWorld(), str(last.path)) == STEPS // 2
     expected, bits = losses(alone), alone.folder.status().bits_per_byte
@@ -122,12 +126,12 @@ def same_weights(found: Job, alone: Run) -> None:
 
 
 def test_one_curve_and_each_goes_on_from_another(tmp_path: Path, alone: Run):
-    going_on(tmp_path, QUICK, alone)
+    going_on(tmp_path, QUICK, alone, wanted, FOUR_HEADS)
 
 
 @pytest.mark.slow
 def test_all_meshes_go_on_from_each_other(tmp_path: Path, alone: Run):
-    going_on(tmp_path, tuple(reversed(MESHES)), alone)
+    going_on(tmp_path, tuple(reversed(MESHES)), alone, wanted, FOUR_HEADS)
 
 
 def faulty(world: GlooWorld, path: str, fault: str) -> None:
