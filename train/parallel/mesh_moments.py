@@ -1,6 +1,9 @@
 """What a worker of a mesh has for moments beside its state and what it keeps for a backward pass,
 and so the most that its tensors take, by count of what the code of each moment has at once.
 
+Of a mixture, the moment behind a feed-forward is counted as that of one as wide as an expert, which
+is less than its rows take on their way; the record was compared where logits take most.
+
 Pure arithmetic, as `mesh_cost`. tests/train/parallel/test_mesh_cost.py holds it against the record
 of torch's allocator.
 """

@@ -22,7 +22,7 @@ import pytest
 from tests.train import tiny
 from tests.train.heterogeneous import hetpipe_ranks as ranks
 from tests.train.processes import on_ranks
-from tests.train.quota import NoQuota, Quotas, join
+from tests.train.quota import Quotas, join, skipped_without
 from train.job import Job
 from train.world import GlooWorld
 
@@ -145,10 +145,8 @@ def found(throttle: str, shares: str, bound: int = BOUND) -> Found:
 
 def times_faster(throttle: str, shares: str, bound: int = BOUND) -> float:
     """`found`, or the test is skipped."""
-    try:
+    with skipped_without():
         made = found(throttle, shares, bound)
-    except NoQuota as error:
-        pytest.skip(str(error))
     assert made.stale <= bound
     return made.ratio
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.train import tiny
 from tests.train.processes import on_ranks
-from tests.train.quota import NoQuota, Quotas, join
+from tests.train.quota import Quotas, join, skipped_without
 from train.data.stream import SampleStream
 from train.heterogeneous.shares import Equal, Measured, shares
 from train.step import Trainer
@@ -105,11 +105,8 @@ def throttled(world: GlooWorld, group: str) -> dict[str, float]:
 @pytest.mark.slow
 def test_a_slower_processor_costs_less() -> None:
     """One worker with 80 % of a processor, one with 32 %: measured shares make 1.25 x the steps."""
-    try:
-        with Quotas((0.8, 0.32), period_us=20_000) as quotas:
-            answers = on_ranks(2, throttled, quotas.group)
-    except NoQuota as error:
-        pytest.skip(str(error))
+    with skipped_without(), Quotas((0.8, 0.32), period_us=20_000) as quotas:
+        answers = on_ranks(2, throttled, quotas.group)
     ratio = max(a["equal"] for a in answers) / max(a["measured"] for a in answers)
     print(f"steps with measured shares over equal ones: {ratio:.2f} x")
     assert ratio >= 1.25

@@ -142,8 +142,8 @@ def test_transformers_reads_the_export(alone: Run):
     assert float(ours) == pytest.approx(float(cost), abs=1e-6)
 
 
-def test_balance_makes_experts_seen_alike(tmp_path: Path):
-    """And it is in the loss of steps, not in that of held-out text."""
+def test_balance_is_in_the_loss_that_steps_go_by(tmp_path: Path):
+    """And left out where that is asked for, as evaluations do."""
     run = make(job(tmp_path, "balanced", model={**MIXTURE, "balance": 0.5}))
     run.run(LocalWorld())
     model = mixture(run.trainer).trainer.model

@@ -146,8 +146,8 @@ def test_workers_hold_keep_and_send_what_the_formulas_say(name: str, compute: st
     for kind, near in (("held", 0.03), ("kept", 0.03), ("sent", 0.05), ("peak", 0.05)):
         # What another thread frees late counts as growth: of the peaks the least.
         told = [answer[kind] for answer in answers]
-        mean = min(told) if kind == "peak" else sum(told) / RANKS
-        assert mean == pytest.approx(wanted[kind], rel=near), kind
+        found = min(told) if kind == "peak" else sum(told) / RANKS
+        assert found == pytest.approx(wanted[kind], rel=near), kind
 
 
 def test_a_mesh_of_one_is_the_whole_model() -> None:
